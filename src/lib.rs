@@ -1,0 +1,1 @@
+//! lorasmith trains LoRA adapters for Stable Diffusion behind a REST API.

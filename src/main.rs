@@ -1,0 +1,3 @@
+//! The `lorasmith` program.
+
+fn main() {}
