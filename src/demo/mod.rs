@@ -1,0 +1,3 @@
+//! `lorasmith demo`
+mod client;
+mod pictures;
