@@ -2,6 +2,7 @@
 
 pub mod devices;
 pub mod error;
+pub mod ldm;
 mod mapping;
 mod text_fix;
 pub mod tokenizer;
