@@ -214,7 +214,9 @@ mod tests {
             .read_f32("alphas_cumprod_zero_terminal_snr")
             .unwrap();
         let shifted = schedule.zero_terminal();
-        assert!(worst(&shifted.alphas_cumprod, &expected) < 1e-7);
+        // Ratios of rounded numbers are multiplied up again: the last bits are noise.
+        let error = worst(&shifted.alphas_cumprod, &expected);
+        assert!(error < 1e-6, "{error:e}");
         assert_eq!(shifted.alphas_cumprod[999], 0.0);
     }
 
