@@ -1,3 +1,30 @@
 //! Stable Diffusion in burn.
 
 pub mod devices;
+pub mod error;
+pub mod ldm;
+mod mapping;
+pub mod samplers;
+pub mod schedule;
+mod text_fix;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::LoadError;
+pub use samplers::SamplerKind;
+pub use schedule::NoiseSchedule;
+pub use tokenizer::{Padding, Tokenizer};
+pub use weights::{KeySource, LoadOptions, Weights, WeightsAt};
+
+use serde::{Deserialize, Serialize};
+
+/// What the UNet was trained to predict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PredictionType {
+    /// The noise.
+    #[default]
+    Epsilon,
+    /// The velocity `√ᾱ ε − √(1−ᾱ) x₀`.
+    VPrediction,
+}

@@ -1,0 +1,401 @@
+//! Names of a single-file checkpoint (the LDM layout of the original Stable Diffusion code) as diffusers names.
+//!
+//! The layout is read off the keys that are there, so that any number of levels, blocks and attentions works.
+//! Also the two older spellings found in diffusers folders.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Bound;
+
+use super::weights::{KeySource, Weights};
+
+/// Where the UNet is in a single file.
+pub const UNET_PREFIX: &str = "model.diffusion_model.";
+/// Where the VAE is in a single file.
+pub const VAE_PREFIX: &str = "first_stage_model.";
+/// Where Stable Diffusion 1's text encoder is in a single file.
+pub const TEXT_ENCODER_PREFIX: &str = "cond_stage_model.transformer.";
+
+/// Diffusers name to stored name.
+pub type KeyMap = HashMap<String, KeySource>;
+
+/// Parts of a residual block: `ResBlock` in LDM, `ResnetBlock2D` in diffusers.
+const RESNET: [(&str, &str); 6] = [
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+];
+
+/// The UNet's parts outside the blocks.
+const UNET_ENDS: [(&str, &str); 7] = [
+    ("input_blocks.0.0.", "conv_in."),
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("label_emb.0.0.", "add_embedding.linear_1."),
+    ("label_emb.0.2.", "add_embedding.linear_2."),
+    ("out.0.", "conv_norm_out."),
+    ("out.2.", "conv_out."),
+];
+
+/// Parts of the VAE's blocks, in the encoder and the decoder alike.
+const VAE_PARTS: [(&str, &str); 10] = [
+    ("mid.block_1.", "mid_block.resnets.0."),
+    ("mid.block_2.", "mid_block.resnets.1."),
+    ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
+    ("mid.attn_1.q.", "mid_block.attentions.0.to_q."),
+    ("mid.attn_1.k.", "mid_block.attentions.0.to_k."),
+    ("mid.attn_1.v.", "mid_block.attentions.0.to_v."),
+    ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
+    ("nin_shortcut.", "conv_shortcut."),
+    ("norm_out.", "conv_norm_out."),
+    ("sample.conv.", "samplers.0.conv."),
+];
+
+/// Names of the VAE's attention before diffusers 0.18.
+const OLD_VAE_ATTENTION: [(&str, &str); 4] = [
+    (".query.", ".to_q."),
+    (".key.", ".to_k."),
+    (".value.", ".to_v."),
+    (".proj_attn.", ".to_out.0."),
+];
+
+/// The UNet of a single file.
+pub fn unet(weights: &Weights) -> KeyMap {
+    let keys = Below::new(weights, UNET_PREFIX);
+    let mut map = KeyMap::new();
+    for (ldm, diffusers) in UNET_ENDS {
+        keys.rename(ldm, diffusers, &[], &mut map);
+    }
+    map_input_blocks(&keys, &mut map);
+    map_middle_block(&keys, &mut map);
+    map_output_blocks(&keys, &mut map);
+    map
+}
+
+/// `input_blocks.k`: the convolution at the start, then residual blocks, each with its attention; a level ends with a
+/// block that only downsamples (`op`).
+fn map_input_blocks(keys: &Below<'_>, map: &mut KeyMap) {
+    let (mut level, mut block) = (0, 0);
+    for k in keys.indices("input_blocks.") {
+        if k == 0 {
+            continue;
+        }
+        let at = format!("input_blocks.{k}.");
+        if keys.any(&format!("{at}0.op.")) {
+            let down = format!("down_blocks.{level}.downsamplers.0.conv.");
+            keys.rename(&format!("{at}0.op."), &down, &[], map);
+            (level, block) = (level + 1, 0);
+        } else {
+            map_block(keys, &at, &format!("down_blocks.{level}."), block, map);
+            block += 1;
+        }
+    }
+}
+
+/// `middle_block`: residual blocks and attentions, numbered separately in diffusers.
+fn map_middle_block(keys: &Below<'_>, map: &mut KeyMap) {
+    let (mut resnets, mut attentions) = (0, 0);
+    for part in keys.indices("middle_block.") {
+        let at = format!("middle_block.{part}.");
+        if keys.any(&format!("{at}in_layers.")) {
+            let to = format!("mid_block.resnets.{resnets}.");
+            keys.rename(&at, &to, &RESNET, map);
+            resnets += 1;
+        } else {
+            let to = format!("mid_block.attentions.{attentions}.");
+            keys.rename(&at, &to, &[], map);
+            attentions += 1;
+        }
+    }
+}
+
+/// `output_blocks.k`: as the input blocks, but the last block of a level also holds the upsampler.
+fn map_output_blocks(keys: &Below<'_>, map: &mut KeyMap) {
+    let (mut level, mut block) = (0, 0);
+    for k in keys.indices("output_blocks.") {
+        let at = format!("output_blocks.{k}.");
+        let to = format!("up_blocks.{level}.");
+        map_block(keys, &at, &to, block, map);
+        block += 1;
+        for part in keys.indices(&at) {
+            let upsampler = format!("{at}{part}.conv.");
+            if keys.any(&upsampler) {
+                keys.rename(&upsampler, &format!("{to}upsamplers.0.conv."), &[], map);
+                (level, block) = (level + 1, 0);
+            }
+        }
+    }
+}
+
+/// Part 0 is the residual block, part 1 the attention, if it is one.
+fn map_block(keys: &Below<'_>, at: &str, to: &str, block: usize, map: &mut KeyMap) {
+    let resnet = format!("{to}resnets.{block}.");
+    keys.rename(&format!("{at}0."), &resnet, &RESNET, map);
+    let attention = format!("{at}1.");
+    if keys.any(&format!("{attention}transformer_blocks.")) {
+        keys.rename(&attention, &format!("{to}attentions.{block}."), &[], map);
+    }
+}
+
+/// The VAE of a single file. Its decoder counts levels from the smallest side, diffusers from the largest.
+pub fn vae(weights: &Weights) -> KeyMap {
+    let keys = Below::new(weights, VAE_PREFIX);
+    let last_level = keys.indices("decoder.up.").last().unwrap_or(0);
+    let rename_level = |rest: &str, flip: bool| {
+        let (level, part) = rest.split_once('.')?;
+        let level: usize = level.parse().ok()?;
+        let level = if flip { last_level - level } else { level };
+        let part = part.replacen("block.", "resnets.", 1);
+        Some(format!("{level}.{part}"))
+    };
+    let mut map = KeyMap::new();
+    for key in keys.all() {
+        let mut name = if let Some(rest) = key.strip_prefix("encoder.down.") {
+            let Some(rest) = rename_level(rest, false) else {
+                continue;
+            };
+            format!("encoder.down_blocks.{rest}")
+        } else if let Some(rest) = key.strip_prefix("decoder.up.") {
+            let Some(rest) = rename_level(rest, true) else {
+                continue;
+            };
+            format!("decoder.up_blocks.{rest}")
+        } else {
+            key.to_owned()
+        };
+        for (ldm, diffusers) in VAE_PARTS {
+            name = name.replacen(ldm, diffusers, 1);
+        }
+        map.insert(name, KeySource(format!("{VAE_PREFIX}{key}")));
+    }
+    map
+}
+
+/// The text encoder of a Stable Diffusion 1 file.
+pub fn text_encoder(weights: &Weights) -> KeyMap {
+    text_encoder_below(weights, TEXT_ENCODER_PREFIX)
+}
+
+/// The VAE of a diffusers folder, whose attention may have its old names.
+pub fn vae_of_folder(weights: &Weights) -> KeyMap {
+    let rename = |key: &str| {
+        let mut name = key.to_owned();
+        for (old, new) in OLD_VAE_ATTENTION {
+            name = name.replacen(old, new, 1);
+        }
+        name
+    };
+    weights
+        .stored()
+        .map(|(key, ..)| (rename(key), KeySource(key.to_owned())))
+        .collect()
+}
+
+/// The text encoder of a diffusers folder.
+pub fn text_encoder_of_folder(weights: &Weights) -> KeyMap {
+    text_encoder_below(weights, "")
+}
+
+/// CLIP's names, which older and newer files write without `text_model.`. `position_ids` are not weights.
+fn text_encoder_below(weights: &Weights, prefix: &str) -> KeyMap {
+    let keys = Below::new(weights, prefix);
+    keys.all()
+        .filter(|key| !key.ends_with("position_ids"))
+        .map(|key| {
+            let bare = key.strip_prefix("text_model.").unwrap_or(key);
+            let name = if bare.starts_with("text_projection") {
+                bare.to_owned()
+            } else {
+                format!("text_model.{bare}")
+            };
+            (name, KeySource(format!("{prefix}{key}")))
+        })
+        .collect()
+}
+
+/// The stored names below a prefix, in order, without it.
+struct Below<'a> {
+    prefix: &'a str,
+    keys: BTreeSet<&'a str>,
+}
+
+impl<'a> Below<'a> {
+    fn new(weights: &'a Weights, prefix: &'a str) -> Self {
+        let stored = weights.stored();
+        Self {
+            prefix,
+            keys: stored
+                .filter_map(|(key, ..)| key.strip_prefix(prefix))
+                .collect(),
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &'a str> + '_ {
+        self.keys.iter().copied()
+    }
+
+    fn under<'s>(&'s self, start: &'s str) -> impl Iterator<Item = (&'a str, &'a str)> + 's {
+        let from = self
+            .keys
+            .range::<str, _>((Bound::Included(start), Bound::Unbounded));
+        from.map_while(move |key| key.strip_prefix(start).map(|rest| (*key, rest)))
+    }
+
+    fn any(&self, start: &str) -> bool {
+        self.under(start).next().is_some()
+    }
+
+    /// The numbers that follow `start`, ascending.
+    fn indices(&self, start: &str) -> impl Iterator<Item = usize> + use<> {
+        let numbers: BTreeSet<usize> = self
+            .under(start)
+            .filter_map(|(_, rest)| rest.split('.').next()?.parse().ok())
+            .collect();
+        numbers.into_iter()
+    }
+
+    /// Map everything below `from` to `to`; with `parts`, only what is one of them.
+    fn rename(&self, from: &str, to: &str, parts: &[(&str, &str)], map: &mut KeyMap) {
+        for (key, rest) in self.under(from) {
+            let part = parts
+                .iter()
+                .find_map(|(ldm, diffusers)| Some((diffusers, rest.strip_prefix(ldm)?)));
+            let name = match part {
+                Some((part, rest)) => format!("{to}{part}{rest}"),
+                None if parts.is_empty() => format!("{to}{rest}"),
+                None => continue,
+            };
+            map.insert(name, KeySource(format!("{}{key}", self.prefix)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+    use std::path::{Path, PathBuf};
+
+    fn fixture(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/tiny-sd15")
+            .join(path)
+    }
+
+    /// Both layouts of the reference model hold the same tensors; the map must find each one, with the same bytes.
+    fn same_as_folder(map: KeyMap, folder_file: &str) {
+        let single = Weights::open(&[fixture("tiny-sd15-ldm.safetensors")]).unwrap();
+        let folder = Weights::open(&[fixture(folder_file)]).unwrap();
+        let stored: Vec<_> = folder.stored().map(|(key, ..)| key.to_owned()).collect();
+        assert_eq!(map.len(), stored.len());
+        for key in stored {
+            let source = &map[&key].0;
+            let (expected, ..) = folder.read_bytes(&key).unwrap();
+            let (found, ..) = single.read_bytes(source).unwrap();
+            assert_eq!(found, expected, "{key} from {source}");
+        }
+    }
+
+    #[test]
+    fn every_tensor_of_a_single_file_has_its_diffusers_name() {
+        let single = Weights::open(&[fixture("tiny-sd15-ldm.safetensors")]).unwrap();
+        same_as_folder(
+            unet(&single),
+            "diffusers/unet/diffusion_pytorch_model.safetensors",
+        );
+        same_as_folder(
+            vae(&single),
+            "diffusers/vae/diffusion_pytorch_model.safetensors",
+        );
+        same_as_folder(
+            text_encoder(&single),
+            "diffusers/text_encoder/model.safetensors",
+        );
+    }
+
+    fn with_keys(dir: &Path, keys: &[&str]) -> Weights {
+        let path = dir.join("keys.safetensors");
+        let data = [0u8; 4];
+        let views = keys
+            .iter()
+            .map(|key| (*key, TensorView::new(Dtype::F32, vec![1], &data).unwrap()));
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        Weights::open(&[path]).unwrap()
+    }
+
+    fn sorted(map: KeyMap) -> Vec<(String, String)> {
+        let mut pairs: Vec<_> = map.into_iter().map(|(k, v)| (k, v.0)).collect();
+        pairs.sort();
+        pairs
+    }
+
+    #[test]
+    fn old_names_of_a_folder_are_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let weights = with_keys(
+            dir.path(),
+            &[
+                "encoder.mid_block.attentions.0.query.weight",
+                "encoder.mid_block.attentions.0.proj_attn.bias",
+                "encoder.conv_in.weight",
+            ],
+        );
+        let names: Vec<_> = sorted(vae_of_folder(&weights))
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "encoder.conv_in.weight",
+                "encoder.mid_block.attentions.0.to_out.0.bias",
+                "encoder.mid_block.attentions.0.to_q.weight",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_text_encoder_is_found_with_and_without_its_first_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let weights = with_keys(
+            dir.path(),
+            &[
+                "cond_stage_model.transformer.embeddings.position_ids",
+                "cond_stage_model.transformer.final_layer_norm.bias",
+                "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+                "model.diffusion_model.out.2.bias",
+            ],
+        );
+        assert_eq!(
+            sorted(text_encoder(&weights)),
+            [
+                (
+                    "text_model.final_layer_norm.bias".into(),
+                    "cond_stage_model.transformer.final_layer_norm.bias".into()
+                ),
+                (
+                    "text_model.final_layer_norm.weight".into(),
+                    "cond_stage_model.transformer.text_model.final_layer_norm.weight".into()
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn nonsense_keys_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let weights = with_keys(
+            dir.path(),
+            &[
+                "first_stage_model.decoder.up.99999999999999999999.block.0.conv1.bias",
+                "first_stage_model.decoder.up.x.block.0.conv1.bias",
+                "model.diffusion_model.input_blocks.18446744073709551616.0.op.bias",
+                "model.diffusion_model.input_blocks.1.0.unknown.bias",
+            ],
+        );
+        assert!(vae(&weights).is_empty() && unet(&weights).is_empty());
+    }
+}
