@@ -84,7 +84,13 @@ impl Client {
     }
 
     /// `PATCH path` with a merge patch, only if the resource still carries `etag`.
-    pub fn patch(&mut self, comment: &str, path: &str, etag: &str, patch: &Value) -> Result<Answer> {
+    pub fn patch(
+        &mut self,
+        comment: &str,
+        path: &str,
+        etag: &str,
+        patch: &Value,
+    ) -> Result<Answer> {
         let text = serde_json::to_string(patch)?;
         self.note(
             comment,
@@ -104,7 +110,13 @@ impl Client {
     }
 
     /// Uploads one file as `multipart/form-data`.
-    pub fn upload(&mut self, comment: &str, path: &str, file_name: &str, content: &[u8]) -> Result<Answer> {
+    pub fn upload(
+        &mut self,
+        comment: &str,
+        path: &str,
+        file_name: &str,
+        content: &[u8],
+    ) -> Result<Answer> {
         self.note(
             comment,
             &format!("curl -sS \"$BASE{path}\" -F file=@{file_name}"),
@@ -129,11 +141,13 @@ impl Client {
     }
 
     /// Downloads a file; returns its bytes and its entity tag.
-    pub fn download(&mut self, comment: &str, path: &str, file_name: &str) -> Result<(Vec<u8>, Option<String>)> {
-        self.note(
-            comment,
-            &format!("curl -sS -o {file_name} \"$BASE{path}\""),
-        );
+    pub fn download(
+        &mut self,
+        comment: &str,
+        path: &str,
+        file_name: &str,
+    ) -> Result<(Vec<u8>, Option<String>)> {
+        self.note(comment, &format!("curl -sS -o {file_name} \"$BASE{path}\""));
         let mut answer = self.agent.get(format!("{}{path}", self.base)).call()?;
         if !answer.status().is_success() {
             bail!("GET {path}: {}", problem(&mut answer));
@@ -264,7 +278,10 @@ mod tests {
         .unwrap();
         assert!(go_on);
         assert_eq!(last_id.as_deref(), Some("8"));
-        assert_eq!(seen[0], ("progress".to_owned(), serde_json::json!({"step": 3})));
+        assert_eq!(
+            seen[0],
+            ("progress".to_owned(), serde_json::json!({"step": 3}))
+        );
         assert_eq!(seen.len(), 2);
     }
 

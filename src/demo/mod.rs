@@ -108,7 +108,9 @@ fn drive(client: &mut Client, assets: &Path, options: &DemoOptions) -> Result<De
 }
 
 fn find_base_model(client: &mut Client) -> Result<String> {
-    let models = client.get("Which base models are there?", "/v1/models")?.body;
+    let models = client
+        .get("Which base models are there?", "/v1/models")?
+        .body;
     let model = list(&models)?
         .iter()
         .find(|model| model["name"] == "base")

@@ -42,7 +42,13 @@ pub fn sheet(rows: &[SheetRow]) -> Result<RgbImage> {
     for (index, row) in (0..).zip(rows) {
         let y = HEADER_PX + index * (CELL_PX + MARGIN_PX);
         for (line, words) in (0..).zip(wrap(&row.prompt, 28)) {
-            text(&mut canvas, &font, &words, (MARGIN_PX, y + 70 + line * 26), 20.0);
+            text(
+                &mut canvas,
+                &font,
+                &words,
+                (MARGIN_PX, y + 70 + line * 26),
+                20.0,
+            );
         }
         for (x, picture) in columns.into_iter().zip([&row.before, &row.after]) {
             // Samples may be small: whole pixels stay visible, nothing is smoothed over.
@@ -81,7 +87,10 @@ fn text(canvas: &mut RgbImage, font: &FontRef<'_>, words: &str, at: (u32, u32), 
         };
         let corner = outline.px_bounds().min;
         outline.draw(|dx, dy, coverage| {
-            let (px, py) = (corner.x as i64 + i64::from(dx), corner.y as i64 + i64::from(dy));
+            let (px, py) = (
+                corner.x as i64 + i64::from(dx),
+                corner.y as i64 + i64::from(dy),
+            );
             let (Ok(px), Ok(py)) = (u32::try_from(px), u32::try_from(py)) else {
                 return;
             };
@@ -134,8 +143,18 @@ pub fn loss_plot(curves: &Curves<'_>, file: &Path) -> Result<()> {
             .draw()?;
         let series = [
             ("training", RGBColor(200, 210, 225), 1, curves.loss),
-            ("training, moving average", RGBColor(40, 90, 180), 2, curves.average),
-            ("held-out pictures", RGBColor(210, 80, 30), 3, curves.validation),
+            (
+                "training, moving average",
+                RGBColor(40, 90, 180),
+                2,
+                curves.average,
+            ),
+            (
+                "held-out pictures",
+                RGBColor(210, 80, 30),
+                3,
+                curves.validation,
+            ),
         ];
         for (name, color, stroke, points) in series {
             let style = color.stroke_width(stroke);
@@ -172,7 +191,10 @@ mod tests {
         let canvas = sheet(&rows).unwrap();
         let y = HEADER_PX + CELL_PX / 2;
         assert_eq!(*canvas.get_pixel(LABEL_PX + 5, y), red);
-        assert_eq!(*canvas.get_pixel(LABEL_PX + CELL_PX + MARGIN_PX + 5, y), blue);
+        assert_eq!(
+            *canvas.get_pixel(LABEL_PX + CELL_PX + MARGIN_PX + 5, y),
+            blue
+        );
         assert!(
             canvas.pixels().any(|pixel| pixel.0.iter().all(|c| *c < 60)),
             "the prompt is written in dark ink"
@@ -188,10 +210,18 @@ mod tests {
     fn a_plot_needs_losses() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("loss.png");
-        let empty = Curves { loss: &[], average: &[], validation: &[] };
+        let empty = Curves {
+            loss: &[],
+            average: &[],
+            validation: &[],
+        };
         assert!(loss_plot(&empty, &file).is_err());
         let points = [(0.0, 0.12), (10.0, 0.05)];
-        let curves = Curves { loss: &points, average: &points, validation: &points };
+        let curves = Curves {
+            loss: &points,
+            average: &points,
+            validation: &points,
+        };
         loss_plot(&curves, &file).unwrap();
         assert!(image::open(&file).unwrap().width() == 960);
     }

@@ -130,7 +130,9 @@ pub struct DeviceInfo {
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The text is not a device name.
-    #[error("unknown device `{0}`: expected `auto`, `cpu`, or `vulkan:N`, `metal:N`, `dx12:N` as listed by `GET /v1/devices`")]
+    #[error(
+        "unknown device `{0}`: expected `auto`, `cpu`, or `vulkan:N`, `metal:N`, `dx12:N` as listed by `GET /v1/devices`"
+    )]
     UnknownName(String),
     /// The name is well formed, but this machine has no such adapter.
     #[error("no device `{wanted}` on this machine; there are: {found}")]

@@ -1,0 +1,633 @@
+//! Tensors of one model component, read from memory-mapped safetensors files under their *diffusers* names.
+//!
+//! Nothing here knows an architecture: a model's `load` function asks for names and shapes, this file checks and
+//! uploads them. A single-file checkpoint is seen under diffusers names through a key map (see `ldm`).
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+
+use super::error::LoadError;
+use super::mapping::MappedFile;
+
+/// The largest header that is parsed, in bytes. A full SDXL checkpoint has 0.4 MB of header.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// The most tensors a component may have. SDXL has 2 641.
+const MAX_TENSORS: usize = 65_536;
+/// The highest rank of a stored tensor; convolutions have 4.
+const MAX_RANK: usize = 8;
+/// The longest name of a tensor, in bytes.
+const MAX_KEY_BYTES: usize = 512;
+
+/// How a model is brought into memory.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Where the weights go.
+    pub device: Device,
+    /// The number format they are held in; `None` keeps what is stored, where the device can.
+    pub weight_dtype: Option<DType>,
+    /// A diffusers folder beside a single file: attention heads, norm groups, prediction type and tokenizer of a
+    /// model that differs from the family's published values.
+    pub config_dir: Option<PathBuf>,
+}
+
+impl LoadOptions {
+    /// Weights as stored, sizes from the model itself.
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            weight_dtype: None,
+            config_dir: None,
+        }
+    }
+}
+
+/// Where the tensor of a diffusers name is found in the file: the name it is stored under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySource(pub String);
+
+/// One tensor's place in a file.
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Debug)]
+struct Files {
+    mapped: Vec<(PathBuf, MappedFile)>,
+    entries: HashMap<String, Entry>,
+    metadata: HashMap<String, String>,
+}
+
+/// A set of memory-mapped safetensors files seen under diffusers names. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    files: Arc<Files>,
+    keys: Option<Arc<HashMap<String, KeySource>>>,
+    options: Arc<LoadOptions>,
+}
+
+impl Weights {
+    /// Map the files and read their headers. Tensors go to the CPU as stored until [`Self::with_options`] says else.
+    pub fn open(files: &[PathBuf]) -> Result<Self, LoadError> {
+        let mut all = Files {
+            mapped: Vec::with_capacity(files.len()),
+            entries: HashMap::new(),
+            metadata: HashMap::new(),
+        };
+        for path in files {
+            all.add(path)?;
+        }
+        Ok(Self {
+            files: Arc::new(all),
+            keys: None,
+            options: Arc::new(LoadOptions::new(&Device::flex())),
+        })
+    }
+
+    /// Put tensors on this device, in this number format.
+    #[must_use]
+    pub fn with_options(mut self, options: &LoadOptions) -> Self {
+        self.options = Arc::new(options.clone());
+        self
+    }
+
+    /// See the files under other names: `map` is keyed by the diffusers name. Names that are not in it are absent.
+    #[must_use]
+    pub fn with_key_map(mut self, map: HashMap<String, KeySource>) -> Self {
+        self.keys = Some(Arc::new(map));
+        self
+    }
+
+    /// The tensors below `prefix`; the empty prefix is the whole.
+    pub fn at(&self, prefix: &str) -> WeightsAt<'_> {
+        WeightsAt {
+            weights: self,
+            path: prefix.to_owned(),
+        }
+    }
+
+    /// The device that tensors are put on.
+    pub fn device(&self) -> &Device {
+        &self.options.device
+    }
+
+    /// The `__metadata__` of the files (of the last one, where two have the same entry).
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        &self.files.metadata
+    }
+
+    /// Names, shapes and stored number formats of everything in the files, as they are named there.
+    pub fn stored(&self) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
+        self.files
+            .entries
+            .iter()
+            .map(|(key, entry)| (key.as_str(), entry.shape.as_slice(), entry.dtype))
+    }
+
+    /// Whether the files hold a tensor of this stored name.
+    pub fn stores(&self, key: &str) -> bool {
+        self.files.entries.contains_key(key)
+    }
+
+    /// The stored shape of a stored name.
+    pub fn stored_shape(&self, key: &str) -> Option<&[usize]> {
+        self.files
+            .entries
+            .get(key)
+            .map(|entry| entry.shape.as_slice())
+    }
+
+    /// The size of the files, in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.files
+            .mapped
+            .iter()
+            .map(|(_, map)| map.len() as u64)
+            .sum()
+    }
+
+    /// The file, or the first of several; for messages.
+    pub fn path(&self) -> &Path {
+        self.files
+            .mapped
+            .first()
+            .map_or(Path::new(""), |(path, _)| path.as_path())
+    }
+
+    /// Any tensor by its stored name, widened to `f32`, with its shape. For data files, not for models.
+    pub fn read_f32(&self, key: &str) -> Result<(Vec<f32>, Vec<usize>), LoadError> {
+        let entry = self.entry(key, key)?;
+        let data = self
+            .decode(key, entry, &entry.shape)?
+            .convert_dtype(DType::F32);
+        let values = data
+            .try_into_vec::<f32>()
+            .map_err(|error| LoadError::Header {
+                path: self.file_of(entry).to_owned(),
+                reason: format!("tensor `{key}` cannot be read: {error}"),
+            })?;
+        Ok((values, entry.shape.clone()))
+    }
+
+    /// The stored bytes (little endian) of a stored name, with number format and shape. For data files.
+    pub fn read_bytes(&self, key: &str) -> Result<(&[u8], Dtype, &[usize]), LoadError> {
+        let entry = self.entry(key, key)?;
+        let bytes = &self.files.mapped[entry.file].1[entry.start..entry.end];
+        Ok((bytes, entry.dtype, &entry.shape))
+    }
+
+    fn source<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        match &self.keys {
+            None => Some(name),
+            Some(map) => map.get(name).map(|source| source.0.as_str()),
+        }
+    }
+
+    fn entry(&self, name: &str, source: &str) -> Result<&Entry, LoadError> {
+        self.files
+            .entries
+            .get(source)
+            .ok_or_else(|| self.missing(name))
+    }
+
+    fn missing(&self, name: &str) -> LoadError {
+        LoadError::MissingKey {
+            path: self.path().to_owned(),
+            key: name.to_owned(),
+        }
+    }
+
+    fn lookup(&self, name: &str) -> Result<&Entry, LoadError> {
+        let source = self.source(name).ok_or_else(|| self.missing(name))?;
+        self.entry(name, source)
+    }
+
+    fn file_of(&self, entry: &Entry) -> &Path {
+        &self.files.mapped[entry.file].0
+    }
+
+    /// Copy a tensor out of the mapping. The copy is typed, because the data section of a file is not aligned.
+    /// `shape` has as many elements as the stored one.
+    fn decode(&self, name: &str, entry: &Entry, shape: &[usize]) -> Result<TensorData, LoadError> {
+        let map = &self.files.mapped[entry.file].1;
+        let bytes = &map[entry.start..entry.end];
+        // safetensors is little endian, and so is every machine that burn's backends run on.
+        let data = match entry.dtype {
+            Dtype::F16 => TensorData::new(
+                bytemuck::pod_collect_to_vec::<u8, f16>(bytes),
+                shape.to_vec(),
+            ),
+            Dtype::BF16 => TensorData::new(
+                bytemuck::pod_collect_to_vec::<u8, bf16>(bytes),
+                shape.to_vec(),
+            ),
+            Dtype::F32 => TensorData::new(
+                bytemuck::pod_collect_to_vec::<u8, f32>(bytes),
+                shape.to_vec(),
+            ),
+            Dtype::F64 => TensorData::new(
+                bytemuck::pod_collect_to_vec::<u8, f64>(bytes),
+                shape.to_vec(),
+            ),
+            other => {
+                return Err(LoadError::Dtype {
+                    path: self.file_of(entry).to_owned(),
+                    key: name.to_owned(),
+                    found: format!("{other:?}"),
+                });
+            }
+        };
+        map.release(entry.start..entry.end);
+        Ok(data)
+    }
+}
+
+impl Files {
+    fn add(&mut self, path: &Path) -> Result<(), LoadError> {
+        let map = MappedFile::open(path).map_err(|source| LoadError::io(path, source))?;
+        let broken = |reason: String| LoadError::Header {
+            path: path.to_owned(),
+            reason,
+        };
+        check_header_length(&map).map_err(broken)?;
+        let (header_bytes, header) = SafeTensors::read_metadata(&map)
+            .map_err(|error| broken(format!("{error} ({error:?})")))?;
+        let tensors = header.tensors();
+        if self.entries.len() + tensors.len() > MAX_TENSORS {
+            return Err(broken(format!("more than {MAX_TENSORS} tensors")));
+        }
+        let file = self.mapped.len();
+        for (key, info) in tensors {
+            if key.len() > MAX_KEY_BYTES {
+                let start: String = key.chars().take(40).collect();
+                return Err(broken(format!(
+                    "the name `{start}...` is longer than {MAX_KEY_BYTES} bytes"
+                )));
+            }
+            if info.shape.len() > MAX_RANK {
+                return Err(broken(format!(
+                    "tensor `{key}` has {} dimensions, at most {MAX_RANK} are expected",
+                    info.shape.len()
+                )));
+            }
+            // `read_metadata` has checked that offsets are contiguous, match shape and format, and end with the file.
+            let offset = header_bytes + size_of::<u64>();
+            let entry = Entry {
+                file,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: offset + info.data_offsets.0,
+                end: offset + info.data_offsets.1,
+            };
+            if let Some(old) = self.entries.get(&key) {
+                return Err(LoadError::DuplicateKey {
+                    key,
+                    first: self.mapped[old.file].0.clone(),
+                    second: path.to_owned(),
+                });
+            }
+            self.entries.insert(key, entry);
+        }
+        if let Some(metadata) = header.metadata() {
+            self.metadata.extend(metadata.clone());
+        }
+        self.mapped.push((path.to_owned(), map));
+        Ok(())
+    }
+}
+
+/// Refuse a header before it is parsed: what parses 100 MB of JSON uses gigabytes.
+fn check_header_length(bytes: &[u8]) -> Result<(), String> {
+    let Some(first) = bytes.first_chunk::<8>() else {
+        return Err(format!(
+            "{} bytes, too short for a header length",
+            bytes.len()
+        ));
+    };
+    let length = u64::from_le_bytes(*first);
+    if length > MAX_HEADER_BYTES {
+        return Err(format!(
+            "the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read (is this a safetensors file?)"
+        ));
+    }
+    if length > bytes.len() as u64 - 8 {
+        return Err(format!(
+            "the header claims {length} bytes, the file has {} (truncated?)",
+            bytes.len()
+        ));
+    }
+    Ok(())
+}
+
+/// A view of [`Weights`] below one module path; what the models' `load` functions get.
+#[derive(Clone, Debug)]
+pub struct WeightsAt<'a> {
+    weights: &'a Weights,
+    path: String,
+}
+
+impl WeightsAt<'_> {
+    /// The view below `segment`.
+    #[must_use]
+    pub fn at(&self, segment: impl AsRef<str>) -> Self {
+        Self {
+            weights: self.weights,
+            path: self.key(segment.as_ref()).into_owned(),
+        }
+    }
+
+    /// The module path of this view, without a dot at the end.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The device that tensors are put on.
+    pub fn device(&self) -> &Device {
+        self.weights.device()
+    }
+
+    /// Whether the tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        let key = self.key(name);
+        self.weights
+            .source(&key)
+            .is_some_and(|source| self.weights.stores(source))
+    }
+
+    /// The stored shape.
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>, LoadError> {
+        Ok(self.weights.lookup(&self.key(name))?.shape.clone())
+    }
+
+    /// The tensor in its stored number format (or the one that was asked for), shape checked.
+    ///
+    /// Ones at the end of the stored shape are no difference: single files hold the VAE's attention weights as
+    /// 1x1 convolutions `[c, c, 1, 1]`, diffusers as `[c, c]`.
+    pub fn tensor<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<D>, LoadError> {
+        let data = self.data(name, shape)?;
+        let options = &self.weights.options;
+        let wanted = options.weight_dtype.unwrap_or(data.dtype());
+        Ok(self.upload(data, wanted))
+    }
+
+    /// The tensor widened to `f32`; for what is added or normalised with, where 16 bits would be felt.
+    pub fn tensor_f32<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<D>, LoadError> {
+        let data = self.data(name, shape)?;
+        Ok(self.upload(data, DType::F32))
+    }
+
+    fn data<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<TensorData, LoadError> {
+        let key = self.key(name);
+        let entry = self.weights.lookup(&key)?;
+        if trim_ones(&entry.shape) != trim_ones(&shape) {
+            return Err(LoadError::Shape {
+                path: self.weights.file_of(entry).to_owned(),
+                key: key.into_owned(),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        self.weights.decode(&key, entry, &shape)
+    }
+
+    fn upload<const D: usize>(&self, data: TensorData, wanted: DType) -> Tensor<D> {
+        let device = self.weights.device();
+        // 64-bit weights carry nothing that training uses; a format the device lacks (bf16 in WGSL) is widened.
+        let dtype = if wanted == DType::F64 || !device.supports_dtype(wanted) {
+            DType::F32
+        } else {
+            wanted
+        };
+        Tensor::from_data(data.convert_dtype(dtype), (device, dtype))
+    }
+
+    fn key<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        if self.path.is_empty() {
+            Cow::Borrowed(name)
+        } else {
+            Cow::Owned(format!("{}.{name}", self.path))
+        }
+    }
+}
+
+/// A shape without the ones at its end.
+fn trim_ones(shape: &[usize]) -> &[usize] {
+    let kept = shape
+        .iter()
+        .rposition(|&n| n != 1)
+        .map_or(0, |last| last + 1);
+    &shape[..kept]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::TensorView;
+
+    fn write(dir: &Path, name: &str, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> PathBuf {
+        let path = dir.join(name);
+        let views = tensors.iter().map(|(key, dtype, shape, data)| {
+            (*key, TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        path
+    }
+
+    fn f32s(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn a_tensor_is_found_below_its_prefix_and_keeps_its_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let halves: Vec<u8> = [1.0, -2.0, 0.5, 65504.0]
+            .iter()
+            .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+            .collect();
+        let path = write(
+            dir.path(),
+            "a.safetensors",
+            &[("block.0.weight", Dtype::F16, vec![2, 2], halves)],
+        );
+        let weights = Weights::open(&[path]).unwrap();
+        let at = weights.at("block").at("0");
+        assert_eq!(at.path(), "block.0");
+        assert!(at.has("weight") && !at.has("bias"));
+        let stored: Tensor<2> = at.tensor("weight", [2, 2]).unwrap();
+        assert_eq!(stored.dtype(), DType::F16);
+        let wide: Tensor<2> = at.tensor_f32("weight", [2, 2]).unwrap();
+        assert_eq!(
+            wide.into_data().try_into_vec::<f32>().unwrap(),
+            [1.0, -2.0, 0.5, 65504.0]
+        );
+    }
+
+    #[test]
+    fn a_1x1_convolution_is_a_matrix_but_another_shape_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(
+            dir.path(),
+            "a.safetensors",
+            &[("w", Dtype::F32, vec![2, 1, 1, 1], f32s(&[1.0, 2.0]))],
+        );
+        let weights = Weights::open(std::slice::from_ref(&path)).unwrap();
+        let matrix: Tensor<2> = weights.at("").tensor("w", [2, 1]).unwrap();
+        assert_eq!(matrix.dims(), [2, 1]);
+        let wrong: Result<Tensor<2>, _> = weights.at("").tensor("w", [1, 2]);
+        let message = wrong.unwrap_err().to_string();
+        assert!(message.contains("a.safetensors"), "{message}");
+        assert!(
+            message.contains("`w` has shape [2, 1, 1, 1], expected [1, 2]"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_key_map_renames_and_hides() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(
+            dir.path(),
+            "a.safetensors",
+            &[
+                ("old", Dtype::F32, vec![1], f32s(&[3.0])),
+                ("other", Dtype::F32, vec![1], f32s(&[4.0])),
+            ],
+        );
+        let map = HashMap::from([("new".to_owned(), KeySource("old".to_owned()))]);
+        let weights = Weights::open(&[path]).unwrap().with_key_map(map);
+        let at = weights.at("");
+        assert!(at.has("new") && !at.has("old") && !at.has("other"));
+        assert!(matches!(
+            at.shape("other"),
+            Err(LoadError::MissingKey { .. })
+        ));
+    }
+
+    #[test]
+    fn integers_are_refused_as_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(
+            dir.path(),
+            "a.safetensors",
+            &[("w", Dtype::I64, vec![1], vec![0; 8])],
+        );
+        let weights = Weights::open(&[path]).unwrap();
+        let wrong: Result<Tensor<1>, _> = weights.at("").tensor("w", [1]);
+        assert!(wrong.unwrap_err().to_string().contains("stored as I64"));
+    }
+
+    #[test]
+    fn two_files_must_not_hold_the_same_tensor() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensor = [("w", Dtype::F32, vec![1], f32s(&[1.0]))];
+        let a = write(dir.path(), "a.safetensors", &tensor);
+        let b = write(dir.path(), "b.safetensors", &tensor);
+        assert!(matches!(
+            Weights::open(&[a, b]),
+            Err(LoadError::DuplicateKey { .. })
+        ));
+    }
+
+    #[test]
+    fn hostile_files_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let header = |json: &str, data: &[u8]| {
+            let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(json.as_bytes());
+            bytes.extend(data);
+            bytes
+        };
+        let huge = format!("[{}1]", "18446744073709551615,".repeat(3));
+        let cases: Vec<(&str, Vec<u8>)> = vec![
+            ("empty", vec![]),
+            ("three bytes", vec![1, 2, 3]),
+            ("huge header", u64::MAX.to_le_bytes().to_vec()),
+            (
+                "header longer than the file",
+                1000u64.to_le_bytes().to_vec(),
+            ),
+            ("not JSON", header("{]", &[])),
+            ("not UTF-8", {
+                let mut bytes = 2u64.to_le_bytes().to_vec();
+                bytes.extend([0xff, 0xfe]);
+                bytes
+            }),
+            (
+                "data ends early",
+                header(
+                    r#"{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#,
+                    &[0; 8],
+                ),
+            ),
+            (
+                "shape and offsets disagree",
+                header(
+                    r#"{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,16]}}"#,
+                    &[0; 16],
+                ),
+            ),
+            (
+                "overlapping tensors",
+                header(
+                    r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                    &[0; 4],
+                ),
+            ),
+            (
+                "shape overflows",
+                header(
+                    &format!(r#"{{"w":{{"dtype":"F32","shape":{huge},"data_offsets":[0,4]}}}}"#),
+                    &[0; 4],
+                ),
+            ),
+            (
+                "too many dimensions",
+                header(
+                    r#"{"w":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#,
+                    &[0; 4],
+                ),
+            ),
+            (
+                "a name of a kilobyte",
+                header(
+                    &format!(
+                        r#"{{"{}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#,
+                        "n".repeat(1024)
+                    ),
+                    &[0; 4],
+                ),
+            ),
+        ];
+        for (what, bytes) in cases {
+            let path = dir.path().join("hostile.safetensors");
+            std::fs::write(&path, bytes).unwrap();
+            let error = Weights::open(&[path]).expect_err(what);
+            assert!(
+                error.to_string().contains("hostile.safetensors"),
+                "{what}: {error}"
+            );
+        }
+        assert!(matches!(
+            Weights::open(&[dir.path().to_owned()]),
+            Err(LoadError::Io { .. })
+        ));
+    }
+}
