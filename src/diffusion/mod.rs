@@ -1,13 +1,23 @@
 //! Stable Diffusion in burn.
 
+pub mod attention;
+pub mod config;
 pub mod devices;
 pub mod error;
+pub mod layers;
 pub mod ldm;
 mod mapping;
+pub mod resnet;
 pub mod samplers;
 pub mod schedule;
+#[cfg(test)]
+mod testing;
+pub mod text_encoder;
 mod text_fix;
 pub mod tokenizer;
+pub mod transformer;
+pub mod unet;
+pub mod vae;
 pub mod weights;
 
 pub use error::LoadError;

@@ -1,0 +1,325 @@
+//! The frozen layers that the models are made of, and the slot in each for a trainable adapter.
+//!
+//! Weights stay in their stored precision and are widened to the input's where they are used. They are never tracked
+//! by autodiff: a gradient flows through a layer to its input, and into an adapter, but never into a weight.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use burn::tensor::activation;
+use burn::tensor::module::conv2d;
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{DType, FloatDType, Tensor};
+
+use super::error::LoadError;
+use super::weights::WeightsAt;
+
+/// A trainable addition to a frozen layer.
+///
+/// Both methods get the layer, its input `x` and its output `y`, and return the output that takes `y`'s place.
+pub trait Adapter: Send + Sync + Debug {
+    /// # Shapes
+    /// - `x`: `[batch, tokens, d_in]`
+    /// - `y` and the result: `[batch, tokens, d_out]`
+    fn linear(&self, layer: &Linear, x: Tensor<3>, y: Tensor<3>) -> Tensor<3>;
+
+    /// # Shapes
+    /// - `x`: `[batch, c_in, height, width]`
+    /// - `y` and the result: `[batch, c_out, height', width']`
+    fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4>;
+}
+
+/// A layer that an adapter can be put on.
+#[derive(Debug)]
+pub enum LayerMut<'a> {
+    /// A linear layer.
+    Linear(&'a mut Linear),
+    /// A convolution.
+    Conv(&'a mut Conv2d),
+}
+
+/// Layers with their module paths, in the order of the reference implementation's `named_modules`.
+pub type Layers<'a> = Vec<(String, LayerMut<'a>)>;
+
+/// `y = x Wᵀ + b`
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// `[d_out, d_in]`, as stored.
+    pub weight: Tensor<2>,
+    /// `[d_out]`
+    pub bias: Option<Tensor<1>>,
+    adapter: Option<Arc<dyn Adapter>>,
+}
+
+impl Linear {
+    /// Reads `weight` and, where there is one, `bias`; the sizes are those of the file.
+    ///
+    /// # Errors
+    /// When `weight` is missing or not a matrix.
+    pub fn load(weights: &WeightsAt<'_>) -> Result<Self, LoadError> {
+        let shape = weights.shape("weight")?;
+        let (out, input) = match shape[..] {
+            // A single file may hold a linear layer as a 1x1 convolution.
+            [out, input] | [out, input, 1, 1] => (out, input),
+            _ => (0, 0),
+        };
+        Self::load_sized(weights, input, out)
+    }
+
+    /// Reads a layer of known sizes.
+    ///
+    /// # Errors
+    /// When `weight` is missing or has another shape.
+    pub fn load_sized(
+        weights: &WeightsAt<'_>,
+        d_in: usize,
+        d_out: usize,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            weight: weights.tensor("weight", [d_out, d_in])?,
+            bias: optional_bias(weights, d_out)?,
+            adapter: None,
+        })
+    }
+
+    /// Length of an input row.
+    pub fn d_in(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// Length of an output row.
+    pub fn d_out(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Puts an adapter on the layer, or takes it off.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<dyn Adapter>>) {
+        self.adapter = adapter;
+    }
+
+    /// # Shapes
+    /// - `x`: `[.., d_in]`
+    /// - output: `[.., d_out]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let mut shape = x.dims();
+        let rows = x.shape().num_elements() / self.d_in();
+        let y = self.multiply(x.clone().reshape([rows, self.d_in()]));
+        let y = match &self.adapter {
+            None => y,
+            Some(adapter) => {
+                // [batch, tokens, d]; a plain row is a batch of one token
+                let batch = if D > 1 { shape[0] } else { 1 };
+                let tokens = rows / batch;
+                let x = x.reshape([batch, tokens, self.d_in()]);
+                let y = y.reshape([batch, tokens, self.d_out()]);
+                adapter.linear(self, x, y).reshape([rows, self.d_out()])
+            }
+        };
+        shape[D - 1] = self.d_out();
+        y.reshape(shape)
+    }
+
+    fn multiply(&self, rows: Tensor<2>) -> Tensor<2> {
+        let weight = as_wide_as(self.weight.clone(), rows.dtype());
+        let y = rows.matmul(weight.transpose());
+        match &self.bias {
+            Some(bias) => y + bias.clone().unsqueeze(),
+            None => y,
+        }
+    }
+}
+
+/// A two-dimensional convolution (cross-correlation, as everywhere in this field).
+#[derive(Debug, Clone)]
+pub struct Conv2d {
+    /// `[c_out, c_in, kernel_h, kernel_w]`, as stored.
+    pub weight: Tensor<4>,
+    /// `[c_out]`
+    pub bias: Option<Tensor<1>>,
+    /// Step of the window, vertical and horizontal.
+    pub stride: [usize; 2],
+    /// Zeros around the image, vertical and horizontal.
+    pub padding: [usize; 2],
+    adapter: Option<Arc<dyn Adapter>>,
+}
+
+impl Conv2d {
+    /// Reads a convolution with a square kernel, padded so that stride 1 keeps the size.
+    ///
+    /// # Errors
+    /// When `weight` is missing or has another shape.
+    pub fn load(
+        weights: &WeightsAt<'_>,
+        c_in: usize,
+        c_out: usize,
+        kernel: usize,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            weight: weights.tensor("weight", [c_out, c_in, kernel, kernel])?,
+            bias: optional_bias(weights, c_out)?,
+            stride: [1, 1],
+            padding: [kernel / 2, kernel / 2],
+            adapter: None,
+        })
+    }
+
+    /// The same with another stride and padding.
+    #[must_use]
+    pub fn with_geometry(mut self, stride: usize, padding: usize) -> Self {
+        self.stride = [stride, stride];
+        self.padding = [padding, padding];
+        self
+    }
+
+    /// Input channels.
+    pub fn c_in(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// Output channels.
+    pub fn c_out(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Puts an adapter on the layer, or takes it off.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<dyn Adapter>>) {
+        self.adapter = adapter;
+    }
+
+    /// # Shapes
+    /// - `x`: `[batch, c_in, height, width]`
+    /// - output: `[batch, c_out, height', width']`
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let weight = as_wide_as(self.weight.clone(), x.dtype());
+        let options = ConvOptions::new(self.stride, self.padding, [1, 1], 1);
+        let y = conv2d(x.clone(), weight, self.bias.clone(), options);
+        match &self.adapter {
+            Some(adapter) => adapter.conv(self, x, y),
+            None => y,
+        }
+    }
+}
+
+/// Group normalisation over channels and pixels.
+///
+/// `y = (x - mean) / sqrt(var + eps) * weight + bias`, mean and (biased) variance over each group of channels.
+/// Wu & He 2018, arXiv:1803.08494.
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Reads `weight` and `bias` of `channels` channels.
+    ///
+    /// # Errors
+    /// When they are missing, or `groups` does not divide `channels`.
+    pub fn load(
+        weights: &WeightsAt<'_>,
+        channels: usize,
+        groups: usize,
+        eps: f64,
+    ) -> Result<Self, LoadError> {
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            return Err(LoadError::config(
+                std::path::Path::new(weights.path()),
+                format!("{groups} norm groups do not divide {channels} channels"),
+            ));
+        }
+        Ok(Self {
+            weight: weights.tensor_f32("weight", [channels])?,
+            bias: weights.tensor_f32("bias", [channels])?,
+            groups,
+            eps,
+        })
+    }
+
+    /// # Shapes
+    /// - `x` and output: `[batch, channels, height, width]`
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let [batch, channels, height, width] = x.dims();
+        let grouped = x.reshape([batch, self.groups, channels / self.groups * height * width]);
+        let normed = standardize(grouped, self.eps).reshape([batch, channels, height, width]);
+        let weight = self.weight.clone().reshape([1, channels, 1, 1]);
+        let bias = self.bias.clone().reshape([1, channels, 1, 1]);
+        normed * weight + bias
+    }
+}
+
+/// Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450).
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Reads `weight` and `bias` of rows of length `d`.
+    ///
+    /// # Errors
+    /// When they are missing or of another length.
+    pub fn load(weights: &WeightsAt<'_>, d: usize, eps: f64) -> Result<Self, LoadError> {
+        Ok(Self {
+            weight: weights.tensor_f32("weight", [d])?,
+            bias: weights.tensor_f32("bias", [d])?,
+            eps,
+        })
+    }
+
+    /// # Shapes
+    /// - `x` and output: `[batch, tokens, d]`
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        standardize(x, self.eps) * self.weight.clone().unsqueeze() + self.bias.clone().unsqueeze()
+    }
+}
+
+/// Rows of the last axis with mean 0 and variance 1.
+fn standardize(x: Tensor<3>, eps: f64) -> Tensor<3> {
+    let centred = x.clone() - x.mean_dim(2);
+    let variance = centred.clone().square().mean_dim(2);
+    centred / variance.add_scalar(eps).sqrt()
+}
+
+/// `x * sigmoid(x)`
+pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    activation::silu(x)
+}
+
+/// The activation between the two layers of a text encoder's MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`: OpenAI's CLIP.
+    QuickGelu,
+    /// `x * Φ(x)` with the error function: OpenCLIP.
+    Gelu,
+}
+
+impl Activation {
+    /// Applies it to each element.
+    pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::QuickGelu => x.clone() * activation::sigmoid(x.mul_scalar(1.702)),
+            Self::Gelu => activation::gelu(x),
+        }
+    }
+}
+
+fn as_wide_as<const D: usize>(weight: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if weight.dtype() == dtype {
+        weight
+    } else {
+        weight.cast(FloatDType::from(dtype))
+    }
+}
+
+fn optional_bias(weights: &WeightsAt<'_>, length: usize) -> Result<Option<Tensor<1>>, LoadError> {
+    if weights.has("bias") {
+        weights.tensor_f32("bias", [length]).map(Some)
+    } else {
+        Ok(None)
+    }
+}

@@ -1,0 +1,424 @@
+//! The UNet that predicts noise (`UNet2DConditionModel` in diffusers): down, through the middle, and up again.
+//!
+//! Rombach et al. 2022, arXiv:2112.10752.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::config::UNetConfig;
+use super::error::LoadError;
+use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear, silu};
+use super::resnet::{Downsample, ResnetBlock, Upsample};
+use super::transformer::{Transformer2d, TransformerSize};
+use super::weights::WeightsAt;
+
+/// Longest period of the timestep embedding.
+const MAX_PERIOD: f64 = 10_000.0;
+
+/// Predicts the noise (or velocity) in a noisy latent.
+#[derive(Debug)]
+pub struct UNet {
+    time_embedding: TimeEmbedding,
+    conv_in: Conv2d,
+    down_blocks: Vec<DownBlock>,
+    mid_block: MidBlock,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct TimeEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    cosines_first: bool,
+    frequency_shift: f64,
+}
+
+#[derive(Debug)]
+struct DownBlock {
+    resnets: Vec<ResnetBlock>,
+    attentions: Vec<Transformer2d>, // empty, or one for each residual block
+    downsampler: Option<Downsample>,
+}
+
+#[derive(Debug)]
+struct MidBlock {
+    first: ResnetBlock,
+    attention: Transformer2d,
+    second: ResnetBlock,
+}
+
+#[derive(Debug)]
+struct UpBlock {
+    resnets: Vec<ResnetBlock>,
+    attentions: Vec<Transformer2d>, // empty, or one for each residual block
+    upsampler: Option<Upsample>,
+}
+
+impl UNet {
+    /// Reads the UNet; `weights` is the root that holds `conv_in`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape than `config` says.
+    pub fn load(weights: &WeightsAt<'_>, config: &UNetConfig) -> Result<Self, LoadError> {
+        let channels = &config.block_out_channels;
+        let (narrow, wide) = (channels[0], channels[channels.len() - 1]);
+        let (groups, eps) = (config.norm_num_groups, config.norm_eps);
+        let plan = BlockPlan { config };
+        Ok(Self {
+            time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), config)?,
+            conv_in: Conv2d::load(&weights.at("conv_in"), config.in_channels, narrow, 3)?,
+            down_blocks: (0..channels.len())
+                .map(|index| plan.down(&weights.at(format!("down_blocks.{index}")), index))
+                .collect::<Result<_, _>>()?,
+            mid_block: plan.mid(&weights.at("mid_block"), wide)?,
+            up_blocks: (0..channels.len())
+                .map(|index| plan.up(&weights.at(format!("up_blocks.{index}")), index))
+                .collect::<Result<_, _>>()?,
+            conv_norm_out: GroupNorm::load(&weights.at("conv_norm_out"), narrow, groups, eps)?,
+            conv_out: Conv2d::load(&weights.at("conv_out"), narrow, config.out_channels, 3)?,
+            device: weights.device().clone(),
+        })
+    }
+
+    /// Channels of a latent.
+    pub fn latent_channels(&self) -> usize {
+        self.conv_in.c_in()
+    }
+
+    /// # Shapes
+    /// - `sample` and output: `[batch, c, height, width]`
+    /// - `timesteps`: one for each sample
+    /// - `context`: `[batch, tokens, d_context]`
+    pub fn forward(&self, sample: Tensor<4>, timesteps: &[f32], context: Tensor<3>) -> Tensor<4> {
+        // Each residual block applies the same activation to the embedding: it is done once.
+        let time = silu(self.time_embedding.forward(timesteps, &self.device));
+        let mut hidden = self.conv_in.forward(sample);
+        let mut skips = vec![hidden.clone()];
+        for block in &self.down_blocks {
+            hidden = block.forward(hidden, &time, &context, &mut skips);
+        }
+        hidden = self.mid_block.forward(hidden, &time, &context);
+        for block in &self.up_blocks {
+            hidden = block.forward(hidden, &time, &context, &mut skips);
+        }
+        self.conv_out
+            .forward(silu(self.conv_norm_out.forward(hidden)))
+    }
+
+    /// Every linear layer and convolution with its path, for adapters.
+    pub fn layers_mut(&mut self) -> Layers<'_> {
+        let mut found: Layers<'_> = vec![("conv_in".to_owned(), LayerMut::Conv(&mut self.conv_in))];
+        for (name, linear) in [
+            ("linear_1", &mut self.time_embedding.linear_1),
+            ("linear_2", &mut self.time_embedding.linear_2),
+        ] {
+            found.push((format!("time_embedding.{name}"), LayerMut::Linear(linear)));
+        }
+        for (index, block) in self.down_blocks.iter_mut().enumerate() {
+            let path = format!("down_blocks.{index}");
+            collect(&path, &mut block.attentions, &mut block.resnets, &mut found);
+            if let Some(downsampler) = &mut block.downsampler {
+                downsampler.collect_layers(&format!("{path}.downsamplers.0"), &mut found);
+            }
+        }
+        for (index, block) in self.up_blocks.iter_mut().enumerate() {
+            let path = format!("up_blocks.{index}");
+            collect(&path, &mut block.attentions, &mut block.resnets, &mut found);
+            if let Some(upsampler) = &mut block.upsampler {
+                upsampler.collect_layers(&format!("{path}.upsamplers.0"), &mut found);
+            }
+        }
+        let mid = &mut self.mid_block;
+        mid.attention
+            .collect_layers("mid_block.attentions.0", &mut found);
+        mid.first.collect_layers("mid_block.resnets.0", &mut found);
+        mid.second.collect_layers("mid_block.resnets.1", &mut found);
+        found.push(("conv_out".to_owned(), LayerMut::Conv(&mut self.conv_out)));
+        found
+    }
+}
+
+/// Layers of a block in the order in which the reference registers them: attentions, then residual blocks.
+fn collect<'a>(
+    path: &str,
+    attentions: &'a mut [Transformer2d],
+    resnets: &'a mut [ResnetBlock],
+    found: &mut Layers<'a>,
+) {
+    for (index, attention) in attentions.iter_mut().enumerate() {
+        attention.collect_layers(&format!("{path}.attentions.{index}"), found);
+    }
+    for (index, resnet) in resnets.iter_mut().enumerate() {
+        resnet.collect_layers(&format!("{path}.resnets.{index}"), found);
+    }
+}
+
+/// Knows the sizes of each block.
+struct BlockPlan<'a> {
+    config: &'a UNetConfig,
+}
+
+impl BlockPlan<'_> {
+    fn transformer(&self, channels: usize, index: usize) -> TransformerSize {
+        TransformerSize {
+            channels,
+            heads: self.config.heads()[index],
+            context: self.config.cross_attention_dim,
+            groups: self.config.norm_num_groups,
+        }
+    }
+
+    fn resnet(
+        &self,
+        weights: &WeightsAt<'_>,
+        c_in: usize,
+        c_out: usize,
+    ) -> Result<ResnetBlock, LoadError> {
+        let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);
+        ResnetBlock::load(weights, c_in, c_out, groups, eps)
+    }
+
+    fn down(&self, weights: &WeightsAt<'_>, index: usize) -> Result<DownBlock, LoadError> {
+        let channels = &self.config.block_out_channels;
+        let (c_in, c_out) = (channels[index.saturating_sub(1)], channels[index]);
+        let mut block = DownBlock {
+            resnets: Vec::new(),
+            attentions: Vec::new(),
+            downsampler: None,
+        };
+        for layer in 0..self.config.layers_per_block {
+            let c_in = if layer == 0 { c_in } else { c_out };
+            let resnet = weights.at(format!("resnets.{layer}"));
+            block.resnets.push(self.resnet(&resnet, c_in, c_out)?);
+            if self.config.down_attends(index) {
+                let size = self.transformer(c_out, index);
+                let attention = weights.at(format!("attentions.{layer}"));
+                block
+                    .attentions
+                    .push(Transformer2d::load(&attention, size)?);
+            }
+        }
+        if index + 1 < channels.len() {
+            let weights = weights.at("downsamplers.0");
+            block.downsampler = Some(Downsample::load(&weights, c_out, false)?);
+        }
+        Ok(block)
+    }
+
+    fn mid(&self, weights: &WeightsAt<'_>, channels: usize) -> Result<MidBlock, LoadError> {
+        let last = self.config.block_out_channels.len() - 1;
+        let size = self.transformer(channels, last);
+        Ok(MidBlock {
+            first: self.resnet(&weights.at("resnets.0"), channels, channels)?,
+            attention: Transformer2d::load(&weights.at("attentions.0"), size)?,
+            second: self.resnet(&weights.at("resnets.1"), channels, channels)?,
+        })
+    }
+
+    fn up(&self, weights: &WeightsAt<'_>, index: usize) -> Result<UpBlock, LoadError> {
+        let channels = &self.config.block_out_channels;
+        let last = channels.len() - 1;
+        // The way up mirrors the way down.
+        let mirrored = last - index;
+        let c_out = channels[mirrored];
+        let c_before = channels[(mirrored + 1).min(last)];
+        let c_last_skip = channels[mirrored.saturating_sub(1)];
+        let layers = self.config.layers_per_block + 1;
+        let mut block = UpBlock {
+            resnets: Vec::new(),
+            attentions: Vec::new(),
+            upsampler: None,
+        };
+        for layer in 0..layers {
+            let c_hidden = if layer == 0 { c_before } else { c_out };
+            let c_skip = if layer + 1 == layers {
+                c_last_skip
+            } else {
+                c_out
+            };
+            let resnet = weights.at(format!("resnets.{layer}"));
+            block
+                .resnets
+                .push(self.resnet(&resnet, c_hidden + c_skip, c_out)?);
+            if self.config.up_attends(index) {
+                let size = self.transformer(c_out, mirrored);
+                let attention = weights.at(format!("attentions.{layer}"));
+                block
+                    .attentions
+                    .push(Transformer2d::load(&attention, size)?);
+            }
+        }
+        if index < last {
+            let weights = weights.at("upsamplers.0");
+            block.upsampler = Some(Upsample::load(&weights, c_out)?);
+        }
+        Ok(block)
+    }
+}
+
+impl TimeEmbedding {
+    fn load(weights: &WeightsAt<'_>, config: &UNetConfig) -> Result<Self, LoadError> {
+        Ok(Self {
+            linear_1: Linear::load(&weights.at("linear_1"))?,
+            linear_2: Linear::load(&weights.at("linear_2"))?,
+            cosines_first: config.flip_sin_to_cos,
+            frequency_shift: config.freq_shift,
+        })
+    }
+
+    /// Sinusoids of the timestep, then two layers: `[batch, d_time]`
+    fn forward(&self, timesteps: &[f32], device: &Device) -> Tensor<2> {
+        let width = self.linear_1.d_in();
+        let values: Vec<f32> = timesteps
+            .iter()
+            .flat_map(|timestep| self.sinusoids(*timestep, width))
+            .collect();
+        let data = TensorData::new(values, [timesteps.len(), width]);
+        let waves = Tensor::<2>::from_data(data, device);
+        self.linear_2.forward(silu(self.linear_1.forward(waves)))
+    }
+
+    /// `cos(t ω_i)`, `sin(t ω_i)` with `ω_i = max_period^(-i / (half - shift))`; in f32 as the reference.
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        reason = "indices are below 2^24, and the reference computes in f32"
+    )]
+    fn sinusoids(&self, timestep: f32, width: usize) -> Vec<f32> {
+        let half = width / 2;
+        let angle = |index: usize| {
+            let exponent = -(MAX_PERIOD.ln() as f32) * index as f32
+                / (half as f64 - self.frequency_shift) as f32;
+            timestep * exponent.exp()
+        };
+        let sines = (0..half).map(|index| angle(index).sin());
+        let cosines = (0..half).map(|index| angle(index).cos());
+        let mut waves: Vec<f32> = if self.cosines_first {
+            cosines.chain(sines).collect()
+        } else {
+            sines.chain(cosines).collect()
+        };
+        waves.resize(width, 0.0); // an odd width ends with a zero
+        waves
+    }
+}
+
+impl DownBlock {
+    fn forward(
+        &self,
+        mut hidden: Tensor<4>,
+        time: &Tensor<2>,
+        context: &Tensor<3>,
+        skips: &mut Vec<Tensor<4>>,
+    ) -> Tensor<4> {
+        for (index, resnet) in self.resnets.iter().enumerate() {
+            hidden = resnet.forward(hidden, Some(time));
+            if let Some(attention) = self.attentions.get(index) {
+                hidden = attention.forward(hidden, context);
+            }
+            skips.push(hidden.clone());
+        }
+        if let Some(downsampler) = &self.downsampler {
+            hidden = downsampler.forward(hidden);
+            skips.push(hidden.clone());
+        }
+        hidden
+    }
+}
+
+impl MidBlock {
+    fn forward(&self, hidden: Tensor<4>, time: &Tensor<2>, context: &Tensor<3>) -> Tensor<4> {
+        let hidden = self.first.forward(hidden, Some(time));
+        let hidden = self.attention.forward(hidden, context);
+        self.second.forward(hidden, Some(time))
+    }
+}
+
+impl UpBlock {
+    fn forward(
+        &self,
+        mut hidden: Tensor<4>,
+        time: &Tensor<2>,
+        context: &Tensor<3>,
+        skips: &mut Vec<Tensor<4>>,
+    ) -> Tensor<4> {
+        for (index, resnet) in self.resnets.iter().enumerate() {
+            if let Some(skip) = skips.pop() {
+                hidden = Tensor::cat(vec![hidden, skip], 1);
+            }
+            hidden = resnet.forward(hidden, Some(time));
+            if let Some(attention) = self.attentions.get(index) {
+                hidden = attention.forward(hidden, context);
+            }
+        }
+        match (&self.upsampler, skips.last()) {
+            (Some(upsampler), Some(next)) => {
+                let [_, _, height, width] = next.dims();
+                upsampler.forward(hidden, [height, width])
+            }
+            _ => hidden,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::Hints;
+    use super::super::testing::{Goldens, weights};
+    use super::*;
+
+    const TOLERANCE: f32 = 2e-5;
+
+    fn tiny() -> (UNet, UNetConfig) {
+        let (weights, folder) = weights("unet");
+        let config = UNetConfig::from_json(&folder.join("config.json")).unwrap();
+        (UNet::load(&weights.at(""), &config).unwrap(), config)
+    }
+
+    #[test]
+    fn predictions_equal_the_reference() {
+        let (unet, _) = tiny();
+        let goldens = Goldens::open("unet");
+        let sample: Tensor<4> = goldens.tensor("sample");
+        let context: Tensor<3> = goldens.tensor("context");
+        for (name, timesteps) in [
+            ("pred_t0", [0.0, 0.0]),
+            ("pred_t500", [500.0, 500.0]),
+            ("pred_t999", [999.0, 999.0]),
+            ("pred_mixed_t0_t999", [0.0, 999.0]),
+        ] {
+            let predicted = unet.forward(sample.clone(), &timesteps, context.clone());
+            goldens.check(name, predicted, TOLERANCE);
+        }
+        let predicted = unet.forward(
+            goldens.tensor("sample_rect"),
+            &[321.0],
+            goldens.tensor("context_152"),
+        );
+        goldens.check("pred_rect_ctx152_t321", predicted, TOLERANCE);
+    }
+
+    #[test]
+    fn sizes_are_inferred_from_shapes() {
+        let (weights, _) = weights("unet");
+        let (_, stated) = tiny();
+        let hints = Hints {
+            unet_heads: 4,
+            ..Hints::SD1
+        };
+        let inferred = UNetConfig::infer(&weights.at(""), &hints).unwrap();
+        assert_eq!(format!("{inferred:?}"), format!("{stated:?}"));
+    }
+
+    #[test]
+    fn an_odd_latent_keeps_its_size() {
+        let (unet, config) = tiny();
+        let device = Device::flex();
+        let sample = Tensor::<4>::ones([1, config.in_channels, 10, 6], &device);
+        let context = Tensor::<3>::ones([1, 5, config.cross_attention_dim], &device);
+        let predicted = unet.forward(sample, &[10.0], context);
+        assert_eq!(predicted.dims(), [1, config.out_channels, 10, 6]);
+    }
+}
