@@ -1,1 +1,3 @@
 //! lorasmith trains LoRA adapters for Stable Diffusion behind a REST API.
+
+pub mod api;
