@@ -1,3 +1,4 @@
 //! lorasmith trains LoRA adapters for Stable Diffusion behind a REST API.
 
 pub mod api;
+pub mod config;

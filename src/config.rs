@@ -1,0 +1,197 @@
+//! Every setting of the service: its unit, its default and where it may come from.
+//!
+//! Later sources win: defaults, then `lorasmith.toml` (or the file named by `--config`), then environment variables
+//! `LORASMITH_<NAME>`, then command-line flags.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+
+/// The file that is read from the working directory when `--config` names none.
+pub const DEFAULT_FILE: &str = "lorasmith.toml";
+
+/// The service's settings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address and port to listen on; port 0 takes a free one.
+    pub bind: SocketAddr,
+    /// Where rows (SQLite) and blobs are kept.
+    pub data_dir: PathBuf,
+    /// Database connection string; SQLite in `data_dir` when absent, `postgres://…` for Postgres.
+    pub database_url: Option<String>,
+    /// Where base models are looked for: `.safetensors` files and diffusers folders.
+    pub models_dir: PathBuf,
+    /// Plugin folders that are searched besides the program's own folder.
+    pub plugin_dirs: Vec<PathBuf>,
+    /// SHA-256 digests of the plugins that may be loaded; all when absent.
+    pub plugin_sha256: Option<Vec<String>>,
+    /// Device of runs that name none: `auto`, `cpu`, `vulkan:0`.
+    pub device: String,
+    /// Bearer key that requests must carry; required as soon as `bind` is not a loopback address.
+    pub api_key: Option<String>,
+    /// Threads that answer requests.
+    pub http_workers: usize,
+    /// How many runs may train at the same time.
+    pub max_concurrent_runs: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7870),
+            data_dir: PathBuf::from("lorasmith-data"),
+            database_url: None,
+            models_dir: PathBuf::from("models"),
+            plugin_dirs: Vec::new(),
+            plugin_sha256: None,
+            device: "auto".to_owned(),
+            api_key: None,
+            http_workers: 2,
+            max_concurrent_runs: 1,
+        }
+    }
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A source could not be read, or holds a wrong value or an unknown name.
+    #[error("settings: {0}")]
+    Invalid(Box<figment::Error>),
+    /// The file named by `--config` is not there.
+    #[error("settings file `{0}` does not exist")]
+    MissingFile(PathBuf),
+    /// The service would be reachable from outside without a key.
+    #[error("`bind` is {0}, which others can reach: set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1")]
+    OpenToOthers(SocketAddr),
+    /// A number is out of range.
+    #[error("`{name}` is {found}; expected {expected}")]
+    OutOfRange {
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// What would be right.
+        expected: &'static str,
+    },
+}
+
+/// Values given on the command line; absent ones leave the other sources in force.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Overrides {
+    /// See [`Config::bind`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bind: Option<SocketAddr>,
+    /// See [`Config::data_dir`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_dir: Option<PathBuf>,
+    /// See [`Config::models_dir`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub models_dir: Option<PathBuf>,
+    /// See [`Config::device`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+}
+
+impl Config {
+    /// Reads all sources.
+    ///
+    /// # Errors
+    /// When a source is unreadable, a name is unknown, a value is wrong, or the combination is unsafe.
+    pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        if let Some(file) = file
+            && !file.is_file()
+        {
+            return Err(ConfigError::MissingFile(file.to_owned()));
+        }
+        let file = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let config: Self = Figment::from(Serialized::defaults(Self::default()))
+            .merge(Toml::file(file))
+            // `LORASMITH_LOG` and `LORASMITH_CONFIG` are read elsewhere.
+            .merge(Env::prefixed("LORASMITH_").ignore(&["log", "config"]))
+            .merge(Serialized::defaults(overrides))
+            .extract()
+            .map_err(|error| ConfigError::Invalid(Box::new(error)))?;
+        config.check()
+    }
+
+    fn check(self) -> Result<Self, ConfigError> {
+        if !self.bind.ip().is_loopback() && self.api_key.as_deref().unwrap_or_default().is_empty() {
+            return Err(ConfigError::OpenToOthers(self.bind));
+        }
+        for (name, value) in [
+            ("http_workers", self.http_workers),
+            ("max_concurrent_runs", self.max_concurrent_runs),
+        ] {
+            if !(1..=256).contains(&value) {
+                return Err(ConfigError::OutOfRange {
+                    name,
+                    found: value.to_string(),
+                    expected: "1 to 256",
+                });
+            }
+        }
+        Ok(self)
+    }
+
+    /// The database connection string in force.
+    pub fn database_url(&self) -> String {
+        self.database_url.clone().unwrap_or_else(|| {
+            format!(
+                "sqlite://{}?mode=rwc",
+                self.data_dir.join("lorasmith.sqlite3").display()
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reachable_address_needs_a_key() {
+        let config = Config {
+            bind: "0.0.0.0:7870".parse().unwrap(),
+            ..Config::default()
+        };
+        assert!(matches!(
+            config.clone().check(),
+            Err(ConfigError::OpenToOthers(_))
+        ));
+        let with_key = Config {
+            api_key: Some("secret".to_owned()),
+            ..config
+        };
+        assert!(with_key.check().is_ok());
+    }
+
+    #[test]
+    fn an_unknown_name_in_the_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.toml");
+        std::fs::write(&file, "bnid = \"127.0.0.1:1\"\n").unwrap();
+        let error = Config::load(Some(&file), &Overrides::default()).unwrap_err();
+        assert!(error.to_string().contains("bnid"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("settings.toml");
+        std::fs::write(&file, "device = \"cpu\"\nmax_concurrent_runs = 3\n").unwrap();
+        let overrides = Overrides {
+            device: Some("vulkan:0".to_owned()),
+            ..Overrides::default()
+        };
+        let config = Config::load(Some(&file), &overrides).unwrap();
+        assert_eq!(
+            (config.device.as_str(), config.max_concurrent_runs),
+            ("vulkan:0", 3)
+        );
+    }
+}

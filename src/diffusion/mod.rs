@@ -1,0 +1,3 @@
+//! Stable Diffusion in burn.
+
+pub mod devices;
