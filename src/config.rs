@@ -66,7 +66,9 @@ pub enum ConfigError {
     #[error("settings file `{0}` does not exist")]
     MissingFile(PathBuf),
     /// The service would be reachable from outside without a key.
-    #[error("`bind` is {0}, which others can reach: set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1")]
+    #[error(
+        "`bind` is {0}, which others can reach: set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1"
+    )]
     OpenToOthers(SocketAddr),
     /// A number is out of range.
     #[error("`{name}` is {found}; expected {expected}")]

@@ -197,7 +197,7 @@ impl<'de> de::Deserializer<'de> for Node<'_> {
                     text,
                     failed_at,
                 }
-                .leaf(|v, visitor| v.deserialize_any(visitor), visitor);
+                .leaf(de::Deserializer::deserialize_any, visitor);
             }
         };
         Self::note(failed_at, &path, result)
