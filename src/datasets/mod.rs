@@ -5,3 +5,5 @@ pub mod captions;
 pub mod layout;
 pub mod limits;
 pub mod pictures;
+pub mod prepare;
+pub mod report;
