@@ -3,14 +3,14 @@
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::http::header::{self, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{Error, HttpMessage as _};
 use tracing::Span;
 use tracing_actix_web::{RequestId, RootSpanBuilder};
 
 use super::codes::Code;
-use super::problem::Problem;
+use super::problem::{PROBLEM_JSON, Problem};
 
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -90,11 +90,22 @@ pub async fn finish<B: MessageBody + 'static>(
 }
 
 fn describe(response: ServiceResponse, path: &str) -> ServiceResponse {
+    let status = response.status();
     let problem = match response.response().error() {
-        Some(error) => problem_of(error, response.status()),
+        Some(error) => problem_of(error, status),
+        None if is_bare_error(&response) => {
+            Problem::new(Code::for_status(status), "the request was not answered")
+        }
         None => return response,
     };
     response.into_response(problem.response(Some(path)))
+}
+
+/// An error answer that nobody has written a problem for.
+fn is_bare_error(response: &ServiceResponse) -> bool {
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let failed = response.status().is_client_error() || response.status().is_server_error();
+    failed && kind.is_none_or(|kind| kind != PROBLEM_JSON)
 }
 
 /// The problem inside of an error, or one that says no more than the status does.
