@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod codes;
 pub mod decode;
+pub mod download;
 pub mod extract;
 pub mod middleware;
 pub mod multipart;
