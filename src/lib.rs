@@ -1,3 +1,7 @@
 //! lorasmith trains LoRA adapters for Stable Diffusion behind a REST API.
 
+pub mod api;
+pub mod config;
+pub mod datasets;
 pub mod diffusion;
+pub mod telemetry;

@@ -1,0 +1,94 @@
+//! The REST API: the only module that knows HTTP. One file per resource; the rules are in `openapi/CONVENTIONS.md`.
+
+pub mod auth;
+pub mod codes;
+pub mod decode;
+pub mod download;
+pub mod extract;
+pub mod middleware;
+pub mod multipart;
+pub mod openapi;
+pub mod page;
+pub mod patch;
+pub mod problem;
+
+use actix_web::body::MessageBody;
+use actix_web::dev::{ServiceFactory, ServiceRequest, ServiceResponse};
+use actix_web::http::header::{self, HeaderValue};
+use actix_web::middleware::from_fn;
+use actix_web::{App, Error, HttpRequest, HttpResponse, web};
+use tracing_actix_web::TracingLogger;
+use utoipa_actix_web::scope;
+use utoipa_actix_web::service_config::ServiceConfig;
+use utoipa_swagger_ui::SwaggerUi;
+
+pub use codes::Code;
+pub use extract::{Json, Query};
+pub use openapi::openapi;
+pub use page::{Page, PageQuery, PageRequest};
+pub use patch::{MergePatch, check_if_match, etag};
+pub use problem::{FieldError, Problem, ProblemBody};
+
+use auth::ApiKey;
+use middleware::RequestSpan;
+use openapi::RouteTable;
+
+/// Every route of the API. A resource adds its own in its file.
+pub fn configure(config: &mut ServiceConfig<'_>) {
+    config.service(scope::scope("/v1").configure(|_config| {}));
+}
+
+/// The whole application: routes, documentation, errors, request ids, keys.
+///
+/// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like.
+pub fn app(
+    key: ApiKey,
+    services: impl FnOnce(&mut web::ServiceConfig),
+) -> App<
+    impl ServiceFactory<
+        ServiceRequest,
+        Config = (),
+        Response = ServiceResponse<impl MessageBody>,
+        Error = Error,
+        InitError = (),
+    >,
+> {
+    let document = openapi();
+    App::new()
+        .configure(services)
+        .app_data(extract::path_config())
+        .app_data(web::Data::new(key))
+        .app_data(web::Data::new(RouteTable::new(&document)))
+        .configure(|config| configure(&mut ServiceConfig::new(config)))
+        .service(web::redirect("/docs", "/docs/"))
+        .service(SwaggerUi::new("/docs/{_:.*}").url("/openapi.json", document))
+        .default_service(web::to(no_route))
+        .wrap(from_fn(auth::guard))
+        .wrap(from_fn(middleware::finish))
+        .wrap(TracingLogger::<RequestSpan>::new())
+}
+
+/// 404, or 405 when the path exists with other methods.
+async fn no_route(
+    request: HttpRequest,
+    table: web::Data<RouteTable>,
+) -> Result<HttpResponse, Problem> {
+    let methods: Vec<String> = table
+        .methods(request.path())
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    if methods.is_empty() {
+        return Err(Problem::new(
+            Code::NotFound,
+            format!("there is nothing at `{}`", request.path()),
+        ));
+    }
+    let allowed = methods.join(", ");
+    let detail = format!("found {}, expected {allowed}", request.method());
+    let problem = Problem::new(Code::MethodNotAllowed, detail);
+    match HeaderValue::from_str(&allowed) {
+        Ok(allowed) => Err(problem.with_header(header::ALLOW, allowed)),
+        Err(_) => Err(problem),
+    }
+}

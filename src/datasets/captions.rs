@@ -1,0 +1,187 @@
+//! Caption files as text: which encoding, which line, and what has to be reported about it.
+
+use encoding_rs::{Encoding, UTF_16BE, UTF_16LE, WINDOWS_1252};
+
+/// The text of a caption file and what was odd about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caption {
+    pub text: String,
+    pub remarks: Vec<CaptionRemark>,
+}
+
+/// Something the owner of a caption should know; the caption is kept all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CaptionRemark {
+    #[error("the file is not UTF-8; it was read as Windows-1252 (Latin-1)")]
+    ReadAsWindows1252,
+    #[error("the caption is empty")]
+    Empty,
+    #[error("only the first line is used")]
+    OnlyFirstLine,
+}
+
+impl CaptionRemark {
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::ReadAsWindows1252 => "read_as_windows_1252",
+            Self::Empty => "empty_caption",
+            Self::OnlyFirstLine => "only_first_line",
+        }
+    }
+}
+
+/// Text that cannot be a caption.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CaptionError {
+    #[error(
+        "found bytes that are neither UTF-8, UTF-16 with a byte order mark nor Windows-1252 text"
+    )]
+    NotText,
+    #[error("found {found} bytes, expected at most {limit}")]
+    TooLarge { found: u64, limit: u64 },
+    #[error("found the control character U+{0:04X}; a caption is one line of text")]
+    ControlCharacter(u32),
+}
+
+/// Reads the bytes of a caption file.
+///
+/// The first line, stripped, is the caption (as in sd-scripts without wildcards). UTF-8 and UTF-16 are told by
+/// byte order mark or validity; anything else is Windows-1252, if that gives no control characters.
+///
+/// # Errors
+/// [`CaptionError::NotText`] when no encoding gives plain text.
+pub fn read(bytes: &[u8]) -> Result<Caption, CaptionError> {
+    let (text, guessed) = decode(bytes)?;
+    let mut lines = text.split(['\n', '\r']);
+    let first = lines.next().unwrap_or_default().trim().to_owned();
+    let mut remarks = Vec::new();
+    if guessed {
+        remarks.push(CaptionRemark::ReadAsWindows1252);
+    }
+    if first.is_empty() {
+        remarks.push(CaptionRemark::Empty);
+    }
+    if lines.any(|line| !line.trim().is_empty()) {
+        remarks.push(CaptionRemark::OnlyFirstLine);
+    }
+    Ok(Caption {
+        text: first,
+        remarks,
+    })
+}
+
+/// Checks a caption that was given as text.
+///
+/// # Errors
+/// When it is too long, or is not one line of text.
+pub fn check(text: &str, limit_bytes: u64) -> Result<(), CaptionError> {
+    let found = text.len() as u64;
+    if found > limit_bytes {
+        return Err(CaptionError::TooLarge {
+            found,
+            limit: limit_bytes,
+        });
+    }
+    match text.chars().find(|c| c.is_control() && *c != '\t') {
+        Some(control) => Err(CaptionError::ControlCharacter(control.into())),
+        None => Ok(()),
+    }
+}
+
+/// The text, and whether its encoding was only guessed.
+fn decode(bytes: &[u8]) -> Result<(String, bool), CaptionError> {
+    let strict = |encoding: &'static Encoding, rest: &[u8]| {
+        encoding
+            .decode_without_bom_handling_and_without_replacement(rest)
+            .map(std::borrow::Cow::into_owned)
+            .filter(|text| is_plain(text))
+            .ok_or(CaptionError::NotText)
+    };
+    if let Some((encoding, length)) = Encoding::for_bom(bytes) {
+        debug_assert!(
+            encoding == UTF_16BE || encoding == UTF_16LE || encoding == encoding_rs::UTF_8
+        );
+        return strict(encoding, &bytes[length..]).map(|text| (text, false));
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) if is_plain(text) => Ok((text.to_owned(), false)),
+        Ok(_) => Err(CaptionError::NotText), // binary, or UTF-16 without a mark: full of NULs
+        Err(_) => strict(WINDOWS_1252, bytes).map(|text| (text, true)),
+    }
+}
+
+fn is_plain(text: &str) -> bool {
+    !text
+        .chars()
+        .any(|c| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{c}'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ok(bytes: &[u8]) -> (String, Vec<CaptionRemark>) {
+        let caption = read(bytes).expect("a caption");
+        (caption.text, caption.remarks)
+    }
+
+    #[test]
+    fn encodings_are_told_apart() {
+        let expected = "a café, 5 €".to_owned();
+        assert_eq!(ok("a café, 5 €\n".as_bytes()), (expected.clone(), vec![]));
+        assert_eq!(
+            ok("\u{feff}a café, 5 €".as_bytes()),
+            (expected.clone(), vec![])
+        );
+        let utf16: Vec<u8> = "\u{feff}a café, 5 €"
+            .encode_utf16()
+            .flat_map(u16::to_le_bytes)
+            .collect();
+        assert_eq!(ok(&utf16), (expected.clone(), vec![]));
+        let utf16: Vec<u8> = "\u{feff}a café, 5 €"
+            .encode_utf16()
+            .flat_map(u16::to_be_bytes)
+            .collect();
+        assert_eq!(ok(&utf16), (expected.clone(), vec![]));
+        assert_eq!(
+            ok(b"a caf\xe9, 5 \x80"),
+            (expected, vec![CaptionRemark::ReadAsWindows1252])
+        );
+    }
+
+    #[test]
+    fn binary_is_not_text() {
+        for bytes in [
+            b"\x89PNG\r\n\x1a\n".as_slice(),
+            b"a\0b\0",
+            b"\xff\xfea",
+            b"caf\xe9 \x81",
+            b"\xef\xbb\xbf\xff",
+        ] {
+            assert_eq!(read(bytes), Err(CaptionError::NotText), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_line_counts() {
+        assert_eq!(
+            ok(b"  one, two \r\nthree\n"),
+            ("one, two".to_owned(), vec![CaptionRemark::OnlyFirstLine])
+        );
+        assert_eq!(ok(b""), (String::new(), vec![CaptionRemark::Empty]));
+        assert_eq!(ok(b"one\n\n"), ("one".to_owned(), vec![]));
+    }
+
+    #[test]
+    fn given_captions_are_one_line() {
+        assert_eq!(check("one, two", 8), Ok(()));
+        assert_eq!(
+            check("one\ntwo", 8),
+            Err(CaptionError::ControlCharacter(10))
+        );
+        assert_eq!(
+            check("one, two!", 8),
+            Err(CaptionError::TooLarge { found: 9, limit: 8 })
+        );
+    }
+}

@@ -1,0 +1,48 @@
+//! What can go wrong with a dataset, without HTTP.
+
+use uuid::Uuid;
+
+use super::captions::CaptionError;
+use crate::store::StoreError;
+
+/// A failed call of [`super::DatasetService`].
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    #[error("there is no dataset {0}")]
+    DatasetNotFound(Uuid),
+    #[error("the dataset has no subset {0}")]
+    SubsetNotFound(Uuid),
+    #[error("the dataset has no image {0}")]
+    ImageNotFound(Uuid),
+    #[error("a run that is not finished uses the dataset")]
+    InUse,
+    #[error("the resource is at revision {found}, not {expected}")]
+    Changed { expected: i64, found: i64 },
+    #[error("{}", describe(.0))]
+    Invalid(Vec<InvalidField>),
+    #[error("the dataset has another subset named `{0}`")]
+    SubsetExists(String),
+    #[error(transparent)]
+    Caption(#[from] CaptionError),
+    #[error("the upload holds no files")]
+    NothingUploaded,
+    #[error("reading or writing a file: {0}")]
+    Io(#[from] std::io::Error),
+    #[error("a background task has failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A value that cannot be used: which, and what would be right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidField {
+    pub field: &'static str,
+    pub code: &'static str,
+    pub message: String,
+}
+
+fn describe(fields: &[InvalidField]) -> String {
+    let each = fields.iter().map(|field| format!("`{}`: {}", field.field, field.message));
+    each.collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,87 @@
+//! Which names, prompts and repeats are possible.
+
+use super::error::{DatasetError, InvalidField};
+
+pub const MAX_NAME_CHARS: usize = 128;
+pub const MAX_PROMPT_CHARS: usize = 1000;
+pub const MAX_REPEATS: u32 = 10_000;
+
+/// Collects wrong values, so that an answer names all of them.
+#[derive(Debug, Default)]
+pub struct Checker(Vec<InvalidField>);
+
+impl Checker {
+    /// The name of a dataset.
+    pub fn name(&mut self, field: &'static str, name: &str) -> &mut Self {
+        let length = name.chars().count();
+        if length == 0 || length > MAX_NAME_CHARS {
+            let message = format!("found {length} characters, expected 1 to {MAX_NAME_CHARS}");
+            self.push(field, "out_of_range", message);
+        } else if name.trim() != name || name.chars().any(char::is_control) {
+            self.push(field, "invalid_value", "found control characters or spaces around the name, expected none");
+        }
+        self
+    }
+
+    /// The name of a subset; it has to be able to name a folder.
+    pub fn subset_name(&mut self, field: &'static str, name: &str) -> &mut Self {
+        if name.contains(['/', '\\']) || matches!(name, "." | "..") {
+            self.push(field, "invalid_value", format!("found `{name}`, expected a name that a folder can have"));
+            return self;
+        }
+        self.name(field, name)
+    }
+
+    pub fn repeats(&mut self, field: &'static str, repeats: u32) -> &mut Self {
+        if !(1..=MAX_REPEATS).contains(&repeats) {
+            self.push(field, "out_of_range", format!("found {repeats}, expected 1 to {MAX_REPEATS}"));
+        }
+        self
+    }
+
+    /// An instance or class prompt: one line.
+    pub fn prompt(&mut self, field: &'static str, prompt: Option<&str>) -> &mut Self {
+        let Some(prompt) = prompt else { return self };
+        let length = prompt.chars().count();
+        if length > MAX_PROMPT_CHARS {
+            self.push(field, "out_of_range", format!("found {length} characters, expected at most {MAX_PROMPT_CHARS}"));
+        } else if prompt.chars().any(char::is_control) {
+            self.push(field, "invalid_value", "found control characters, expected one line of text");
+        }
+        self
+    }
+
+    fn push(&mut self, field: &'static str, code: &'static str, message: impl Into<String>) {
+        self.0.push(InvalidField { field, code, message: message.into() });
+    }
+
+    /// # Errors
+    /// [`DatasetError::Invalid`] with everything that was found.
+    pub fn finish(&mut self) -> Result<(), DatasetError> {
+        match std::mem::take(&mut self.0) {
+            wrong if wrong.is_empty() => Ok(()),
+            wrong => Err(DatasetError::Invalid(wrong)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrong(check: impl FnOnce(&mut Checker) -> &mut Checker) -> Vec<&'static str> {
+        match check(&mut Checker::default()).finish() {
+            Err(DatasetError::Invalid(fields)) => fields.iter().map(|field| field.field).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn all_wrong_values_are_named() {
+        assert!(wrong(|c| c.name("name", "lumo").repeats("repeats", 1).prompt("prompt", None)).is_empty());
+        assert_eq!(wrong(|c| c.name("name", "").repeats("repeats", 0)), ["name", "repeats"]);
+        assert_eq!(wrong(|c| c.subset_name("name", "a/b").prompt("prompt", Some("a\nb"))), ["name", "prompt"]);
+        assert_eq!(wrong(|c| c.subset_name("name", "..").repeats("repeats", 10_001)), ["name", "repeats"]);
+        assert_eq!(wrong(|c| c.name("name", " a").name("name", &"a".repeat(129))), ["name", "name"]);
+    }
+}
