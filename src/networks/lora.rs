@@ -154,6 +154,11 @@ impl LoraNetwork {
         sizes.map(|p| p.shape.iter().product::<usize>()).sum()
     }
 
+    /// The device that holds the parameters.
+    pub fn device(&self) -> Device {
+        self.parameters[0].value.device()
+    }
+
     /// Whether a half of the model has adapters.
     pub fn covers(&self, part: Part) -> bool {
         self.modules.iter().any(|module| module.part == part)
