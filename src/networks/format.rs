@@ -69,8 +69,8 @@ impl LoraFile {
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let (_, header) =
-            SafeTensors::read_metadata(bytes).map_err(|error| format!("no safetensors: {error}"))?;
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| format!("no safetensors: {error}"))?;
         let file =
             SafeTensors::deserialize(bytes).map_err(|error| format!("no safetensors: {error}"))?;
         let mut tensors = BTreeMap::new();
@@ -156,7 +156,11 @@ impl LoraFile {
     /// The tensors one after another in the order of their names: safetensors sorts by dtype first, but here all
     /// tensors share one.
     fn data_section(&self, precision: SavePrecision) -> Vec<u8> {
-        let count: usize = self.tensors.values().map(|tensor| tensor.values.len()).sum();
+        let count: usize = self
+            .tensors
+            .values()
+            .map(|tensor| tensor.values.len())
+            .sum();
         let mut data = Vec::with_capacity(count * precision.size_bytes());
         for tensor in self.tensors.values() {
             for &value in &tensor.values {
@@ -173,11 +177,7 @@ impl LoraFile {
     /// Length and JSON header, padded with spaces to a multiple of 8 as the safetensors library does.
     fn header(&self, precision: SavePrecision, keep: impl Fn(&str) -> bool) -> Vec<u8> {
         let mut entries = Vec::with_capacity(self.tensors.len() + 1);
-        let metadata: BTreeMap<_, _> = self
-            .metadata
-            .iter()
-            .filter(|(key, _)| keep(key))
-            .collect();
+        let metadata: BTreeMap<_, _> = self.metadata.iter().filter(|(key, _)| keep(key)).collect();
         if !metadata.is_empty() {
             entries.push(format!("\"__metadata__\":{}", json!(metadata)));
         }
@@ -226,7 +226,11 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
 }
 
 fn decode<const N: usize>(data: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-    data.as_chunks::<N>().0.iter().map(|&bytes| value(bytes)).collect()
+    data.as_chunks::<N>()
+        .0
+        .iter()
+        .map(|&bytes| value(bytes))
+        .collect()
 }
 
 #[cfg(test)]
@@ -337,12 +341,7 @@ mod tests {
         assert!(LoraFile::parse(b"").is_err());
         assert!(LoraFile::parse(&[0xff; 64]).is_err());
         let header = br#"{"x":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}  "#;
-        let bytes = [
-            &(header.len() as u64).to_le_bytes()[..],
-            header,
-            &[0_u8; 8],
-        ]
-        .concat();
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header, &[0_u8; 8]].concat();
         let message = LoraFile::parse(&bytes).expect_err("an integer tensor");
         assert!(message.contains("I64"), "{message}");
     }

@@ -228,7 +228,7 @@ impl LoraNetwork {
         let down = down.reshape([module.rank, columns]);
         let up = up.reshape([shape[0], module.rank]);
         let values = up.matmul(down).mul_scalar(scale);
-        let values = values.into_data_dtype(DType::F32).to_vec().ok()?;
+        let values = values.try_into_vec_as::<f32>().ok()?;
         Some(HostTensor { shape, values })
     }
 
@@ -282,7 +282,11 @@ fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
         LayerMut::Conv(conv) => {
             let [c_out, c_in, height, width] = conv.weight.dims();
             let kernel = [height, width];
-            LayerShape::Conv { c_in, c_out, kernel }
+            LayerShape::Conv {
+                c_in,
+                c_out,
+                kernel,
+            }
         }
     }
 }
@@ -404,6 +408,9 @@ impl ModuleTensors {
 
 fn without_trailing_ones(shape: &[usize]) -> &[usize] {
     let kept = shape.len().min(2);
-    let wide = shape.iter().rposition(|&size| size != 1).map_or(0, |i| i + 1);
+    let wide = shape
+        .iter()
+        .rposition(|&size| size != 1)
+        .map_or(0, |i| i + 1);
     &shape[..kept.max(wide)]
 }

@@ -144,7 +144,11 @@ impl TrainingRecord {
         put("num_epochs", self.num_epochs.to_string());
         put("epoch", self.epoch.to_string());
         put("seed", self.seed.to_string());
-        let version = if self.v_prediction { "sd_v1_v" } else { "sd_v1" };
+        let version = if self.v_prediction {
+            "sd_v1_v"
+        } else {
+            "sd_v1"
+        };
         put("base_model_version", version.to_owned());
         put("sd_model_name", self.base_model.name.clone());
         put("sd_model_hash", self.base_model.legacy_hash.clone());
@@ -156,10 +160,7 @@ impl TrainingRecord {
         put("network_dim", self.network.rank.to_string());
         put("network_alpha", float(self.network.alpha));
         if let Some((rank, alpha)) = self.network.conv() {
-            let args = [
-                ("conv_dim", rank.to_string()),
-                ("conv_alpha", float(alpha)),
-            ];
+            let args = [("conv_dim", rank.to_string()), ("conv_alpha", float(alpha))];
             put("network_args", python_json(&Pairs(&args)));
         }
         let rate = self.unet_lr.or(self.text_encoder_lr).unwrap_or(0.0);
@@ -179,7 +180,10 @@ impl TrainingRecord {
         let clip_skip = given(self.clip_skip, 1);
         put("clip_skip", optional(clip_skip, |value| value.to_string()));
         let length = given(self.max_token_length, 75);
-        put("max_token_length", optional(length, |value| value.to_string()));
+        put(
+            "max_token_length",
+            optional(length, |value| value.to_string()),
+        );
     }
 
     fn put_data(&self, put: &mut impl FnMut(&str, String) -> Option<String>) {
@@ -244,7 +248,7 @@ impl BucketRecord {
         if !self.enabled {
             return "null".to_owned();
         }
-        let buckets: Vec<_> = self.counts.iter().enumerate().map(|(i, (size, count))| {
+        let buckets = self.counts.iter().enumerate().map(|(i, (size, count))| {
             let resolution = Value::from(vec![size.0, size.1]);
             let entry = vec![("resolution", resolution), ("count", Value::from(*count))];
             (i.to_string(), entry)

@@ -54,12 +54,12 @@ impl NetworkSettings {
         if let Some(value) = self.conv_rank {
             rank("conv_rank", value);
         }
-        for (field, value) in [
-            ("alpha", Some(self.alpha)),
-            ("conv_alpha", self.conv_alpha),
-        ] {
+        for (field, value) in [("alpha", Some(self.alpha)), ("conv_alpha", self.conv_alpha)] {
             if let Some(value) = value.filter(|value| !value.is_finite() || *value < 0.0) {
-                problems.push((field, format!("is {value}, expected a number of at least 0")));
+                problems.push((
+                    field,
+                    format!("is {value}, expected a number of at least 0"),
+                ));
             }
         }
         if self.conv_alpha.is_some() && self.conv_rank.is_none() {

@@ -151,7 +151,12 @@ mod tests {
         for layer in 0..12 {
             let at = format!("text_model.encoder.layers.{layer}");
             for name in ["k_proj", "v_proj", "q_proj", "out_proj"] {
-                linear(Part::TextEncoder, format!("{at}.self_attn.{name}"), 768, 768);
+                linear(
+                    Part::TextEncoder,
+                    format!("{at}.self_attn.{name}"),
+                    768,
+                    768,
+                );
             }
             linear(Part::TextEncoder, format!("{at}.mlp.fc1"), 768, 3072);
             linear(Part::TextEncoder, format!("{at}.mlp.fc2"), 3072, 768);
@@ -175,7 +180,11 @@ mod tests {
         let mut resnets = Vec::new();
         for (block, &c) in channels.iter().enumerate() {
             for i in 0..2 {
-                let c_in = if i == 1 { c } else { channels[block.saturating_sub(1)] };
+                let c_in = if i == 1 {
+                    c
+                } else {
+                    channels[block.saturating_sub(1)]
+                };
                 resnets.push((format!("down_blocks.{block}.resnets.{i}"), c_in, c));
                 if block < 3 {
                     attentions.push((format!("down_blocks.{block}.attentions.{i}"), c));

@@ -74,7 +74,10 @@ impl TrainingSet {
                 found.cloned().ok_or_else(unknown)
             })
             .collect::<Result<_, _>>()?;
-        let train = self.images.iter().filter(|image| !held_out.contains(&image.id));
+        let train = self
+            .images
+            .iter()
+            .filter(|image| !held_out.contains(&image.id));
         Ok((train.cloned().collect(), held))
     }
 }
@@ -96,7 +99,11 @@ impl<'a> LatentEncoder<'a> {
         set: &TrainingSet,
         seed: u64,
     ) -> Result<Self, TrainError> {
-        let cache = set.latent_cache.as_deref().map(LatentCache::open).transpose()?;
+        let cache = set
+            .latent_cache
+            .as_deref()
+            .map(LatentCache::open)
+            .transpose()?;
         Ok(Self {
             model,
             device: device.clone(),
@@ -107,11 +114,7 @@ impl<'a> LatentEncoder<'a> {
     }
 
     /// The latents of one image at one size.
-    pub fn encode(
-        &self,
-        image: &TrainingImage,
-        bucket: (u32, u32),
-    ) -> Result<Latents, TrainError> {
+    pub fn encode(&self, image: &TrainingImage, bucket: (u32, u32)) -> Result<Latents, TrainError> {
         let place = format!("{}/{}x{}", image.sha256, bucket.0, bucket.1);
         let key = hex::encode(Sha256::digest(format!(
             "{place}/{}/{}",

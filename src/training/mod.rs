@@ -14,9 +14,7 @@ pub mod train;
 pub mod validation;
 
 pub use data::TrainingSet;
-pub use optimizer::{
-    LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor,
-};
+pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
 pub use settings::{
     PluginChoice, SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength,

@@ -57,10 +57,7 @@ pub fn weighted_mse(prediction: Tensor<4>, target: Tensor<4>, weights: &[f64]) -
     let shape = [weights.len()];
     let device = per_sample.device();
     let dtype = per_sample.dtype();
-    let weights = Tensor::<1>::from_data(
-        TensorData::new(weights, shape),
-        (&device, dtype),
-    );
+    let weights = Tensor::<1>::from_data(TensorData::new(weights, shape), (&device, dtype));
     (per_sample * weights.without_autodiff()).mean()
 }
 

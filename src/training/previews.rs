@@ -41,7 +41,11 @@ pub fn draw(
         prompt.cfg_scale,
         |_, _| {},
     );
-    picture(model.vae.decode(latents.div_scalar(model.vae.scaling_factor())))
+    picture(
+        model
+            .vae
+            .decode(latents.div_scalar(model.vae.scaling_factor())),
+    )
 }
 
 /// A decoded picture `[1, 3, height, width]` in [-1, 1] as bytes.

@@ -248,14 +248,20 @@ impl TrainSettings {
             }
         }
         if self.samples.prompts.len() > 64 {
-            let message = format!("has {} entries, expected at most 64", self.samples.prompts.len());
+            let message = format!(
+                "has {} entries, expected at most 64",
+                self.samples.prompts.len()
+            );
             check.report("/samples/prompts", message);
         }
         for (index, prompt) in self.samples.prompts.iter().enumerate() {
             let at = |field: &str| format!("/samples/prompts/{index}/{field}");
             check.count(&at("steps"), prompt.steps as u64, 1000);
             check.rate(&at("cfg_scale"), prompt.cfg_scale);
-            for (field, side) in [("width_px", prompt.width_px), ("height_px", prompt.height_px)] {
+            for (field, side) in [
+                ("width_px", prompt.width_px),
+                ("height_px", prompt.height_px),
+            ] {
                 if !(8..=4096).contains(&side) {
                     let message = format!("is {side}, expected a whole number from 8 to 4096");
                     check.report(&at(field), message);
@@ -275,7 +281,10 @@ impl Check {
 
     fn rate(&mut self, pointer: &str, value: f64) {
         if !value.is_finite() || value < 0.0 {
-            self.report(pointer, format!("is {value}, expected a number of at least 0"));
+            self.report(
+                pointer,
+                format!("is {value}, expected a number of at least 0"),
+            );
         }
     }
 

@@ -29,6 +29,7 @@ pub struct MicroBatch {
 
 /// The captions of a batch.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one per batch")]
 pub enum Conditioning {
     /// Token ids for the text encoder: per caption one or more rows of 77.
     Tokens(Vec<Vec<Vec<u32>>>),

@@ -11,7 +11,7 @@ use crate::diffusion::StableDiffusion;
 use crate::networks::metadata::{TrainingRecord, base_model_record};
 use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::{
-    Latents, LatentEncoder, TrainingSet, encode_all, encode_held_out, stack,
+    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
 };
 use crate::training::progress::{Control, Phase, ProgressSink, Report, StepReport};
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
@@ -40,7 +40,10 @@ pub struct TrainOutcome {
 /// Trains the adapters of `network` on `data` and writes LoRA files to `output_dir`.
 ///
 /// A stop that the sink asks for ends in [`TrainError::Stopped`].
-#[expect(clippy::too_many_arguments, reason = "the parts of a run, each with its own owner")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of a run, each with its own owner"
+)]
 pub fn train(
     model: &mut StableDiffusion,
     network: &mut LoraNetwork,
@@ -62,13 +65,20 @@ pub fn train(
     if train_images.is_empty() {
         return Err(TrainError::NoImages);
     }
-    let plan = EpochPlan::new(&train_images, &data.buckets, settings.batch_size, settings.seed)?;
+    let plan = EpochPlan::new(
+        &train_images,
+        &data.buckets,
+        settings.batch_size,
+        settings.seed,
+    )?;
     let length = Length::new(settings, plan.batches_per_epoch())?;
 
     // Frozen halves of the model run once per image and caption, not once per step.
     network.detach(model);
     let encoder = LatentEncoder::new(model, &device, data, settings.seed)?;
-    let latents = encode_all(&encoder, &train_images, &plan, |phase| reporter.phase(phase))?;
+    let latents = encode_all(&encoder, &train_images, &plan, |phase| {
+        reporter.phase(phase)
+    })?;
     let held_out = encode_held_out(&encoder, &held_out, &data.buckets)?;
     reporter.phase(Phase::CachingText)?;
     let captions = Captions::prepare(

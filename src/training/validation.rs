@@ -3,12 +3,12 @@
 
 use burn::tensor::{DType, Tensor};
 
+use crate::training::TrainError;
 use crate::training::data::Latents;
+use crate::training::objective::squared_errors;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::step::Trainer;
 use crate::training::text::Captions;
-use crate::training::TrainError;
-use crate::training::objective::squared_errors;
 
 /// 50, 150, … 950: the middle of each tenth of the schedule.
 const TIMESTEPS: [usize; 10] = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950];
