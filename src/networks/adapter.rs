@@ -41,12 +41,33 @@ impl Adapter for LoraAdapter {
     /// - `y`: `[batch, out, height', width']`, the output of the layer
     fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4> {
         let dtype = y.dtype();
-        let options = ConvOptions::new(layer.stride, layer.padding, [1, 1], 1);
-        let hidden = conv2d(widen(x), self.down.clone(), None, options); // [batch, rank, height', width']
-        let unit = ConvOptions::new([1, 1], [0, 0], [1, 1], 1);
-        let delta = conv2d(hidden.mul_scalar(self.scale), self.up.clone(), None, unit);
+        let [.., kernel_height, kernel_width] = self.down.dims();
+        let x = widen(x);
+        let hidden = if [kernel_height, kernel_width] == [1, 1] && layer.stride == [1, 1] && layer.padding == [0, 0] {
+            pointwise(x, self.down.clone())
+        } else {
+            let options = ConvOptions::new(layer.stride, layer.padding, [1, 1], 1);
+            conv2d(x, self.down.clone(), None, options)
+        }; // [batch, rank, height', width']
+        let delta = pointwise(hidden.mul_scalar(self.scale), self.up.clone());
         y + narrow(delta, dtype)
     }
+}
+
+/// A 1×1 convolution as a matrix product: its gradients are products too, and those are faster than the
+/// transposed convolutions that a general convolution needs.
+///
+/// # Shapes
+/// - `x`: `[batch, in, height, width]`
+/// - `weight`: `[out, in, 1, 1]`
+/// - output: `[batch, out, height, width]`
+fn pointwise(x: Tensor<4>, weight: Tensor<4>) -> Tensor<4> {
+    let [batch, c_in, height, width] = x.dims();
+    let [c_out, ..] = weight.dims();
+    let x = x.reshape([batch, c_in, height * width]);
+    let weight = weight.reshape([1, c_out, c_in]);
+    let y = weight.matmul(x); // [batch, out, height * width]
+    y.reshape([batch, c_out, height, width])
 }
 
 /// Adapters compute in f32 whatever the model computes in.

@@ -1,6 +1,8 @@
 //! Training of a LoRA: the loop written out, and the parts that it is made of.
 
 pub mod data;
+#[cfg(test)]
+mod goldens;
 pub mod objective;
 pub mod optimizer;
 pub mod previews;
@@ -11,6 +13,8 @@ pub mod settings;
 pub mod step;
 pub mod text;
 pub mod train;
+#[cfg(test)]
+mod train_tests;
 pub mod validation;
 
 pub use data::TrainingSet;
