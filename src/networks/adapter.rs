@@ -1,0 +1,88 @@
+//! The low-rank branch beside a frozen layer.
+
+use burn::tensor::module::conv2d;
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{DType, Tensor};
+
+use crate::diffusion::layers::{Adapter, Conv2d, Linear};
+
+/// LoRA: `y + scale · up(down(x))` with a frozen layer's output `y`.
+///
+/// `down` has the layer's own kernel, stride and padding, `up` is 1×1. `scale` is `multiplier · alpha / rank`.
+/// Hu et al. 2021, arXiv:2106.09685; convolutions as in LoCon (sd-scripts `networks/lora.py`).
+#[derive(Debug)]
+pub struct LoraAdapter {
+    /// `[1, 1, rank, in]`, or `[rank, in, kh, kw]` for a convolution.
+    pub down: Tensor<4>,
+    /// `[1, 1, out, rank]`, or `[out, rank, 1, 1]` for a convolution.
+    pub up: Tensor<4>,
+    /// Strength of the branch.
+    pub scale: f64,
+}
+
+impl Adapter for LoraAdapter {
+    /// # Shapes
+    /// - `x`: `[batch, tokens, in]`
+    /// - `y`: `[batch, tokens, out]`, the output of the layer
+    fn linear(&self, _layer: &Linear, x: Tensor<3>, y: Tensor<3>) -> Tensor<3> {
+        let [batch, tokens, d_in] = x.dims();
+        let [_, _, d_out, rank] = self.up.dims();
+        let dtype = y.dtype();
+        let down = self.down.clone().reshape([rank, d_in]).transpose(); // [in, rank]
+        let up = self.up.clone().reshape([d_out, rank]).transpose(); // [rank, out]
+        let rows = widen(x).reshape([batch * tokens, d_in]); // one large product instead of `batch` small ones
+        // Scaling the narrow middle is cheaper than scaling the output.
+        let delta = rows.matmul(down).mul_scalar(self.scale).matmul(up);
+        y + narrow(delta.reshape([batch, tokens, d_out]), dtype)
+    }
+
+    /// # Shapes
+    /// - `x`: `[batch, in, height, width]`
+    /// - `y`: `[batch, out, height', width']`, the output of the layer
+    fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4> {
+        let dtype = y.dtype();
+        let [.., kernel_height, kernel_width] = self.down.dims();
+        let x = widen(x);
+        let hidden = if [kernel_height, kernel_width] == [1, 1] && layer.stride == [1, 1] && layer.padding == [0, 0] {
+            pointwise(x, self.down.clone())
+        } else {
+            let options = ConvOptions::new(layer.stride, layer.padding, [1, 1], 1);
+            conv2d(x, self.down.clone(), None, options)
+        }; // [batch, rank, height', width']
+        let delta = pointwise(hidden.mul_scalar(self.scale), self.up.clone());
+        y + narrow(delta, dtype)
+    }
+}
+
+/// A 1×1 convolution as a matrix product: its gradients are products too, and those are faster than the
+/// transposed convolutions that a general convolution needs.
+///
+/// # Shapes
+/// - `x`: `[batch, in, height, width]`
+/// - `weight`: `[out, in, 1, 1]`
+/// - output: `[batch, out, height, width]`
+fn pointwise(x: Tensor<4>, weight: Tensor<4>) -> Tensor<4> {
+    let [batch, c_in, height, width] = x.dims();
+    let [c_out, ..] = weight.dims();
+    let x = x.reshape([batch, c_in, height * width]);
+    let weight = weight.reshape([1, c_out, c_in]);
+    let y = weight.matmul(x); // [batch, out, height * width]
+    y.reshape([batch, c_out, height, width])
+}
+
+/// Adapters compute in f32 whatever the model computes in.
+fn widen<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if x.dtype() == DType::F32 {
+        x
+    } else {
+        x.cast(burn::tensor::FloatDType::F32)
+    }
+}
+
+fn narrow<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if dtype == DType::F32 {
+        x
+    } else {
+        x.cast(burn::tensor::FloatDType::from(dtype))
+    }
+}

@@ -1,0 +1,96 @@
+//! Training of a LoRA: the loop written out, and the parts that it is made of.
+
+pub mod data;
+#[cfg(test)]
+mod goldens;
+pub mod objective;
+pub mod optimizer;
+pub mod previews;
+pub mod progress;
+pub mod random;
+pub mod record;
+pub mod settings;
+pub mod step;
+pub mod text;
+pub mod train;
+#[cfg(test)]
+mod train_tests;
+pub mod validation;
+
+pub use data::TrainingSet;
+pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
+pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
+pub use settings::{
+    PluginChoice, SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength,
+    TrainSettings, ValidationSettings,
+};
+pub use step::{Conditioning, MicroBatch, StepOutput, Trainer};
+pub use train::{TrainOutcome, train};
+
+use crate::dataloader::DataError;
+use crate::networks::NetworkError;
+
+/// Why a training ended without a result.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A setting is out of range.
+    #[error(transparent)]
+    Settings(#[from] SettingProblem),
+    /// An image or the latent cache cannot be used.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The adapters or their files cannot be used.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The optimizer or the schedule gave up.
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    /// There is no image to train on.
+    #[error("the training set is empty")]
+    NoImages,
+    /// A held-out image is not in the dataset.
+    #[error("validation.image_ids: the dataset has no image {id}")]
+    UnknownImage {
+        /// The id that was asked for.
+        id: String,
+    },
+    /// An image's latents are not finite.
+    #[error("image {id}: the VAE's latents are not finite")]
+    LatentsNotFinite {
+        /// The image.
+        id: String,
+    },
+    /// The loss or the gradients are not finite; nothing was updated in this step.
+    #[error(
+        "step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers; \
+         a lower learning rate may help"
+    )]
+    NotFinite {
+        /// The step, from 1.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+    /// No parameter has a gradient.
+    #[error("no adapter receives a gradient")]
+    NothingToTrain,
+    /// The device did not hand over a result.
+    #[error("reading from the device: {0}")]
+    Device(String),
+    /// The base model's files cannot be read for their hashes.
+    #[error("{path}: {source}")]
+    BaseModel {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The surroundings asked for it.
+    #[error("stopped after {step} steps")]
+    Stopped {
+        /// Optimizer steps done.
+        step: u64,
+    },
+}

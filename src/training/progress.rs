@@ -1,0 +1,117 @@
+//! What a running training tells its surroundings, and how they stop it.
+
+use std::path::Path;
+
+use crate::networks::SavedLora;
+
+/// Receives reports; the training stops soon after it answers [`Control::Stop`].
+pub trait ProgressSink {
+    /// Takes one report.
+    fn report(&mut self, report: Report<'_>) -> Control;
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Stop; no further file is written.
+    Stop,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Report<'a> {
+    /// Another kind of work begins or advances.
+    Phase(Phase),
+    /// An optimizer step is done.
+    Step(&'a StepReport),
+    /// The held-out images were measured.
+    Validation {
+        /// Optimizer steps done.
+        step: u64,
+        /// Mean loss.
+        loss: f64,
+    },
+    /// A preview picture is drawn.
+    Sample {
+        /// Optimizer steps done.
+        step: u64,
+        /// Position in the list of prompts.
+        prompt_index: usize,
+        /// The prompt.
+        prompt: &'a str,
+        /// The seed of its noise.
+        seed: u64,
+        /// The picture.
+        image: &'a image::RgbImage,
+    },
+    /// A LoRA file is safely on disk.
+    Checkpoint {
+        /// Optimizer steps done.
+        step: u64,
+        /// Epoch, from 1.
+        epoch: u64,
+        /// Whether this is the run's result.
+        last: bool,
+        /// The file.
+        path: &'a Path,
+        /// Its digest and size.
+        saved: &'a SavedLora,
+    },
+}
+
+/// Kinds of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Reading the base model.
+    Loading,
+    /// Encoding images.
+    CachingLatents {
+        /// Images done.
+        done: usize,
+        /// Images in all.
+        total: usize,
+    },
+    /// Encoding captions.
+    CachingText,
+    /// Optimizer steps.
+    Training,
+    /// Measuring the held-out images.
+    Validating,
+    /// Drawing previews.
+    Sampling,
+    /// Writing a file.
+    Saving,
+}
+
+/// One optimizer step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// Optimizer steps done, from 1.
+    pub step: u64,
+    /// Optimizer steps of the whole run.
+    pub total_steps: u64,
+    /// Epoch of this step, from 1.
+    pub epoch: u64,
+    /// Epochs of the whole run.
+    pub total_epochs: u64,
+    /// Loss of this step.
+    pub loss: f64,
+    /// Mean of the latest loss at each position of the epoch, as sd-scripts shows it.
+    pub loss_average: f64,
+    /// L2 norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the UNet in this step.
+    pub lr_unet: f64,
+    /// Learning rate of the text encoder in this step.
+    pub lr_text_encoder: f64,
+    /// Images in this step.
+    pub images: usize,
+    /// Wall-clock time of this step.
+    pub step_time_s: f64,
+    /// Images per second of training, without caching, previews and validation.
+    pub images_per_s: f64,
+    /// Expected time of the remaining steps.
+    pub eta_s: f64,
+}

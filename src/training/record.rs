@@ -1,0 +1,125 @@
+//! What a run tells about itself in its LoRA files.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use crate::dataloader::{EpochPlan, TrainingImage};
+use crate::diffusion::PredictionType;
+use crate::networks::metadata::{
+    BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
+};
+use crate::training::data::TrainingSet;
+use crate::training::settings::{PluginChoice, TrainSettings};
+
+/// What the loop knows besides its settings.
+pub struct RunFacts<'a> {
+    /// The images.
+    pub set: &'a TrainingSet,
+    /// Those that are trained on.
+    pub train: &'a [TrainingImage],
+    /// Their order.
+    pub plan: &'a EpochPlan,
+    /// What the UNet learns to predict.
+    pub prediction: PredictionType,
+    /// Optimizer steps of the run.
+    pub total_steps: u64,
+    /// Epochs of the run.
+    pub total_epochs: u64,
+    /// The base model.
+    pub base_model: BaseModelRecord,
+}
+
+/// The record of a run at its start.
+pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> TrainingRecord {
+    let now = OffsetDateTime::now_utc();
+    let trained = |lr: f64| (lr != 0.0).then_some(lr);
+    let buckets = &facts.set.buckets;
+    TrainingRecord {
+        output_name: settings.output_name.clone(),
+        session_id: (now.unix_timestamp_nanos() % i128::from(u32::MAX)) as u32,
+        started_at: now,
+        finished_at: now,
+        network: settings.network.clone(),
+        unet_lr: trained(settings.unet_lr),
+        text_encoder_lr: trained(settings.text_encoder_lr),
+        optimizer: describe(&settings.optimizer),
+        lr_scheduler: settings.scheduler.id.clone(),
+        lr_warmup_steps: settings.lr_warmup_steps,
+        max_train_steps: facts.total_steps,
+        steps: 0,
+        num_epochs: facts.total_epochs,
+        epoch: 0,
+        num_batches_per_epoch: facts.plan.batches_per_epoch(),
+        batch_size: settings.batch_size,
+        gradient_accumulation_steps: settings.gradient_accumulation_steps,
+        max_grad_norm: settings.max_grad_norm,
+        v_prediction: facts.prediction == PredictionType::VPrediction,
+        min_snr_gamma: settings.min_snr_gamma,
+        prior_loss_weight: settings.prior_loss_weight,
+        clip_skip: settings.clip_skip,
+        max_token_length: settings.max_token_length,
+        seed: settings.seed,
+        resolution_px: (buckets.width_px, buckets.height_px),
+        buckets: BucketRecord {
+            enabled: buckets.enabled,
+            no_upscale: buckets.no_upscale,
+            min_px: buckets.min_px,
+            max_px: buckets.max_px,
+            counts: bucket_counts(facts.plan),
+        },
+        subsets: subsets(facts.set, facts.train, false),
+        reg_subsets: subsets(facts.set, facts.train, true),
+        num_validation_images: settings.validation.image_ids.len(),
+        validate_every_n_steps: settings.validation.every_n_steps,
+        base_model: facts.base_model,
+    }
+}
+
+/// `id(name=value,name=value)`, the way in which sd-scripts writes an optimizer.
+fn describe(plugin: &PluginChoice) -> String {
+    let settings: Vec<String> = match &plugin.settings {
+        Value::Object(settings) => settings
+            .iter()
+            .map(|(name, value)| match value.as_f64() {
+                Some(number) if value.is_f64() => format!("{name}={}", float(number)),
+                _ => format!("{name}={value}"),
+            })
+            .collect(),
+        _ => Vec::new(),
+    };
+    if settings.is_empty() {
+        plugin.id.clone()
+    } else {
+        format!("{}({})", plugin.id, settings.join(","))
+    }
+}
+
+fn bucket_counts(plan: &EpochPlan) -> Vec<((u32, u32), usize)> {
+    let mut counts: BTreeMap<(u32, u32), usize> = BTreeMap::new();
+    for batch in plan.batches(0) {
+        *counts.entry(batch.bucket).or_default() += batch.images.len();
+    }
+    counts.into_iter().collect()
+}
+
+fn subsets(set: &TrainingSet, images: &[TrainingImage], regularization: bool) -> Vec<SubsetRecord> {
+    let mut groups: BTreeMap<String, Vec<&TrainingImage>> = BTreeMap::new();
+    for image in images {
+        if image.regularization == regularization {
+            let name = set.subsets.get(&image.id).cloned();
+            let name = name.unwrap_or_else(|| format!("{}_images", image.repeats));
+            groups.entry(name).or_default().push(image);
+        }
+    }
+    groups
+        .into_iter()
+        .map(|(name, images)| SubsetRecord {
+            name,
+            repeats: images[0].repeats,
+            images: images.len(),
+            tags: tag_frequency(images.iter().map(|image| image.caption.as_str())),
+        })
+        .collect()
+}

@@ -1,0 +1,350 @@
+//! Every setting of a training run that the loop itself reads, with its range.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::diffusion::PredictionType;
+use crate::diffusion::samplers::SamplerKind;
+use crate::networks::{NetworkSettings, SavePrecision};
+
+/// How a LoRA is trained. Where it differs from torch or sd-scripts, the field says so.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSettings {
+    /// Stem of the file names and title of the files.
+    pub output_name: String,
+    /// Adapters.
+    pub network: NetworkSettings,
+    /// Learning rate of the UNet's adapters; 0 leaves the UNet without adapters.
+    pub unet_lr: f64,
+    /// Learning rate of the text encoder's adapters; 0 leaves the text encoder without adapters.
+    pub text_encoder_lr: f64,
+    /// Optimizer steps over which the learning rate rises from 0; told in the file, applied by the scheduler.
+    pub lr_warmup_steps: u64,
+    /// How long to train.
+    pub length: TrainLength,
+    /// Images per batch.
+    pub batch_size: usize,
+    /// Batches per optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Largest L2 norm of all gradients together; longer ones are scaled down to it. 0 switches this off.
+    pub max_grad_norm: f64,
+    /// What the UNet predicts; the base model's own target when not given.
+    pub prediction: Option<PredictionType>,
+    /// γ of min-SNR loss weighting; off when not given.
+    pub min_snr_gamma: Option<f64>,
+    /// Loss weight of regularization images.
+    pub prior_loss_weight: f64,
+    /// Which hidden state of the text encoder conditions the UNet, counted from the end; 1 is the last.
+    pub clip_skip: usize,
+    /// Caption length in tokens, without begin and end: 75, 150 or 225.
+    pub max_token_length: usize,
+    /// Seed of everything random: adapters, order, noise, timesteps, latents.
+    pub seed: u64,
+    /// When to save, and in which number format.
+    pub save: SaveSettings,
+    /// Preview pictures.
+    pub samples: SampleSettings,
+    /// Loss on held-out images.
+    pub validation: ValidationSettings,
+    /// The optimizer plugin.
+    pub optimizer: PluginChoice,
+    /// The learning-rate scheduler plugin.
+    pub scheduler: PluginChoice,
+}
+
+/// How long to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainLength {
+    /// So many optimizer steps.
+    Steps(u64),
+    /// So many passes over the training set.
+    Epochs(u64),
+}
+
+/// When LoRA files are written besides the last one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SaveSettings {
+    /// Every so many optimizer steps.
+    pub every_n_steps: Option<u64>,
+    /// After every so many epochs.
+    pub every_n_epochs: Option<u64>,
+    /// Number format.
+    pub precision: SavePrecision,
+}
+
+/// Preview pictures during training.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SampleSettings {
+    /// What to draw; nothing when empty.
+    pub prompts: Vec<SamplePrompt>,
+    /// Every so many optimizer steps, besides the end.
+    pub every_n_steps: Option<u64>,
+    /// Also before the first step.
+    pub at_first: bool,
+}
+
+/// One preview picture. A fixed seed makes pictures of different steps comparable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplePrompt {
+    /// What to draw.
+    pub prompt: String,
+    /// What to move away from.
+    pub negative_prompt: String,
+    /// Width of the picture.
+    pub width_px: u32,
+    /// Height of the picture.
+    pub height_px: u32,
+    /// Seed of the picture's noise.
+    pub seed: u64,
+    /// Steps of the sampler, 1 to 1000.
+    pub steps: usize,
+    /// Strength of classifier-free guidance; 1 is none.
+    pub cfg_scale: f64,
+    /// Sampler.
+    pub sampler: SamplerKind,
+}
+
+/// The loss on images that are not trained on, at fixed noise and timesteps.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSettings {
+    /// Ids of the held-out images; no validation when empty.
+    pub image_ids: Vec<String>,
+    /// Every so many optimizer steps, besides before the first and after the last.
+    pub every_n_steps: Option<u64>,
+}
+
+/// A plugin and its settings, which only the plugin understands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluginChoice {
+    /// Id of the plugin, such as `adamw`.
+    pub id: String,
+    /// Its settings; `{}` for the defaults.
+    #[serde(default = "no_settings")]
+    pub settings: Value,
+}
+
+impl Default for TrainSettings {
+    fn default() -> Self {
+        let plugin = |id: &str| PluginChoice {
+            id: id.to_owned(),
+            settings: no_settings(),
+        };
+        Self {
+            output_name: "last".to_owned(),
+            network: NetworkSettings::default(),
+            unet_lr: 1e-4,
+            text_encoder_lr: 5e-5,
+            lr_warmup_steps: 0,
+            length: TrainLength::Steps(1600),
+            batch_size: 1,
+            gradient_accumulation_steps: 1,
+            max_grad_norm: 1.0,
+            prediction: None,
+            min_snr_gamma: None,
+            prior_loss_weight: 1.0,
+            clip_skip: 1,
+            max_token_length: 75,
+            seed: 0,
+            save: SaveSettings::default(),
+            samples: SampleSettings::default(),
+            validation: ValidationSettings::default(),
+            optimizer: plugin("adamw"),
+            scheduler: plugin("constant"),
+        }
+    }
+}
+
+impl Default for SamplePrompt {
+    fn default() -> Self {
+        Self {
+            prompt: String::new(),
+            negative_prompt: String::new(),
+            width_px: 512,
+            height_px: 512,
+            seed: 0,
+            steps: 30,
+            cfg_scale: 7.5,
+            sampler: SamplerKind::DdimSd15,
+        }
+    }
+}
+
+fn no_settings() -> Value {
+    Value::Object(serde_json::Map::new())
+}
+
+/// A setting that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{pointer}: {message}")]
+pub struct SettingProblem {
+    /// JSON Pointer of the setting within [`TrainSettings`].
+    pub pointer: String,
+    /// What was found and what was expected.
+    pub message: String,
+}
+
+impl TrainSettings {
+    /// All settings that are out of range. Plugins check their own.
+    pub fn problems(&self) -> Vec<SettingProblem> {
+        let mut check = Check(Vec::new());
+        for (field, message) in self.network.problems() {
+            check.report(&format!("/network/{field}"), message);
+        }
+        check.rate("/unet_lr", self.unet_lr);
+        check.rate("/text_encoder_lr", self.text_encoder_lr);
+        if self.unet_lr == 0.0 && self.text_encoder_lr == 0.0 {
+            let message = "is 0, as is text_encoder_lr: nothing would be trained";
+            check.report("/unet_lr", message.to_owned());
+        }
+        match self.length {
+            TrainLength::Steps(steps) => check.count("/length/steps", steps, 10_000_000),
+            TrainLength::Epochs(epochs) => check.count("/length/epochs", epochs, 1_000_000),
+        }
+        check.count("/batch_size", self.batch_size as u64, 1024);
+        let accumulation = self.gradient_accumulation_steps as u64;
+        check.count("/gradient_accumulation_steps", accumulation, 65_536);
+        check.rate("/max_grad_norm", self.max_grad_norm);
+        if let Some(gamma) = self.min_snr_gamma
+            && !(gamma.is_finite() && gamma > 0.0)
+        {
+            let message = format!("is {gamma}, expected a number above 0");
+            check.report("/min_snr_gamma", message);
+        }
+        check.rate("/prior_loss_weight", self.prior_loss_weight);
+        check.count("/clip_skip", self.clip_skip as u64, 48);
+        if !matches!(self.max_token_length, 75 | 150 | 225) {
+            let message = format!("is {}, expected 75, 150 or 225", self.max_token_length);
+            check.report("/max_token_length", message);
+        }
+        self.check_output(&mut check);
+        check.0
+    }
+
+    fn check_output(&self, check: &mut Check) {
+        let name = &self.output_name;
+        let plain = !name.is_empty()
+            && name.len() <= 200
+            && !name.starts_with('.')
+            && !name.contains(|c: char| c.is_control() || "/\\:*?\"<>|".contains(c));
+        if !plain {
+            let message = format!("is {name:?}, expected a plain file name without its ending");
+            check.report("/output_name", message);
+        }
+        for (pointer, value) in [
+            ("/save/every_n_steps", self.save.every_n_steps),
+            ("/save/every_n_epochs", self.save.every_n_epochs),
+            ("/samples/every_n_steps", self.samples.every_n_steps),
+            ("/validation/every_n_steps", self.validation.every_n_steps),
+        ] {
+            if let Some(value) = value {
+                check.count(pointer, value, u64::MAX);
+            }
+        }
+        if self.samples.prompts.len() > 64 {
+            let message = format!(
+                "has {} entries, expected at most 64",
+                self.samples.prompts.len()
+            );
+            check.report("/samples/prompts", message);
+        }
+        for (index, prompt) in self.samples.prompts.iter().enumerate() {
+            let at = |field: &str| format!("/samples/prompts/{index}/{field}");
+            check.count(&at("steps"), prompt.steps as u64, 1000);
+            check.rate(&at("cfg_scale"), prompt.cfg_scale);
+            for (field, side) in [
+                ("width_px", prompt.width_px),
+                ("height_px", prompt.height_px),
+            ] {
+                if !(8..=4096).contains(&side) {
+                    let message = format!("is {side}, expected a whole number from 8 to 4096");
+                    check.report(&at(field), message);
+                }
+            }
+        }
+    }
+}
+
+struct Check(Vec<SettingProblem>);
+
+impl Check {
+    fn report(&mut self, pointer: &str, message: String) {
+        let pointer = pointer.to_owned();
+        self.0.push(SettingProblem { pointer, message });
+    }
+
+    fn rate(&mut self, pointer: &str, value: f64) {
+        if !value.is_finite() || value < 0.0 {
+            self.report(
+                pointer,
+                format!("is {value}, expected a number of at least 0"),
+            );
+        }
+    }
+
+    fn count(&mut self, pointer: &str, value: u64, max: u64) {
+        if value == 0 || value > max {
+            let message = format!("is {value}, expected a whole number from 1 to {max}");
+            self.report(pointer, message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_sound_and_survive_json() {
+        let settings = TrainSettings::default();
+        assert_eq!(settings.problems(), []);
+        let json = serde_json::to_value(&settings).expect("serializes");
+        assert_eq!(json["length"]["steps"], 1600);
+        let back: TrainSettings = serde_json::from_value(json).expect("deserializes");
+        assert_eq!(back, settings);
+    }
+
+    #[test]
+    fn unknown_settings_are_refused() {
+        let result = serde_json::from_str::<TrainSettings>(r#"{"bacth_size": 4}"#);
+        let message = result.expect_err("a typing error").to_string();
+        assert!(message.contains("bacth_size"), "{message}");
+    }
+
+    #[test]
+    fn every_problem_is_found_and_located() {
+        let mut settings = TrainSettings {
+            unet_lr: f64::NAN,
+            batch_size: 0,
+            max_token_length: 77,
+            output_name: "../x".to_owned(),
+            ..TrainSettings::default()
+        };
+        settings.network.rank = 0;
+        settings.save.every_n_steps = Some(0);
+        settings.samples.prompts = vec![SamplePrompt {
+            steps: 0,
+            ..SamplePrompt::default()
+        }];
+        let problems = settings.problems();
+        let found: Vec<_> = problems.iter().map(|p| p.pointer.as_str()).collect();
+        assert_eq!(
+            found,
+            [
+                "/network/rank",
+                "/unet_lr",
+                "/batch_size",
+                "/max_token_length",
+                "/output_name",
+                "/save/every_n_steps",
+                "/samples/prompts/0/steps"
+            ]
+        );
+    }
+}

@@ -1,0 +1,242 @@
+//! One optimizer step: forward, loss, backward, clip, update.
+
+use burn::tensor::{Device, Tensor};
+
+use crate::diffusion::{Part, StableDiffusion};
+use crate::networks::{Leaves, LoraNetwork};
+use crate::training::TrainError;
+use crate::training::objective::{Objective, weighted_mse};
+use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
+use crate::training::settings::TrainSettings;
+
+/// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
+const CLIP_EPSILON: f64 = 1e-6;
+
+/// A batch that is ready for the UNet.
+#[derive(Debug, Clone)]
+pub struct MicroBatch {
+    /// Scaled latents: `[batch, channels, height, width]`.
+    pub latents: Tensor<4>,
+    /// Noise of the same shape.
+    pub noise: Tensor<4>,
+    /// One timestep per sample.
+    pub timesteps: Vec<usize>,
+    /// Captions.
+    pub conditioning: Conditioning,
+    /// One loss weight per sample: 1, or that of regularization images.
+    pub loss_weights: Vec<f64>,
+}
+
+/// The captions of a batch.
+#[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one per batch")]
+pub enum Conditioning {
+    /// Token ids for the text encoder: per caption one or more rows of 77.
+    Tokens(Vec<Vec<Vec<u32>>>),
+    /// Hidden states `[batch, tokens, d]` of a text encoder that is not trained.
+    States(Tensor<3>),
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOutput {
+    /// Mean of the batches' losses.
+    pub loss: f64,
+    /// L2 norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the UNet's adapters.
+    pub lr_unet: f64,
+    /// Learning rate of the text encoder's adapters.
+    pub lr_text_encoder: f64,
+}
+
+/// A model, its adapters and what changes them.
+pub struct Trainer<'a> {
+    /// The frozen base model; between steps the adapters are attached as constants.
+    pub model: &'a mut StableDiffusion,
+    /// The adapters.
+    pub network: &'a mut LoraNetwork,
+    optimizer: &'a mut dyn Optimizer,
+    scheduler: &'a dyn LrScheduler,
+    objective: Objective,
+    unet_lr: f64,
+    text_encoder_lr: f64,
+    clip_skip: usize,
+    max_grad_norm: f64,
+    gradient_accumulation_steps: usize,
+    step: u64,
+}
+
+impl<'a> Trainer<'a> {
+    /// Brings the parts together and attaches the adapters.
+    pub fn new(
+        model: &'a mut StableDiffusion,
+        network: &'a mut LoraNetwork,
+        optimizer: &'a mut dyn Optimizer,
+        scheduler: &'a dyn LrScheduler,
+        settings: &TrainSettings,
+    ) -> Self {
+        network.attach(model, false);
+        Self {
+            objective: Objective {
+                prediction: settings.prediction.unwrap_or(model.prediction),
+                min_snr_gamma: settings.min_snr_gamma,
+            },
+            model,
+            network,
+            optimizer,
+            scheduler,
+            unet_lr: settings.unet_lr,
+            text_encoder_lr: settings.text_encoder_lr,
+            clip_skip: settings.clip_skip,
+            max_grad_norm: settings.max_grad_norm,
+            gradient_accumulation_steps: settings.gradient_accumulation_steps,
+            step: 0,
+        }
+    }
+
+    /// The device that computes.
+    pub fn device(&self) -> Device {
+        self.network.device()
+    }
+
+    /// Optimizer steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// What the UNet learns to predict.
+    pub fn objective(&self) -> Objective {
+        self.objective
+    }
+
+    /// Trains on the batches of one optimizer step.
+    ///
+    /// Fewer batches than `gradient_accumulation_steps` (the end of an epoch) are still divided by that number, as
+    /// accelerate does. The learning rate's factor is that of the steps done before, so a warm-up begins at 0.
+    pub fn optimizer_step(&mut self, batches: &[MicroBatch]) -> Result<StepOutput, TrainError> {
+        let leaves = self.network.attach(self.model, true);
+        let mut gradients: Vec<Option<Tensor<4>>> = vec![None; leaves.0.len()];
+        let mut losses = Vec::with_capacity(batches.len());
+        for batch in batches {
+            let loss = self.loss(batch);
+            losses.push(loss.clone().without_autodiff());
+            let share = 1.0 / self.gradient_accumulation_steps as f64;
+            add_gradients(&mut gradients, &leaves, loss.mul_scalar(share));
+        }
+        drop(leaves);
+        let (loss, grad_norm) = read_loss_and_norm(losses, &gradients)?;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::NotFinite {
+                step: self.step + 1,
+                loss,
+                grad_norm,
+            });
+        }
+        clip(&mut gradients, grad_norm, self.max_grad_norm);
+
+        let factor = self.scheduler.factor(self.step)?;
+        let output = StepOutput {
+            loss,
+            grad_norm,
+            lr_unet: self.unet_lr * factor,
+            lr_text_encoder: self.text_encoder_lr * factor,
+        };
+        let mut updates = Vec::with_capacity(gradients.len());
+        let parameters = self.network.parameters_mut().iter_mut();
+        for (id, (parameter, gradient)) in parameters.zip(gradients).enumerate() {
+            // A parameter that the loss does not reach (behind clip skip) is left alone, even by weight decay.
+            let Some(grad) = gradient else { continue };
+            updates.push(ParamUpdate {
+                id: id as u32,
+                name: &parameter.name,
+                shape: &parameter.shape,
+                value: &mut parameter.value,
+                grad,
+                lr: match parameter.part {
+                    Part::UNet => output.lr_unet,
+                    Part::TextEncoder => output.lr_text_encoder,
+                },
+                weight_decay: true,
+            });
+        }
+        self.optimizer.step(self.step, &mut updates)?;
+        self.step += 1;
+        self.network.attach(self.model, false);
+        Ok(output)
+    }
+
+    /// The loss of one batch: `[1]`.
+    pub fn loss(&self, batch: &MicroBatch) -> Tensor<1> {
+        let schedule = &self.model.schedule;
+        let (latents, noise) = (batch.latents.clone(), batch.noise.clone());
+        let noisy = schedule.add_noise(latents.clone(), noise.clone(), &batch.timesteps);
+        let target = self
+            .objective
+            .target(schedule, latents, noise, &batch.timesteps);
+        let timesteps: Vec<f32> = batch.timesteps.iter().map(|&t| t as f32).collect();
+        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
+        let prediction = self.model.unet.forward(noisy, &timesteps, context);
+        let weights: Vec<f64> = batch
+            .timesteps
+            .iter()
+            .zip(&batch.loss_weights)
+            .map(|(&t, weight)| weight * self.objective.weight(schedule, t))
+            .collect();
+        weighted_mse(prediction, target, &weights)
+    }
+
+    /// The hidden states that condition the UNet: `[batch, tokens, d]`.
+    pub fn encode(&self, conditioning: &Conditioning) -> Tensor<3> {
+        match conditioning {
+            Conditioning::Tokens(captions) => {
+                let encoder = &self.model.text_encoder;
+                encoder.encode_chunks(captions, self.clip_skip)
+            }
+            Conditioning::States(states) => states.clone(),
+        }
+    }
+}
+
+/// Backward, and the leaves' gradients added to those of earlier batches.
+fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, loss: Tensor<1>) {
+    let mut gradients = loss.backward();
+    for (sum, leaf) in sums.iter_mut().zip(&leaves.0) {
+        if let Some(gradient) = leaf.grad_remove(&mut gradients) {
+            *sum = Some(match sum.take() {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            });
+        }
+    }
+}
+
+/// The mean loss and the L2 norm of all gradients, in one read from the device.
+fn read_loss_and_norm(
+    losses: Vec<Tensor<1>>,
+    gradients: &[Option<Tensor<4>>],
+) -> Result<(f64, f64), TrainError> {
+    let count = losses.len();
+    let mut numbers = losses;
+    numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
+    if count == 0 || numbers.len() == count {
+        return Err(TrainError::NothingToTrain);
+    }
+    let numbers = Tensor::cat(numbers, 0)
+        .try_into_vec_as::<f32>()
+        .map_err(|error| TrainError::Device(error.to_string()))?;
+    let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+    let (losses, squares) = numbers.split_at(count);
+    Ok((sum(losses) / count as f64, sum(squares).sqrt()))
+}
+
+/// Scales all gradients down so that their common L2 norm is at most `max_norm`.
+fn clip(gradients: &mut [Option<Tensor<4>>], norm: f64, max_norm: f64) {
+    let factor = max_norm / (norm + CLIP_EPSILON);
+    if max_norm == 0.0 || factor >= 1.0 {
+        return;
+    }
+    for gradient in gradients.iter_mut() {
+        *gradient = gradient.take().map(|g| g.mul_scalar(factor));
+    }
+}

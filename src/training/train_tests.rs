@@ -1,0 +1,242 @@
+//! Tests of the whole loop on a tiny model and pictures made up here.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use burn::tensor::Device;
+use image::{Rgb, RgbImage};
+
+use crate::dataloader::{BucketSettings, TrainingImage};
+use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
+use crate::training::goldens::{AdamW, Constant, fixture, load_model};
+use crate::training::{
+    Control, Phase, ProgressSink, Report, SamplePrompt, SaveSettings, TrainError, TrainLength,
+    TrainOutcome, TrainSettings, TrainingSet, train,
+};
+
+/// Writes down what is reported and stops after a number of steps.
+#[derive(Default)]
+struct Log {
+    lines: Vec<String>,
+    losses: Vec<f64>,
+    validation: Vec<f64>,
+    stop_after: Option<u64>,
+}
+
+impl ProgressSink for Log {
+    fn report(&mut self, report: Report<'_>) -> Control {
+        match report {
+            Report::Phase(Phase::CachingLatents { .. }) | Report::Phase(_) => {}
+            Report::Step(step) => {
+                assert!(step.loss_average.is_finite() && step.eta_s >= 0.0);
+                self.losses.push(step.loss);
+                let (done, epoch) = (step.step, step.epoch);
+                self.lines.push(format!("step {done} epoch {epoch}"));
+                if self.stop_after == Some(done) {
+                    return Control::Stop;
+                }
+            }
+            Report::Validation { step, loss } => {
+                self.validation.push(loss);
+                self.lines.push(format!("validation {step}"));
+            }
+            Report::Sample { step, image, .. } => {
+                let (width, height) = image.dimensions();
+                self.lines.push(format!("sample {step} {width}x{height}"));
+            }
+            Report::Checkpoint { path, last, .. } => {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                self.lines.push(format!("saved {name} {last}"));
+            }
+        }
+        Control::Continue
+    }
+}
+
+/// Five pictures of plain colours, one of them for regularization.
+fn pictures(folder: &Path) -> TrainingSet {
+    let images = (0..5_u8).map(|index| {
+        let path = folder.join(format!("{index}.png"));
+        let colour = Rgb([index * 50, 255 - index * 40, 90]);
+        RgbImage::from_pixel(64, 64, colour).save(&path).expect("a picture");
+        TrainingImage {
+            id: format!("image-{index}"),
+            path,
+            sha256: format!("{index:064}"),
+            width_px: 64,
+            height_px: 64,
+            caption: format!("colour {index}"),
+            repeats: 2,
+            regularization: index == 4,
+        }
+    });
+    TrainingSet {
+        images: images.collect(),
+        subsets: HashMap::from([("image-0".to_owned(), "2_colours".to_owned())]),
+        buckets: BucketSettings {
+            width_px: 64,
+            height_px: 64,
+            enabled: false,
+            min_px: 64,
+            max_px: 64,
+            step_px: 64,
+            no_upscale: false,
+        },
+        latent_cache: Some(folder.join("latents")),
+        base_model: fixture("tiny-sd15-ldm.safetensors"),
+    }
+}
+
+fn settings() -> TrainSettings {
+    let mut settings = TrainSettings {
+        output_name: "colours".to_owned(),
+        network: NetworkSettings {
+            rank: 2,
+            alpha: 2.0,
+            ..NetworkSettings::default()
+        },
+        unet_lr: 1e-3,
+        text_encoder_lr: 5e-4,
+        length: TrainLength::Steps(5),
+        batch_size: 2,
+        gradient_accumulation_steps: 2,
+        seed: 7,
+        save: SaveSettings {
+            every_n_steps: Some(4),
+            every_n_epochs: Some(1),
+            ..SaveSettings::default()
+        },
+        ..TrainSettings::default()
+    };
+    settings.samples.prompts = vec![SamplePrompt {
+        prompt: "colour 1".to_owned(),
+        width_px: 64,
+        height_px: 64,
+        steps: 2,
+        ..SamplePrompt::default()
+    }];
+    settings.samples.every_n_steps = Some(3);
+    settings.samples.at_first = true;
+    settings.validation.image_ids = vec!["image-3".to_owned()];
+    settings.validation.every_n_steps = Some(2);
+    settings
+}
+
+fn run(folder: &Path, settings: &TrainSettings, log: &mut Log) -> Result<TrainOutcome, TrainError> {
+    let mut model = load_model(fixture("diffusers"));
+    let parts = TrainParts {
+        unet: settings.unet_lr != 0.0,
+        text_encoder: settings.text_encoder_lr != 0.0,
+    };
+    let device = Device::flex();
+    let mut network =
+        LoraNetwork::create(&mut model, &settings.network, parts, settings.seed, &device)?;
+    train(
+        &mut model,
+        &mut network,
+        &pictures(folder),
+        settings,
+        &mut AdamW::default(),
+        &Constant,
+        log,
+        &folder.join("out"),
+    )
+}
+
+#[test]
+fn a_run_reports_and_saves_what_it_was_asked_to() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut log = Log::default();
+    let outcome = run(folder.path(), &settings(), &mut log).expect("a result");
+    // 3 pictures and 3 for regularization, twice each: 6 + 6 = 12 in batches of 2, accumulated by 2: 3 steps.
+    let expected = [
+        "validation 0",
+        "sample 0 64x64",
+        "step 1 epoch 1",
+        "step 2 epoch 1",
+        "validation 2",
+        "step 3 epoch 1",
+        "sample 3 64x64",
+        "saved colours-000001.safetensors false",
+        "step 4 epoch 2",
+        "saved colours-step00000004.safetensors false",
+        "validation 4",
+        "step 5 epoch 2",
+        "saved colours.safetensors true",
+        "validation 5",
+        "sample 5 64x64",
+    ];
+    assert_eq!(log.lines, expected);
+    assert_eq!(outcome.steps, 5);
+    assert_eq!(outcome.validation_loss_before, log.validation.first().copied());
+    assert_eq!(outcome.validation_loss_after, log.validation.last().copied());
+    let file = LoraFile::read(&outcome.path).expect("a LoRA");
+    let entry = |key: &str| file.metadata.get(key).map(String::as_str);
+    assert_eq!(entry("ss_steps"), Some("5"));
+    assert_eq!(entry("ss_epoch"), Some("2"));
+    assert_eq!(entry("ss_network_dim"), Some("2"));
+    assert_eq!(entry("modelspec.title"), Some("colours"));
+    assert_eq!(entry("ss_sd_model_name"), Some("tiny-sd15-ldm.safetensors"));
+    let moved = file.tensors.iter().filter(|(key, tensor)| {
+        key.contains("lora_up") && tensor.values.iter().any(|&value| value != 0.0)
+    });
+    assert!(moved.count() > 50, "the adapters were trained");
+}
+
+#[test]
+fn a_run_is_a_function_of_its_seed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let hash = |seed| {
+        let settings = TrainSettings { seed, ..settings() };
+        let outcome = run(folder.path(), &settings, &mut Log::default()).expect("a result");
+        let file = LoraFile::read(&outcome.path).expect("a LoRA");
+        file.metadata["sshs_model_hash"].clone()
+    };
+    let first = hash(7);
+    assert_eq!(first, hash(7), "the second run reads its latents from the cache");
+    assert_ne!(first, hash(8));
+}
+
+#[test]
+fn an_untrained_text_encoder_has_no_adapters_in_the_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let settings = TrainSettings {
+        text_encoder_lr: 0.0,
+        length: TrainLength::Epochs(1),
+        ..settings()
+    };
+    let mut log = Log::default();
+    let outcome = run(folder.path(), &settings, &mut log).expect("a result");
+    assert_eq!(outcome.steps, 3);
+    let file = LoraFile::read(&outcome.path).expect("a LoRA");
+    assert!(file.tensors.keys().all(|key| key.starts_with("lora_unet_")));
+    assert_eq!(file.metadata["ss_text_encoder_lr"], "None");
+}
+
+#[test]
+fn a_run_stops_when_it_is_asked_to() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut log = Log {
+        stop_after: Some(2),
+        ..Log::default()
+    };
+    let error = run(folder.path(), &settings(), &mut log).expect_err("stopped");
+    assert!(matches!(error, TrainError::Stopped { step: 2 }), "{error}");
+    assert_eq!(log.losses.len(), 2);
+    assert!(!folder.path().join("out").exists(), "nothing was written");
+}
+
+#[test]
+fn unusable_settings_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut log = Log::default();
+    let mut settings = settings();
+    settings.batch_size = 0;
+    let error = run(folder.path(), &settings, &mut log).expect_err("no batch");
+    assert!(error.to_string().starts_with("/batch_size"), "{error}");
+    settings.batch_size = 1;
+    settings.validation.image_ids = vec!["none".to_owned()];
+    let error = run(folder.path(), &settings, &mut log).expect_err("no such image");
+    assert!(matches!(error, TrainError::UnknownImage { .. }), "{error}");
+    assert!(log.lines.is_empty());
+}
