@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod config;
+pub mod dataloader;
 pub mod datasets;
 pub mod diffusion;
 pub mod telemetry;

@@ -43,7 +43,10 @@ impl Adapter for LoraAdapter {
         let dtype = y.dtype();
         let [.., kernel_height, kernel_width] = self.down.dims();
         let x = widen(x);
-        let hidden = if [kernel_height, kernel_width] == [1, 1] && layer.stride == [1, 1] && layer.padding == [0, 0] {
+        let hidden = if [kernel_height, kernel_width] == [1, 1]
+            && layer.stride == [1, 1]
+            && layer.padding == [0, 0]
+        {
             pointwise(x, self.down.clone())
         } else {
             let options = ConvOptions::new(layer.stride, layer.padding, [1, 1], 1);

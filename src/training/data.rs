@@ -88,6 +88,7 @@ pub struct LatentEncoder<'a> {
     device: Device,
     cache: Option<LatentCache>,
     fingerprint: String,
+    buckets: BucketSettings,
     seed: u64,
 }
 
@@ -109,13 +110,15 @@ impl<'a> LatentEncoder<'a> {
             device: device.clone(),
             cache,
             fingerprint: fingerprint(model, device)?,
+            buckets: set.buckets.clone(),
             seed,
         })
     }
 
     /// The latents of one image at one size.
     pub fn encode(&self, image: &TrainingImage, bucket: (u32, u32)) -> Result<Latents, TrainError> {
-        let place = format!("{}/{}x{}", image.sha256, bucket.0, bucket.1);
+        let resized = self.buckets.place(image.width_px, image.height_px).resized;
+        let place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
         let key = hex::encode(Sha256::digest(format!(
             "{place}/{}/{}",
             self.fingerprint, self.seed
@@ -145,7 +148,7 @@ impl<'a> LatentEncoder<'a> {
         bucket: (u32, u32),
         place: &str,
     ) -> Result<CachedLatent, TrainError> {
-        let pixels = load_pixels(&image.path, bucket)?;
+        let pixels = load_pixels(&image.path, bucket, &self.buckets)?;
         let shape = [1, 3, pixels.height as usize, pixels.width as usize];
         let data = TensorData::new(pixels.data, shape);
         let picture = Tensor::<4>::from_data(data, (&self.device, DType::F32));

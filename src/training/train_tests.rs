@@ -58,7 +58,9 @@ fn pictures(folder: &Path) -> TrainingSet {
     let images = (0..5_u8).map(|index| {
         let path = folder.join(format!("{index}.png"));
         let colour = Rgb([index * 50, 255 - index * 40, 90]);
-        RgbImage::from_pixel(64, 64, colour).save(&path).expect("a picture");
+        RgbImage::from_pixel(64, 64, colour)
+            .save(&path)
+            .expect("a picture");
         TrainingImage {
             id: format!("image-{index}"),
             path,
@@ -168,8 +170,14 @@ fn a_run_reports_and_saves_what_it_was_asked_to() {
     ];
     assert_eq!(log.lines, expected);
     assert_eq!(outcome.steps, 5);
-    assert_eq!(outcome.validation_loss_before, log.validation.first().copied());
-    assert_eq!(outcome.validation_loss_after, log.validation.last().copied());
+    assert_eq!(
+        outcome.validation_loss_before,
+        log.validation.first().copied()
+    );
+    assert_eq!(
+        outcome.validation_loss_after,
+        log.validation.last().copied()
+    );
     let file = LoraFile::read(&outcome.path).expect("a LoRA");
     let entry = |key: &str| file.metadata.get(key).map(String::as_str);
     assert_eq!(entry("ss_steps"), Some("5"));
@@ -193,7 +201,11 @@ fn a_run_is_a_function_of_its_seed() {
         file.metadata["sshs_model_hash"].clone()
     };
     let first = hash(7);
-    assert_eq!(first, hash(7), "the second run reads its latents from the cache");
+    assert_eq!(
+        first,
+        hash(7),
+        "the second run reads its latents from the cache"
+    );
     assert_ne!(first, hash(8));
 }
 

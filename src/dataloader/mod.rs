@@ -1,0 +1,84 @@
+//! From files and captions to batches: buckets, pixels, the order of an epoch, and a cache of latents.
+//!
+//! Sizes and order follow sd-scripts, so that a run here sees its pictures as a run there would. Nothing in this
+//! folder knows a model.
+
+mod area;
+mod buckets;
+mod epoch;
+mod latent_cache;
+mod pixels;
+
+use std::path::PathBuf;
+
+pub use buckets::{BucketSettings, Placement};
+pub use epoch::{Batch, EpochPlan};
+pub use latent_cache::{CachedLatent, LatentCache};
+pub use pixels::{Pixels, load_pixels};
+
+/// One picture to train on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrainingImage {
+    /// Stable name of the picture.
+    pub id: String,
+    /// The file.
+    pub path: PathBuf,
+    /// SHA-256 of the file, hexadecimal.
+    pub sha256: String,
+    /// Width as shown, after the EXIF orientation.
+    pub width_px: u32,
+    /// Height as shown, after the EXIF orientation.
+    pub height_px: u32,
+    /// What is in it.
+    pub caption: String,
+    /// How often it appears in an epoch.
+    pub repeats: u32,
+    /// Whether it shows the class in general (DreamBooth's prior preservation) instead of the subject.
+    pub regularization: bool,
+}
+
+/// Data that cannot be trained on.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file system said no.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// The file is not a picture, or a broken one.
+    #[error("{path}: cannot be decoded: {reason}")]
+    Decode {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// The file is not the one that the plan was made for.
+    #[error(
+        "{path}: is {found:?} pixels and belongs into bucket {expected:?}, but was planned for {planned:?}"
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        found: (u32, u32),
+        /// The bucket of that size.
+        expected: (u32, u32),
+        /// The bucket of the plan.
+        planned: (u32, u32),
+    },
+    /// A bucket setting that makes no sense.
+    #[error("`{field}` {message}")]
+    Settings {
+        /// The field of [`BucketSettings`].
+        field: &'static str,
+        /// What was found and what was expected.
+        message: String,
+    },
+    /// There is nothing to train on.
+    #[error("there is no picture to train on besides regularization pictures")]
+    Empty,
+}
