@@ -2,15 +2,19 @@
 
 pub mod auth;
 pub mod codes;
+pub mod datasets;
 pub mod decode;
 pub mod download;
 pub mod extract;
+pub mod idempotency;
+pub mod images;
 pub mod middleware;
 pub mod multipart;
 pub mod openapi;
 pub mod page;
 pub mod patch;
 pub mod problem;
+pub mod uploads;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceFactory, ServiceRequest, ServiceResponse};
@@ -35,7 +39,12 @@ use openapi::RouteTable;
 
 /// Every route of the API. A resource adds its own in its file.
 pub fn configure(config: &mut ServiceConfig<'_>) {
-    config.service(scope::scope("/v1").configure(|_config| {}));
+    config.service(scope::scope("/v1").configure(|config| {
+        config
+            .configure(datasets::routes)
+            .configure(images::routes)
+            .configure(uploads::routes);
+    }));
 }
 
 /// The whole application: routes, documentation, errors, request ids, keys.
