@@ -6,15 +6,12 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use actix_web::HttpServer;
-use actix_web::dev::ServerHandle;
-use actix_web::web::Data;
 use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::api;
 use crate::api::auth::ApiKey;
+use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
 use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
@@ -23,13 +20,10 @@ use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
 use crate::store::Store;
 
-/// How long open connections have to finish when the service ends, in seconds.
-const SHUTDOWN_S: u64 = 5;
-
 /// A service on a thread of its own; for the demo and for tests.
 pub struct Service {
     address: SocketAddr,
-    handle: ServerHandle,
+    handle: StopHandle,
     thread: JoinHandle<Result<()>>,
 }
 
@@ -43,8 +37,7 @@ impl Service {
         let thread = std::thread::Builder::new()
             .name("service".to_owned())
             .spawn(move || {
-                let system = actix_web::rt::System::new();
-                system.block_on(run(config, move |address, handle| {
+                server::block_on(run(config, move |address, handle| {
                     // Nobody waits any more when the starting thread has gone.
                     let _ = sender.send((address, handle));
                 }))
@@ -73,9 +66,7 @@ impl Service {
     /// # Errors
     /// When it has failed meanwhile.
     pub fn stop(self) -> Result<()> {
-        let stopping = self.handle.stop(true);
-        // The command is sent when the future is made; the service's own thread carries it out.
-        drop(stopping);
+        self.handle.stop();
         self.thread
             .join()
             .map_err(|_| anyhow!("the service has panicked"))?
@@ -87,14 +78,15 @@ impl Service {
 /// # Errors
 /// When the address is taken, or the data folder or the database cannot be used.
 pub fn serve(config: Config) -> Result<()> {
-    let system = actix_web::rt::System::new();
-    system.block_on(run(config, |address, _| {
-        println!("lorasmith listens on http://{address} (API documentation at http://{address}/docs)");
+    server::block_on(run(config, |address, _| {
+        println!(
+            "lorasmith listens on http://{address} (API documentation at http://{address}/docs)"
+        );
     }))
 }
 
 /// The whole life of a service.
-async fn run(config: Config, ready: impl FnOnce(SocketAddr, ServerHandle)) -> Result<()> {
+async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
     let config = with_absolute_paths(config)?;
     let store = open_store(&config).await?;
     store.blobs().clear_scratch()?;
@@ -113,31 +105,21 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, ServerHandle)) -> Re
         config.device.clone(),
         wake.clone(),
     );
-    let datasets = DatasetService::new(store.clone(), Limits::default());
     let command = worker_command(&config)?;
 
+    let services = Services {
+        store: store.clone(),
+        datasets: DatasetService::new(store.clone(), Limits::default()),
+        models,
+        runs,
+        plugins,
+    };
     let key = ApiKey::new(config.api_key.as_deref());
-    let (data_store, data_plugins) = (store.clone(), Data::from(plugins));
-    let server = HttpServer::new(move || {
-        let (store, plugins) = (data_store.clone(), data_plugins.clone());
-        let (runs, datasets, models) = (runs.clone(), datasets.clone(), models.clone());
-        api::app(key.clone(), move |app| {
-            app.app_data(Data::new(store))
-                .app_data(Data::new(runs))
-                .app_data(Data::new(datasets))
-                .app_data(Data::new(models))
-                .app_data(plugins);
-        })
-    })
-    .workers(config.http_workers)
-    .shutdown_timeout(SHUTDOWN_S)
-    .bind(config.bind)
-    .with_context(|| format!("listening on {}", config.bind))?;
-    let address = *server.addrs().first().context("an address to listen on")?;
-    let server = server.run();
+    let http = HttpService::listen(config.bind, config.http_workers, key, services)
+        .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store, command, wake);
-    ready(address, server.handle());
-    let ended = server.await;
+    ready(http.address(), http.stop_handle());
+    let ended = http.run().await;
     supervisor.stop().await;
     Ok(ended?)
 }
@@ -206,7 +188,11 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
         setting("DATABASE_URL", &config.database_url()),
     ];
-    let folders: Vec<String> = config.plugin_dirs.iter().map(|path| text(path)).collect::<Result<_>>()?;
+    let folders: Vec<String> = config
+        .plugin_dirs
+        .iter()
+        .map(|path| text(path))
+        .collect::<Result<_>>()?;
     environment.push(setting("PLUGIN_DIRS", &serde_json::to_string(&folders)?));
     if let Some(digests) = &config.plugin_sha256 {
         environment.push(setting("PLUGIN_SHA256", &serde_json::to_string(digests)?));
@@ -238,7 +224,10 @@ fn worker_program() -> Result<PathBuf> {
     if own.file_name().is_some_and(|own| own == name.as_str()) {
         return Ok(own);
     }
-    let beside = own.parent().and_then(Path::parent).map(|folder| folder.join(&name));
+    let beside = own
+        .parent()
+        .and_then(Path::parent)
+        .map(|folder| folder.join(&name));
     beside
         .filter(|program| program.is_file())
         .with_context(|| format!("`{name}` is not beside {}", own.display()))

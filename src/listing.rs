@@ -37,7 +37,11 @@ pub fn plugins(host: &PluginHost, as_json: bool) -> Result<String> {
     let mut text = String::new();
     for plugin in host.plugins() {
         match &plugin.reason {
-            Some(reason) => writeln!(text, "refused  {}\n         {reason}", plugin.path.display())?,
+            Some(reason) => writeln!(
+                text,
+                "refused  {}\n         {reason}",
+                plugin.path.display()
+            )?,
             None => {
                 writeln!(
                     text,
@@ -58,7 +62,9 @@ pub fn plugins(host: &PluginHost, as_json: bool) -> Result<String> {
         }
     }
     if text.is_empty() {
-        text.push_str("no plugins were found: set plugin_dirs, or build them with `cargo build --release`\n");
+        text.push_str(
+            "no plugins were found: set plugin_dirs, or build them with `cargo build --release`\n",
+        );
     }
     Ok(text)
 }
@@ -81,7 +87,11 @@ pub fn devices(as_json: bool) -> Result<String> {
             device.id,
             format!("{:?}", device.class).to_lowercase(),
             device.name,
-            if device.driver.is_empty() { String::new() } else { format!("  ({})", device.driver) },
+            if device.driver.is_empty() {
+                String::new()
+            } else {
+                format!("  ({})", device.driver)
+            },
         )?;
     }
     Ok(text)

@@ -71,9 +71,14 @@ pub async fn stream_events(
     id: web::Path<Uuid>,
     query: Query<EventQuery>,
 ) -> Result<HttpResponse, Problem> {
-    let last = last_event_id(&request)?.or(query.into_inner().after).unwrap_or(0);
+    let last = last_event_id(&request)?
+        .or(query.into_inner().after)
+        .unwrap_or(0);
     let run = runs.get(id.into_inner()).await?;
-    let waiting = store.events(run.id, last, BATCH).await.map_err(RunError::from)?;
+    let waiting = store
+        .events(run.id, last, BATCH)
+        .await
+        .map_err(RunError::from)?;
     if waiting.is_empty() && state::has_ended(run.state) {
         return Ok(HttpResponse::NoContent().finish());
     }
@@ -96,9 +101,15 @@ fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
     let Some(value) = request.headers().get("last-event-id") else {
         return Ok(None);
     };
-    let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    let number = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
     number.map(Some).ok_or_else(|| {
-        Problem::new(Code::InvalidHeader, "Last-Event-ID: expected the number of an event")
+        Problem::new(
+            Code::InvalidHeader,
+            "Last-Event-ID: expected the number of an event",
+        )
     })
 }
 
@@ -122,7 +133,10 @@ impl Subscription {
             if let Some(event) = self.waiting.pop_front() {
                 self.last = event.seq;
                 self.silent_since = Instant::now();
-                let text = format!("id: {}\nevent: {}\ndata: {}\n\n", event.seq, event.kind, event.data);
+                let text = format!(
+                    "id: {}\nevent: {}\ndata: {}\n\n",
+                    event.seq, event.kind, event.data
+                );
                 return Ok(Some((Bytes::from(text), self)));
             }
             // The state is read before the events: what a run's end has written is then among them.
@@ -148,7 +162,11 @@ impl Subscription {
     }
 
     async fn run_has_ended(&self) -> Result<bool, Problem> {
-        let run = self.store.run(self.run_id).await.map_err(Problem::internal)?;
+        let run = self
+            .store
+            .run(self.run_id)
+            .await
+            .map_err(Problem::internal)?;
         Ok(state::has_ended(run.state))
     }
 }

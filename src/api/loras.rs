@@ -1,7 +1,7 @@
 //! `/v1/loras`: trained LoRA files.
 
 use actix_web::web::{self, Data};
-use actix_web::{HttpRequest, HttpResponse, get};
+use actix_web::{HttpRequest, HttpResponse, get, route};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::codes::Code;
 use super::download::{self, Download};
 use super::extract::Query;
-use super::page::{Page, PageQuery, PageRequest, id_after};
+use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{Problem, ProblemBody};
 use crate::store::loras as rows;
 use crate::store::{Store, StoreError};
@@ -96,11 +96,19 @@ pub async fn list_loras(
     store: Data<Store>,
     query: Query<LoraQuery>,
 ) -> Result<web::Json<Page<Lora>>, Problem> {
-    let LoraQuery { limit, cursor, run_id } = query.into_inner();
+    let LoraQuery {
+        limit,
+        cursor,
+        run_id,
+    } = query.into_inner();
     let page = PageRequest::try_from(PageQuery { limit, cursor })?;
-    let found = store.loras(run_id, id_after(&page)?, page.rows()).await;
+    let found = store.loras(run_id, page.after_id()?, page.rows()).await;
     let found = found.map_err(Problem::internal)?;
-    Ok(web::Json(page.page(found, |lora| lora.id.to_string(), Lora::from)))
+    Ok(web::Json(page.page(
+        found,
+        |lora| lora.id.to_string(),
+        Lora::from,
+    )))
 }
 
 /// Read about a LoRA file.
@@ -123,6 +131,7 @@ pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Js
 ///
 /// A `.safetensors` file for A1111, ComfyUI and diffusers; ranges, and its SHA-256 as ETag and `Repr-Digest`.
 #[utoipa::path(
+    method(get, head),
     tag = "loras",
     params(("lora_id" = Uuid, Path)),
     responses(
@@ -133,7 +142,7 @@ pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Js
         (status = 416, description = "`range_not_satisfiable`", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-#[actix_web::route("/loras/{lora_id}/content", method = "GET", method = "HEAD")]
+#[route("/loras/{lora_id}/content", method = "GET", method = "HEAD")]
 pub async fn get_lora_content(
     request: HttpRequest,
     store: Data<Store>,

@@ -10,8 +10,7 @@ use super::codes::Code;
 use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{Problem, ProblemBody};
-use crate::diffusion::{Family, Layout, PredictionType};
-use crate::models::{BaseModel, ModelCatalog};
+use crate::models::{BaseModel, Family, Layout, ModelCatalog, PredictionType};
 
 /// The routes of this file, under `/v1`.
 pub fn routes(config: &mut ServiceConfig<'_>) {
@@ -88,7 +87,11 @@ pub async fn list_models(
         found.retain(|model| model.name > *after);
     }
     found.truncate(page.limit + 1);
-    Ok(web::Json(page.page(found, |model| model.name.clone(), Model::from)))
+    Ok(web::Json(page.page(
+        found,
+        |model| model.name.clone(),
+        Model::from,
+    )))
 }
 
 /// Read about a base model.
@@ -108,14 +111,26 @@ pub async fn get_model(
     id: web::Path<String>,
 ) -> Result<web::Json<Model>, Problem> {
     let id = id.into_inner();
-    let found = all(&models).await?.into_iter().find(|model| model.id == id || model.name == id);
-    let missing = || Problem::new(Code::ModelNotFound, format!("there is no base model `{id}`"));
-    found.map(|model| web::Json(model.into())).ok_or_else(missing)
+    let found = all(&models)
+        .await?
+        .into_iter()
+        .find(|model| model.id == id || model.name == id);
+    let missing = || {
+        Problem::new(
+            Code::ModelNotFound,
+            format!("there is no base model `{id}`"),
+        )
+    };
+    found
+        .map(|model| web::Json(model.into()))
+        .ok_or_else(missing)
 }
 
 /// Reading headers blocks; what was read is remembered.
 async fn all(models: &ModelCatalog) -> Result<Vec<BaseModel>, Problem> {
     let models = models.clone();
     let listed = web::block(move || models.list()).await;
-    listed.map_err(Problem::internal)?.map_err(Problem::internal)
+    listed
+        .map_err(Problem::internal)?
+        .map_err(Problem::internal)
 }

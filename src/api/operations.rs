@@ -1,7 +1,7 @@
 //! What operators ask: is it alive, is it ready, which version, which devices.
 
-use actix_web::web::{self, Data};
 use actix_web::get;
+use actix_web::web::{self, Data};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_actix_web::service_config::ServiceConfig;

@@ -6,13 +6,11 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::FieldError;
-use crate::dataloader::BucketSettings;
-use crate::diffusion::PredictionType;
-use crate::diffusion::samplers::SamplerKind;
-use crate::networks::{NetworkSettings, SavePrecision};
+use crate::runs::settings::{
+    self as domain, BucketSettings, NetworkSettings, PredictionType, SamplerKind, SavePrecision,
+};
 use crate::runs::{NewRunRequest, RunSpec};
 use crate::store::runs::Run;
-use crate::training as domain;
 
 /// What a run is to do. The `settings` of a run have this form too: sent again, they start the same run.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -288,7 +286,7 @@ pub struct Validation {
 
 mod defaults {
     use super::Plugin;
-    use crate::training::{PluginChoice, TrainSettings};
+    use crate::runs::settings::{PluginChoice, TrainSettings};
 
     pub fn unet_lr() -> f64 {
         TrainSettings::default().unet_lr
@@ -324,8 +322,15 @@ impl Default for Network {
 
 impl Default for Resolution {
     fn default() -> Self {
-        let BucketSettings { width_px, height_px, .. } = BucketSettings::default();
-        Self { width_px, height_px }
+        let BucketSettings {
+            width_px,
+            height_px,
+            ..
+        } = BucketSettings::default();
+        Self {
+            width_px,
+            height_px,
+        }
     }
 }
 
@@ -350,14 +355,27 @@ impl TryFrom<CreateRun> for NewRunRequest {
         let length = match (wire.max_train_steps, wire.max_train_epochs) {
             (Some(_), Some(_)) => {
                 let message = "given together with max_train_steps; give one of the two";
-                return Err(FieldError::new("/max_train_epochs", "invalid_value", message));
+                return Err(FieldError::new(
+                    "/max_train_epochs",
+                    "invalid_value",
+                    message,
+                ));
             }
             (Some(steps), None) => domain::TrainLength::Steps(steps),
             (None, Some(epochs)) => domain::TrainLength::Epochs(epochs),
             (None, None) => domain::TrainSettings::default().length,
         };
-        let Resolution { width_px, height_px } = wire.resolution;
-        let Buckets { enabled, min_px, max_px, step_px, no_upscale } = wire.buckets;
+        let Resolution {
+            width_px,
+            height_px,
+        } = wire.resolution;
+        let Buckets {
+            enabled,
+            min_px,
+            max_px,
+            step_px,
+            no_upscale,
+        } = wire.buckets;
         Ok(Self {
             name: wire.name.clone(),
             dataset_id: wire.dataset_id,
@@ -401,7 +419,12 @@ impl TryFrom<CreateRun> for NewRunRequest {
 impl CreateRun {
     /// The settings of a run that was made, every default filled in.
     pub fn of(run: &Run, spec: RunSpec) -> Self {
-        let RunSpec { device, base_model_id, settings, buckets } = spec;
+        let RunSpec {
+            device,
+            base_model_id,
+            settings,
+            buckets,
+        } = spec;
         let (max_train_steps, max_train_epochs) = match settings.length {
             domain::TrainLength::Steps(steps) => (Some(steps), None),
             domain::TrainLength::Epochs(epochs) => (None, Some(epochs)),
@@ -445,7 +468,13 @@ fn file_stem(name: &str) -> String {
     let stem: String = name
         .trim()
         .chars()
-        .map(|c| if c.is_control() || "/\\:*?\"<>|".contains(c) { '_' } else { c })
+        .map(|c| {
+            if c.is_control() || "/\\:*?\"<>|".contains(c) {
+                '_'
+            } else {
+                c
+            }
+        })
         .collect();
     match stem.strip_prefix('.') {
         Some(rest) => format!("_{rest}"),
@@ -475,21 +504,46 @@ same_variants!(Sampler, SamplerKind: Ddim = DdimSd15, DdimKohya = DdimKohya, Eul
 
 impl From<Network> for NetworkSettings {
     fn from(wire: Network) -> Self {
-        let Network { kind: NetworkKind::Lora, rank, alpha, conv_rank, conv_alpha } = wire;
-        Self { rank, alpha, conv_rank, conv_alpha }
+        let Network {
+            kind: NetworkKind::Lora,
+            rank,
+            alpha,
+            conv_rank,
+            conv_alpha,
+        } = wire;
+        Self {
+            rank,
+            alpha,
+            conv_rank,
+            conv_alpha,
+        }
     }
 }
 
 impl From<NetworkSettings> for Network {
     fn from(domain: NetworkSettings) -> Self {
-        let NetworkSettings { rank, alpha, conv_rank, conv_alpha } = domain;
-        Self { kind: NetworkKind::Lora, rank, alpha, conv_rank, conv_alpha }
+        let NetworkSettings {
+            rank,
+            alpha,
+            conv_rank,
+            conv_alpha,
+        } = domain;
+        Self {
+            kind: NetworkKind::Lora,
+            rank,
+            alpha,
+            conv_rank,
+            conv_alpha,
+        }
     }
 }
 
 impl From<Plugin> for domain::PluginChoice {
     fn from(wire: Plugin) -> Self {
-        Self { id: wire.id, settings: Value::Object(wire.settings) }
+        Self {
+            id: wire.id,
+            settings: Value::Object(wire.settings),
+        }
     }
 }
 
@@ -499,14 +553,30 @@ impl From<domain::PluginChoice> for Plugin {
             Value::Object(settings) => settings,
             _ => Map::new(),
         };
-        Self { id: domain.id, settings }
+        Self {
+            id: domain.id,
+            settings,
+        }
     }
 }
 
 impl From<BucketSettings> for Buckets {
     fn from(domain: BucketSettings) -> Self {
-        let BucketSettings { enabled, min_px, max_px, step_px, no_upscale, .. } = domain;
-        Self { enabled, min_px, max_px, step_px, no_upscale }
+        let BucketSettings {
+            enabled,
+            min_px,
+            max_px,
+            step_px,
+            no_upscale,
+            ..
+        } = domain;
+        Self {
+            enabled,
+            min_px,
+            max_px,
+            step_px,
+            no_upscale,
+        }
     }
 }
 
@@ -552,9 +622,27 @@ impl From<domain::SampleSettings> for Samples {
 
 impl From<Prompt> for domain::SamplePrompt {
     fn from(wire: Prompt) -> Self {
-        let Prompt { prompt, negative_prompt, width_px, height_px, seed, steps, cfg_scale, sampler } = wire;
+        let Prompt {
+            prompt,
+            negative_prompt,
+            width_px,
+            height_px,
+            seed,
+            steps,
+            cfg_scale,
+            sampler,
+        } = wire;
         let sampler = sampler.into();
-        Self { prompt, negative_prompt, width_px, height_px, seed, steps, cfg_scale, sampler }
+        Self {
+            prompt,
+            negative_prompt,
+            width_px,
+            height_px,
+            seed,
+            steps,
+            cfg_scale,
+            sampler,
+        }
     }
 }
 
@@ -571,7 +659,16 @@ impl From<domain::SamplePrompt> for Prompt {
             sampler,
         } = domain;
         let sampler = sampler.into();
-        Self { prompt, negative_prompt, width_px, height_px, seed, steps, cfg_scale, sampler }
+        Self {
+            prompt,
+            negative_prompt,
+            width_px,
+            height_px,
+            seed,
+            steps,
+            cfg_scale,
+            sampler,
+        }
     }
 }
 
@@ -587,7 +684,11 @@ impl From<Validation> for domain::ValidationSettings {
 impl From<domain::ValidationSettings> for Validation {
     fn from(domain: domain::ValidationSettings) -> Self {
         Self {
-            image_ids: domain.image_ids.iter().filter_map(|id| id.parse().ok()).collect(),
+            image_ids: domain
+                .image_ids
+                .iter()
+                .filter_map(|id| id.parse().ok())
+                .collect(),
             every_n_steps: domain.every_n_steps,
         }
     }
@@ -622,7 +723,11 @@ mod tests {
             ("unet_rate", json!(1.0), "/unet_rate"),
             ("network", json!({"rnak": 4}), "/network/rnak"),
             ("network", json!({"rank": "4"}), "/network/rank"),
-            ("samples", json!({"prompts": [{"sampler": "x"}]}), "/samples/prompts/0/sampler"),
+            (
+                "samples",
+                json!({"prompts": [{"sampler": "x"}]}),
+                "/samples/prompts/0/sampler",
+            ),
             ("max_train_epochs", json!(3), "/max_train_epochs"),
         ] {
             let mut body = base.clone();

@@ -2,7 +2,7 @@
 
 use actix_web::http::header;
 use actix_web::web::{self, Data};
-use actix_web::{HttpRequest, HttpResponse, get, post};
+use actix_web::{HttpRequest, HttpResponse, get, post, route};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -13,7 +13,7 @@ use super::codes::Code;
 use super::download::{self, Download};
 use super::extract::{Json, Query};
 use super::idempotency::{self, Created};
-use super::page::{Page, PageQuery, PageRequest, id_after};
+use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
 use super::run_settings::CreateRun;
 use crate::runs::{NewRunRequest, RunError, RunService, RunSpec};
@@ -234,24 +234,32 @@ pub async fn list_runs(
     store: Data<Store>,
     query: Query<RunQuery>,
 ) -> Result<web::Json<Page<Run>>, Problem> {
-    let RunQuery { limit, cursor, state, dataset_id } = query.into_inner();
+    let RunQuery {
+        limit,
+        cursor,
+        state,
+        dataset_id,
+    } = query.into_inner();
     let page = PageRequest::try_from(PageQuery { limit, cursor })?;
     let filter = rows::RunFilter {
         state: state.map(Into::into),
         dataset_id,
     };
-    let found = runs.list(filter, id_after(&page)?, page.rows()).await?;
+    let found = runs.list(filter, page.after_id()?, page.rows()).await?;
     let ids: Vec<Uuid> = found.iter().map(|run| run.id).collect();
     let results = store.final_loras(&ids).await.map_err(RunError::from)?;
-    let page = page.page(
-        found,
-        |run| run.id.to_string(),
-        |run| {
+    let found: Vec<Run> = found
+        .into_iter()
+        .map(|run| {
             let lora = results.get(&run.id).copied();
             Run::of(run, lora)
-        },
-    );
-    Ok(web::Json(page.transpose()?))
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(web::Json(page.page(
+        found,
+        |run| run.id.to_string(),
+        |run| run,
+    )))
 }
 
 /// Read a run.
@@ -368,16 +376,31 @@ pub async fn list_metrics(
     let MetricQuery { since, every } = query.into_inner();
     if every == Some(0) {
         let message = "found 0, expected 1 or more";
-        return Err(Problem::field(Code::InvalidQuery, "/every", "out_of_range", message));
+        return Err(Problem::field(
+            Code::InvalidQuery,
+            "/every",
+            "out_of_range",
+            message,
+        ));
     }
     let run = runs.get(id.into_inner()).await?;
     let found = store.metrics(run.id, since, every, MAX_METRICS + 1).await;
-    let mut data: Vec<MetricPoint> = found.map_err(RunError::from)?.into_iter().map(Into::into).collect();
+    let mut data: Vec<MetricPoint> = found
+        .map_err(RunError::from)?
+        .into_iter()
+        .map(Into::into)
+        .collect();
     let more = data.len() as u64 > MAX_METRICS;
     data.truncate(MAX_METRICS as usize);
-    let next_since = if more { data.last().map(|point| point.step) } else { None };
+    let next_since = if more {
+        data.last().map(|point| point.step)
+    } else {
+        None
+    };
     Ok(if wants_csv(&request) {
-        HttpResponse::Ok().content_type("text/csv; charset=utf-8").body(csv(&data))
+        HttpResponse::Ok()
+            .content_type("text/csv; charset=utf-8")
+            .body(csv(&data))
     } else {
         HttpResponse::Ok().json(MetricSeries { data, next_since })
     })
@@ -402,7 +425,9 @@ impl From<rows::Metric> for MetricPoint {
 
 fn wants_csv(request: &HttpRequest) -> bool {
     let accept = request.headers().get(header::ACCEPT);
-    accept.and_then(|value| value.to_str().ok()).is_some_and(|value| value.starts_with("text/csv"))
+    accept
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.starts_with("text/csv"))
 }
 
 fn csv(points: &[MetricPoint]) -> String {
@@ -419,7 +444,10 @@ fn csv(points: &[MetricPoint]) -> String {
             number(point.lr_text_encoder),
             number(point.grad_norm),
             number(point.step_time_s),
-            point.memory_bytes.map(|bytes| bytes.to_string()).unwrap_or_default(),
+            point
+                .memory_bytes
+                .map(|bytes| bytes.to_string())
+                .unwrap_or_default(),
         ];
         text.push_str(&cells.join(","));
         text.push('\n');
@@ -485,15 +513,20 @@ pub async fn list_samples(
 ) -> Result<web::Json<Page<Sample>>, Problem> {
     let page = PageRequest::try_from(query.into_inner())?;
     let run = runs.get(id.into_inner()).await?;
-    let found = store.samples(run.id, id_after(&page)?, page.rows()).await;
+    let found = store.samples(run.id, page.after_id()?, page.rows()).await;
     let found = found.map_err(RunError::from)?;
-    Ok(web::Json(page.page(found, |sample| sample.id.to_string(), Sample::from)))
+    Ok(web::Json(page.page(
+        found,
+        |sample| sample.id.to_string(),
+        Sample::from,
+    )))
 }
 
 /// Download a preview picture.
 ///
 /// A PNG, with ETag and ranges.
 #[utoipa::path(
+    method(get, head),
     tag = "runs",
     params(("run_id" = Uuid, Path), ("sample_id" = Uuid, Path)),
     responses(
@@ -504,17 +537,27 @@ pub async fn list_samples(
         (status = 416, description = "`range_not_satisfiable`", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-#[actix_web::route("/runs/{run_id}/samples/{sample_id}/content", method = "GET", method = "HEAD")]
+#[route(
+    "/runs/{run_id}/samples/{sample_id}/content",
+    method = "GET",
+    method = "HEAD"
+)]
 pub async fn get_sample_content(
     request: HttpRequest,
     store: Data<Store>,
     ids: web::Path<(Uuid, Uuid)>,
 ) -> Result<HttpResponse, Problem> {
     let (run_id, id) = ids.into_inner();
-    let sample = store.sample(run_id, id).await.map_err(|error| match error {
-        StoreError::NotFound => Problem::new(Code::SampleNotFound, format!("run {run_id} has no sample {id}")),
-        other => Problem::internal(other),
-    })?;
+    let sample = store
+        .sample(run_id, id)
+        .await
+        .map_err(|error| match error {
+            StoreError::NotFound => Problem::new(
+                Code::SampleNotFound,
+                format!("run {run_id} has no sample {id}"),
+            ),
+            other => Problem::internal(other),
+        })?;
     let file = Download {
         path: &store.blobs().path(&sample.sha256),
         sha256: &sample.sha256,
@@ -539,10 +582,9 @@ impl From<RunError> for Problem {
                 });
                 Self::fields(Code::InvalidSettings, fields.collect())
             }
-            RunError::Models(_)
-            | RunError::Task(_)
-            | RunError::Spec(_)
-            | RunError::Store(_) => Self::internal(text),
+            RunError::Models(_) | RunError::Task(_) | RunError::Spec(_) | RunError::Store(_) => {
+                Self::internal(text)
+            }
         }
     }
 }

@@ -557,7 +557,9 @@ mod tests {
             let model = StableDiffusion::load(&fixture(path), &options).expect("loads");
             let channels = model.unet.latent_channels();
             let sample = Tensor::<4>::full([1, channels, 8, 8], 0.5, &device);
-            let states = model.text_encoder.forward(&model.tokenizer.chunks("a cat", 77), 1);
+            let states = model
+                .text_encoder
+                .forward(&model.tokenizer.chunks("a cat", 77), 1);
             let output = model.unet.forward(sample, &[500.0], states);
             output.into_data().try_into_vec::<f32>().expect("numbers")
         };

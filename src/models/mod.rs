@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::diffusion::{LoadError, ModelInfo, StableDiffusion};
+pub use crate::diffusion::{Family, Layout, ModelInfo, PredictionType};
+use crate::diffusion::{LoadError, StableDiffusion};
 
 /// How deep folders are searched.
 const MAX_DEPTH: usize = 4;
@@ -98,7 +99,9 @@ impl ModelCatalog {
         let by = |wanted: fn(&BaseModel) -> &str| {
             models.iter().find(|model| wanted(model) == id_or_name)
         };
-        Ok(by(|model| &model.id).or_else(|| by(|model| &model.name)).cloned())
+        Ok(by(|model| &model.id)
+            .or_else(|| by(|model| &model.name))
+            .cloned())
     }
 
     fn describe(&self, path: PathBuf) -> Option<BaseModel> {
@@ -204,7 +207,11 @@ mod tests {
         let models = ModelCatalog::new(folder.path()).list().expect("readable");
         assert_eq!(models.len(), 1);
         assert_eq!(models[0].name, "sub/broken");
-        assert!(models[0].problem().is_some_and(|text| text.contains("broken.safetensors")));
+        assert!(
+            models[0]
+                .problem()
+                .is_some_and(|text| text.contains("broken.safetensors"))
+        );
     }
 
     #[test]

@@ -387,7 +387,9 @@ impl Writer {
                 Message::State(to) => {
                     self.flush(std::mem::take(&mut gathered)).await?;
                     let (store, from) = (&self.store, state::before(to));
-                    store.move_own_run(self.run_id, &self.owner, from, to, None).await?;
+                    store
+                        .move_own_run(self.run_id, &self.owner, from, to, None)
+                        .await?;
                 }
             }
             next = receiver.try_recv().ok();
@@ -404,7 +406,11 @@ impl Writer {
     }
 
     async fn beat(&self) {
-        match self.store.renew_lease(self.run_id, &self.owner, LEASE).await {
+        match self
+            .store
+            .renew_lease(self.run_id, &self.owner, LEASE)
+            .await
+        {
             Ok(Some(run)) => {
                 if run.cancel_requested {
                     self.stop.cancelled.store(true, Ordering::Relaxed);
@@ -421,7 +427,10 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
     into.progress = report.progress.or(into.progress.take());
     into.phase = report.phase.or(into.phase.take());
     for metric in report.metrics {
-        let same = into.metrics.iter_mut().find(|known| known.step == metric.step);
+        let same = into
+            .metrics
+            .iter_mut()
+            .find(|known| known.step == metric.step);
         match same {
             Some(known) => known.validation_loss = metric.validation_loss.or(known.validation_loss),
             None => into.metrics.push(metric),

@@ -56,7 +56,9 @@ pub enum RunError {
     #[error("there is no dataset {0}")]
     DatasetNotFound(Uuid),
     /// There is no such base model.
-    #[error("there is no base model `{0}` in the model folder; GET /v1/models lists those that are there")]
+    #[error(
+        "there is no base model `{0}` in the model folder; GET /v1/models lists those that are there"
+    )]
     ModelNotFound(String),
     /// Values are wrong.
     #[error("{} values are wrong", .0.len())]
@@ -194,9 +196,15 @@ impl RunService {
         }
         self.store.request_cancel(id).await?;
         let at_once = [RunState::Queued, RunState::Interrupted];
-        if !self.store.move_run(id, &at_once, RunState::Cancelled, None).await? {
+        if !self
+            .store
+            .move_run(id, &at_once, RunState::Cancelled, None)
+            .await?
+        {
             let from = state::before(RunState::Cancelling);
-            self.store.move_run(id, from, RunState::Cancelling, None).await?;
+            self.store
+                .move_run(id, from, RunState::Cancelling, None)
+                .await?;
         }
         self.wake.notify_one();
         let run = self.get(id).await?;
@@ -320,8 +328,9 @@ fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunPro
         problems.push(RunProblem {
             pointer: "/dataset_id".to_owned(),
             code: "invalid_value",
-            message: "the dataset has no image to train on besides regularization and held-out images"
-                .to_owned(),
+            message:
+                "the dataset has no image to train on besides regularization and held-out images"
+                    .to_owned(),
         });
     }
     problems

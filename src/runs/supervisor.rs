@@ -137,7 +137,8 @@ impl Loop {
         for run in self.store.runs_in(&state::HELD).await? {
             let gone = run.lease_until.is_none_or(|until| until < now);
             if gone && !self.children.contains_key(&run.id) {
-                self.worker_gone(&run, "the worker gave no sign of life").await?;
+                self.worker_gone(&run, "the worker gave no sign of life")
+                    .await?;
             }
         }
         for run in self.store.runs_in(&[RunState::Interrupted]).await? {
@@ -150,13 +151,21 @@ impl Loop {
         tracing::warn!(run = %run.id, attempt = run.attempt, how, "a run has lost its worker");
         if run.state == RunState::Cancelling || run.cancel_requested {
             let from = state::before(RunState::Cancelling);
-            self.store.move_run(run.id, from, RunState::Cancelling, None).await?;
+            self.store
+                .move_run(run.id, from, RunState::Cancelling, None)
+                .await?;
             let from = state::before(RunState::Cancelled);
-            self.store.move_run(run.id, from, RunState::Cancelled, None).await?;
+            self.store
+                .move_run(run.id, from, RunState::Cancelled, None)
+                .await?;
             return Ok(());
         }
         let from = state::before(RunState::Interrupted);
-        if self.store.move_run(run.id, from, RunState::Interrupted, None).await? {
+        if self
+            .store
+            .move_run(run.id, from, RunState::Interrupted, None)
+            .await?
+        {
             self.requeue(run, how).await?;
         }
         Ok(())
@@ -168,7 +177,9 @@ impl Loop {
             return self.fail(run, "worker_lost", &message).await;
         }
         let from = state::before(RunState::Queued);
-        self.store.move_run(run.id, from, RunState::Queued, None).await?;
+        self.store
+            .move_run(run.id, from, RunState::Queued, None)
+            .await?;
         Ok(())
     }
 
@@ -178,15 +189,23 @@ impl Loop {
             message: message.to_owned(),
         };
         let from = state::before(RunState::Failed);
-        self.store.move_run(run.id, from, RunState::Failed, Some(&failure)).await?;
+        self.store
+            .move_run(run.id, from, RunState::Failed, Some(&failure))
+            .await?;
         Ok(())
     }
 
     async fn start_queued(&mut self) -> Result<(), StoreError> {
         let held = self.store.runs_in(&state::HELD).await?;
         // Workers of an earlier service count too: they still use the device.
-        let foreign = held.iter().filter(|run| !self.children.contains_key(&run.id)).count();
-        let mut free = self.command.max_workers.saturating_sub(self.children.len() + foreign);
+        let foreign = held
+            .iter()
+            .filter(|run| !self.children.contains_key(&run.id))
+            .count();
+        let mut free = self
+            .command
+            .max_workers
+            .saturating_sub(self.children.len() + foreign);
         for run in self.store.runs_in(&[RunState::Queued]).await? {
             if free == 0 {
                 break;

@@ -100,7 +100,13 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
         return Ok(WorkerEnd::NotOurs);
     };
     let stop = Arc::new(Stop::default());
-    let mut reporter = Reporter::start(runtime, parts.store.clone(), id, owner.clone(), stop.clone());
+    let mut reporter = Reporter::start(
+        runtime,
+        parts.store.clone(),
+        id,
+        owner.clone(),
+        stop.clone(),
+    );
     // A panic in a driver or a library must end as a failed run, with its message.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let trained = run_training(runtime, parts, &run, &mut reporter).map_err(|failure| {
@@ -133,9 +139,13 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
         let store = &parts.store;
         if to == RunState::Cancelled {
             let from = state::before(RunState::Cancelling);
-            store.move_own_run(id, &owner, from, RunState::Cancelling, None).await?;
+            store
+                .move_own_run(id, &owner, from, RunState::Cancelling, None)
+                .await?;
         }
-        store.move_own_run(id, &owner, state::before(to), to, failure.as_ref()).await?;
+        store
+            .move_own_run(id, &owner, state::before(to), to, failure.as_ref())
+            .await?;
         if end == WorkerEnd::Released {
             store.forgive_attempt(id).await?;
         }
@@ -162,7 +172,10 @@ fn run_training(
     let images: Vec<SnapshotImage> = serde_json::from_str(&run.images).map_err(unreadable)?;
     let settings = &spec.settings;
 
-    let asked = spec.device.parse().map_err(|error| Failure::new("device_unusable", error))?;
+    let asked = spec
+        .device
+        .parse()
+        .map_err(|error| Failure::new("device_unusable", error))?;
     let device = devices::open(asked).map_err(|error| Failure::new("device_unusable", error))?;
     let noted = format!("{} ({})", device.info.id, device.info.name);
     runtime
@@ -255,7 +268,7 @@ fn training_set(
     TrainingSet {
         images,
         subsets,
-        buckets: spec.buckets,
+        buckets: spec.buckets.clone(),
         latent_cache: Some(latent_cache.to_owned()),
         base_model: base_model.to_owned(),
     }

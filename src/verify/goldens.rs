@@ -62,7 +62,9 @@ impl Goldens {
         let mut tags: Vec<String> = entries
             .filter_map(|entry| {
                 let name = entry.ok()?.file_name().into_string().ok()?;
-                let tag = name.strip_prefix("train_")?.strip_suffix("_log.safetensors")?;
+                let tag = name
+                    .strip_prefix("train_")?
+                    .strip_suffix("_log.safetensors")?;
                 Some(tag.to_owned())
             })
             .collect();
@@ -93,9 +95,13 @@ impl Goldens {
             path: path.clone(),
             message,
         };
-        let size = std::fs::metadata(&path).map_err(|error| failed(error.to_string()))?.len();
+        let size = std::fs::metadata(&path)
+            .map_err(|error| failed(error.to_string()))?
+            .len();
         if size > MAX_FILE_BYTES {
-            return Err(failed(format!("{size} bytes, expected at most {MAX_FILE_BYTES}")));
+            return Err(failed(format!(
+                "{size} bytes, expected at most {MAX_FILE_BYTES}"
+            )));
         }
         let bytes = std::fs::read(&path).map_err(|error| failed(error.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|error| failed(error.to_string()))?;
@@ -108,7 +114,9 @@ impl Goldens {
                 Dtype::I32 => numbers(data, |bytes| f64::from(i32::from_le_bytes(bytes))),
                 Dtype::I64 => numbers(data, |bytes| i64::from_le_bytes(bytes) as f64),
                 other => {
-                    return Err(failed(format!("`{key}` is {other:?}, expected F32, F64, I32, I64")));
+                    return Err(failed(format!(
+                        "`{key}` is {other:?}, expected F32, F64, I32, I64"
+                    )));
                 }
             };
             tensors.insert(key.to_owned(), (view.shape().to_vec(), values));
@@ -122,7 +130,11 @@ impl Goldens {
 }
 
 fn numbers<const N: usize>(data: &[u8], number: impl Fn([u8; N]) -> f64) -> Vec<f64> {
-    data.as_chunks::<N>().0.iter().map(|&bytes| number(bytes)).collect()
+    data.as_chunks::<N>()
+        .0
+        .iter()
+        .map(|&bytes| number(bytes))
+        .collect()
 }
 
 impl GoldenFile {
@@ -137,7 +149,9 @@ impl GoldenFile {
     }
 
     fn get(&self, key: &str) -> Result<&(Vec<usize>, Vec<f64>), GoldenError> {
-        self.tensors.get(key).ok_or_else(|| self.error(format!("`{key}` is missing")))
+        self.tensors
+            .get(key)
+            .ok_or_else(|| self.error(format!("`{key}` is missing")))
     }
 
     fn error(&self, message: String) -> GoldenError {
@@ -156,7 +170,9 @@ impl GoldenFile {
     pub fn tensor<const D: usize>(&self, key: &str) -> Result<Tensor<D>, GoldenError> {
         let (shape, values) = self.get(key)?;
         if shape.len() != D {
-            return Err(self.error(format!("`{key}` has shape {shape:?}, expected {D} dimensions")));
+            return Err(self.error(format!(
+                "`{key}` has shape {shape:?}, expected {D} dimensions"
+            )));
         }
         let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
         let data = TensorData::new(values, shape.clone());
@@ -168,11 +184,17 @@ impl GoldenFile {
         let (shape, values) = self.get(key)?;
         let length = shape.last().copied().unwrap_or(1).max(1);
         let rows = values.chunks(length);
-        Ok(rows.map(|row| row.iter().map(|&id| id as u32).collect()).collect())
+        Ok(rows
+            .map(|row| row.iter().map(|&id| id as u32).collect())
+            .collect())
     }
 
     /// Numbers of timesteps.
     pub fn timesteps(&self, key: &str) -> Result<Vec<usize>, GoldenError> {
-        Ok(self.values(key)?.iter().map(|&value| value as usize).collect())
+        Ok(self
+            .values(key)?
+            .iter()
+            .map(|&value| value as usize)
+            .collect())
     }
 }

@@ -115,6 +115,8 @@ fn single_file(fixture: &Path) -> Result<Option<PathBuf>, VerifyError> {
     files.sort();
     match files.len() {
         0 | 1 => Ok(files.pop()),
-        more => Err(broken(format!("found {more} single-file checkpoints, expected one"))),
+        more => Err(broken(format!(
+            "found {more} single-file checkpoints, expected one"
+        ))),
     }
 }

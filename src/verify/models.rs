@@ -51,7 +51,11 @@ fn tokens(
                 .iter()
                 .flat_map(|caption| tokenizer.chunks(caption, length))
                 .collect();
-            check.equal(&format!("tokens {key}"), &ours.concat(), &file.rows(&key)?.concat());
+            check.equal(
+                &format!("tokens {key}"),
+                &ours.concat(),
+                &file.rows(&key)?.concat(),
+            );
         }
     }
     Ok(())
@@ -73,10 +77,19 @@ fn text_encoder(
     if quick {
         return Ok(());
     }
-    let (name, raw) = ("text encoder, penultimate layer, raw", encoder.hidden_state_raw(&ids, 2));
+    let (name, raw) = (
+        "text encoder, penultimate layer, raw",
+        encoder.hidden_state_raw(&ids, 2),
+    );
     check.tensor(name, raw, &file, "penultimate_raw", OUTPUT_TOLERANCE)?;
     let name = "text encoder, penultimate layer, final norm";
-    check.tensor(name, encoder.forward(&ids, 2), &file, "clip_skip_2", OUTPUT_TOLERANCE)?;
+    check.tensor(
+        name,
+        encoder.forward(&ids, 2),
+        &file,
+        "clip_skip_2",
+        OUTPUT_TOLERANCE,
+    )?;
     let captions = goldens.captions()?;
     for (index, caption) in captions.iter().enumerate() {
         let key = format!("joined_227_caption{index}");
@@ -102,14 +115,38 @@ fn vae(
     let (vae, scale) = (&model.vae, model.vae.scaling_factor());
     let moments = vae.encode(file.tensor("image")?);
     let sampled = moments.sample(file.tensor("eps")?).mul_scalar(scale);
-    check.tensor("vae, mean", moments.mean, &file, "moments_mean", OUTPUT_TOLERANCE)?;
-    check.tensor("vae, logvar", moments.logvar, &file, "moments_logvar", OUTPUT_TOLERANCE)?;
-    check.tensor("vae, sampled latent", sampled, &file, "sampled_scaled", OUTPUT_TOLERANCE)?;
+    check.tensor(
+        "vae, mean",
+        moments.mean,
+        &file,
+        "moments_mean",
+        OUTPUT_TOLERANCE,
+    )?;
+    check.tensor(
+        "vae, logvar",
+        moments.logvar,
+        &file,
+        "moments_logvar",
+        OUTPUT_TOLERANCE,
+    )?;
+    check.tensor(
+        "vae, sampled latent",
+        sampled,
+        &file,
+        "sampled_scaled",
+        OUTPUT_TOLERANCE,
+    )?;
     if quick {
         return Ok(());
     }
     let moments = vae.encode(file.tensor("image_rect")?);
-    check.tensor("vae, mean, rectangle", moments.mean, &file, "rect_mean", OUTPUT_TOLERANCE)?;
+    check.tensor(
+        "vae, mean, rectangle",
+        moments.mean,
+        &file,
+        "rect_mean",
+        OUTPUT_TOLERANCE,
+    )?;
     let name = "vae, logvar, rectangle";
     check.tensor(name, moments.logvar, &file, "rect_logvar", OUTPUT_TOLERANCE)?;
     let latent: Tensor<4> = file.tensor("latent_in")?;
@@ -138,9 +175,15 @@ fn unet(
             (file.tensor("sample")?, file.tensor("context")?)
         };
         let batch = sample.dims()[0];
-        let times = if times.len() == 1 { vec![times[0]; batch] } else { times };
+        let times = if times.len() == 1 {
+            vec![times[0]; batch]
+        } else {
+            times
+        };
         if times.len() != batch {
-            check.skip(format!("unet `{key}`: its name does not tell {batch} timesteps"));
+            check.skip(format!(
+                "unet `{key}`: its name does not tell {batch} timesteps"
+            ));
             continue;
         }
         let predicted = model.unet.forward(sample, &times, context);
@@ -175,19 +218,44 @@ fn schedule(
         ),
     ];
     for (key, ours, tolerance) in exact {
-        check.numbers(&format!("schedule, {key}"), &ours, file.values(key)?, tolerance);
+        check.numbers(
+            &format!("schedule, {key}"),
+            &ours,
+            file.values(key)?,
+            tolerance,
+        );
     }
     let all: Vec<f64> = (0..schedule.len()).map(|t| schedule.snr(t)).collect();
-    check.relative("schedule, snr", &all, file.values("all_snr")?, WEIGHT_TOLERANCE);
+    check.relative(
+        "schedule, snr",
+        &all,
+        file.values("all_snr")?,
+        WEIGHT_TOLERANCE,
+    );
     weights(check, &file, schedule)?;
 
     let timesteps = file.timesteps("timesteps")?;
     let (latents, noise): (Tensor<4>, Tensor<4>) = (file.tensor("x0")?, file.tensor("noise")?);
     let noisy = schedule.add_noise(latents.clone(), noise.clone(), &timesteps);
-    check.tensor("schedule, add_noise", noisy, &file, "add_noise", OUTPUT_TOLERANCE)?;
+    check.tensor(
+        "schedule, add_noise",
+        noisy,
+        &file,
+        "add_noise",
+        OUTPUT_TOLERANCE,
+    )?;
     let velocity = schedule.velocity(latents, noise, &timesteps);
-    check.tensor("schedule, velocity", velocity, &file, "velocity", OUTPUT_TOLERANCE)?;
-    for key in file.keys().filter(|key| key.starts_with("huber") || key.starts_with("noise_")) {
+    check.tensor(
+        "schedule, velocity",
+        velocity,
+        &file,
+        "velocity",
+        OUTPUT_TOLERANCE,
+    )?;
+    for key in file
+        .keys()
+        .filter(|key| key.starts_with("huber") || key.starts_with("noise_"))
+    {
         check.skip(format!("schedule `{key}`: not part of this version"));
     }
     Ok(())
@@ -203,7 +271,12 @@ fn weights(
     let mut compare = |key: &str, weight: &dyn Fn(usize) -> f64| -> Result<(), VerifyError> {
         if file.has(key) {
             let ours: Vec<f64> = timesteps.iter().map(|&t| weight(t)).collect();
-            check.relative(&format!("schedule, {key}"), &ours, file.values(key)?, WEIGHT_TOLERANCE);
+            check.relative(
+                &format!("schedule, {key}"),
+                &ours,
+                file.values(key)?,
+                WEIGHT_TOLERANCE,
+            );
         }
         Ok(())
     };
@@ -217,5 +290,7 @@ fn weights(
     }
     compare("debiased_eps", &|t| schedule.debiased_weight(t, Epsilon))?;
     compare("debiased_v", &|t| schedule.debiased_weight(t, VPrediction))?;
-    compare("scale_v_like_noise", &|t| schedule.velocity_as_noise_weight(t))
+    compare("scale_v_like_noise", &|t| {
+        schedule.velocity_as_noise_weight(t)
+    })
 }

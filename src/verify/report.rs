@@ -43,7 +43,9 @@ impl VerifyReport {
     pub(super) fn new(device: &DeviceInfo) -> Self {
         Self {
             device: device.id.clone(),
-            device_name: format!("{} {}", device.name, device.driver).trim().to_owned(),
+            device_name: format!("{} {}", device.name, device.driver)
+                .trim()
+                .to_owned(),
             items: Vec::new(),
             skipped: Vec::new(),
         }

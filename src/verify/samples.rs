@@ -50,12 +50,21 @@ fn states(
     model: &StableDiffusion,
     name: &str,
 ) -> Result<Guidance, VerifyError> {
-    let (cond, uncond) = (file.tensor(&format!("cond_{name}"))?, file.tensor(&format!("uncond_{name}"))?);
-    let empty = model.text_encoder.forward(&model.tokenizer.chunks("", 77), 1);
+    let (cond, uncond) = (
+        file.tensor(&format!("cond_{name}"))?,
+        file.tensor(&format!("uncond_{name}"))?,
+    );
+    let empty = model
+        .text_encoder
+        .forward(&model.tokenizer.chunks("", 77), 1);
     let key = format!("uncond_{name}");
     let label = format!("text encoder, empty prompt, {name}");
     check.tensor(&label, empty, file, &key, OUTPUT_TOLERANCE)?;
-    Ok(Guidance { cond, uncond, cfg_scale: CFG_SCALE })
+    Ok(Guidance {
+        cond,
+        uncond,
+        cfg_scale: CFG_SCALE,
+    })
 }
 
 fn trajectory(
@@ -71,19 +80,34 @@ fn trajectory(
         return Ok(());
     }
     let timesteps = file.values(&format!("{}.timesteps", kind.name()))?;
-    let sampler = Sampler::new(kind, &model.schedule, PredictionType::Epsilon, timesteps.len());
-    let ours: Vec<f64> = (0..sampler.len()).map(|i| f64::from(sampler.timestep(i))).collect();
+    let sampler = Sampler::new(
+        kind,
+        &model.schedule,
+        PredictionType::Epsilon,
+        timesteps.len(),
+    );
+    let ours: Vec<f64> = (0..sampler.len())
+        .map(|i| f64::from(sampler.timestep(i)))
+        .collect();
     let label = |what: &str| format!("sampler {}, {name}, {what}", kind.name());
     check.numbers(&label("timesteps"), &ours, timesteps, 0.0);
     let mut visited = Vec::new();
-    let last = sample(&model.unet, &sampler, guidance, file.tensor("noise")?, |_, latent| {
-        visited.push(latent.clone());
-    });
+    let last = sample(
+        &model.unet,
+        &sampler,
+        guidance,
+        file.tensor("noise")?,
+        |_, latent| {
+            visited.push(latent.clone());
+        },
+    );
     let steps = Tensor::cat(visited, 0); // [steps + 1, channels, height, width]
     check.tensor(&label("latents"), steps, file, &key, SAMPLE_TOLERANCE)?;
     let key = format!("{}.{name}.image", kind.name());
     if file.has(&key) {
-        let picture = model.vae.decode(last.div_scalar(model.vae.scaling_factor()));
+        let picture = model
+            .vae
+            .decode(last.div_scalar(model.vae.scaling_factor()));
         check.tensor(&label("picture"), picture, file, &key, SAMPLE_TOLERANCE)?;
     }
     Ok(())
@@ -102,7 +126,13 @@ fn adapters(
         let times = vec![500.0; input.dims()[0]];
         let predicted = model.unet.forward(input, &times, context);
         let key = "unet_pred_lora_t500";
-        check.tensor("unet with lora, t500", predicted, file, key, OUTPUT_TOLERANCE)?;
+        check.tensor(
+            "unet with lora, t500",
+            predicted,
+            file,
+            key,
+            OUTPUT_TOLERANCE,
+        )?;
     }
     for key in file.keys().filter(|key| key.starts_with("merged.")) {
         let name = key.trim_start_matches("merged.");
@@ -112,15 +142,28 @@ fn adapters(
             continue;
         };
         let path = target.path.clone();
-        let layer = model.layers_mut().into_iter().find(|(_, found, _)| *found == path);
+        let layer = model
+            .layers_mut()
+            .into_iter()
+            .find(|(_, found, _)| *found == path);
         let weight: Vec<f64> = match layer {
-            Some((_, _, LayerMut::Linear(linear))) => linear.weight.to_data().iter::<f64>().collect(),
+            Some((_, _, LayerMut::Linear(linear))) => {
+                linear.weight.to_data().iter::<f64>().collect()
+            }
             Some((_, _, LayerMut::Conv(conv))) => conv.weight.to_data().iter::<f64>().collect(),
             None => Vec::new(),
         };
-        let merged: Vec<f64> =
-            weight.iter().zip(&delta.values).map(|(w, d)| w + f64::from(*d)).collect();
-        check.numbers(&format!("merged weight {name}"), &merged, file.values(key)?, 1e-6);
+        let merged: Vec<f64> = weight
+            .iter()
+            .zip(&delta.values)
+            .map(|(w, d)| w + f64::from(*d))
+            .collect();
+        check.numbers(
+            &format!("merged weight {name}"),
+            &merged,
+            file.values(key)?,
+            1e-6,
+        );
     }
     Ok(())
 }

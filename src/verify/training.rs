@@ -123,10 +123,19 @@ fn trajectory(
     (recipe.settings)(&mut settings);
     let mut optimizer = plugins.create_optimizer("adamw", &json!({"weight_decay": 0.01}))?;
     let rates = Recorded(log.values("lr")?.to_vec());
-    let steps = if quick { QUICK_STEPS.min(rates.0.len()) } else { rates.0.len() };
+    let steps = if quick {
+        QUICK_STEPS.min(rates.0.len())
+    } else {
+        rates.0.len()
+    };
 
-    let mut trainer =
-        Trainer::new(&mut model, &mut network, optimizer.as_mut(), &rates, &settings);
+    let mut trainer = Trainer::new(
+        &mut model,
+        &mut network,
+        optimizer.as_mut(),
+        &rates,
+        &settings,
+    );
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for step in 0..steps {
         let output = trainer.optimizer_step(&[batch(inputs, step)?])?;
@@ -137,7 +146,12 @@ fn trajectory(
         }
     }
     let label = |what: &str| format!("training {tag}, {what}");
-    check.numbers(&label("loss"), &losses, &log.values("loss")?[..steps], LOSS_TOLERANCE);
+    check.numbers(
+        &label("loss"),
+        &losses,
+        &log.values("loss")?[..steps],
+        LOSS_TOLERANCE,
+    );
     let expected = &log.values("grad_norm_before_clip")?[..steps];
     check.relative(&label("gradient norm"), &norms, expected, NORM_TOLERANCE);
     if !quick {
@@ -193,10 +207,19 @@ fn weights(
             format!("{label}, {half}, share beyond {TYPICAL_ERROR:.0e}"),
             if missing == 0 { share } else { f64::INFINITY },
             1.0 - recipe.typical_share,
-            if missing == 0 { String::new() } else { format!("{missing} tensors are missing") },
+            if missing == 0 {
+                String::new()
+            } else {
+                format!("{missing} tensors are missing")
+            },
         );
         let name = format!("{label}, {half}, worst element");
-        check.add(name, worst(&actual, &expected), recipe.worst_element, String::new());
+        check.add(
+            name,
+            worst(&actual, &expected),
+            recipe.worst_element,
+            String::new(),
+        );
     }
     Ok(())
 }

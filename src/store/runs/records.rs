@@ -120,10 +120,11 @@ impl Store {
             .await?;
         rows.into_iter()
             .map(|row| {
-                let data = serde_json::from_str(&row.data).map_err(|error| StoreError::Corrupt {
-                    what: format!("run_events, {run_id}/{}, data", row.seq),
-                    message: error.to_string(),
-                })?;
+                let data =
+                    serde_json::from_str(&row.data).map_err(|error| StoreError::Corrupt {
+                        what: format!("run_events, {run_id}/{}, data", row.seq),
+                        message: error.to_string(),
+                    })?;
                 Ok(Event {
                     seq: unsigned(row.seq),
                     kind: row.kind,
@@ -154,7 +155,9 @@ impl Store {
             query = query.filter(run_metric::Column::Step.gt(signed(since)));
         }
         if let Some(every) = every {
-            let divided = Expr::col(run_metric::Column::Step).modulo(signed(every)).eq(0);
+            let divided = Expr::col(run_metric::Column::Step)
+                .modulo(signed(every))
+                .eq(0);
             query = query.filter(divided.or(run_metric::Column::ValidationLoss.is_not_null()));
         }
         Ok(query.all(&self.db).await?.into_iter().map(metric).collect())
