@@ -1,0 +1,66 @@
+//! Optimizer state by name: what survives a step, and a checkpoint.
+
+use std::collections::BTreeMap;
+
+use super::Shape;
+
+/// One named state.
+#[derive(Debug, Clone)]
+pub enum StateValue<T> {
+    /// A tensor and its own shape.
+    Tensor(T, Shape),
+    /// An integer.
+    Counter(i64),
+}
+
+/// The states of one run, keyed by parameter name (empty for the optimizer as a whole) and state name.
+#[derive(Debug, Clone)]
+pub struct States<T> {
+    values: BTreeMap<String, BTreeMap<String, StateValue<T>>>,
+}
+
+impl<T> Default for States<T> {
+    fn default() -> Self {
+        Self {
+            values: BTreeMap::new(),
+        }
+    }
+}
+
+impl<T> States<T> {
+    /// The state, if there is one.
+    pub fn get(&self, param: &str, name: &str) -> Option<&StateValue<T>> {
+        self.values.get(param)?.get(name)
+    }
+
+    /// Sets a state and hands back the earlier one.
+    pub fn insert(
+        &mut self,
+        param: &str,
+        name: &str,
+        value: StateValue<T>,
+    ) -> Option<StateValue<T>> {
+        if !self.values.contains_key(param) {
+            self.values.insert(param.to_owned(), BTreeMap::new());
+        }
+        self.values
+            .get_mut(param)
+            .and_then(|names| names.insert(name.to_owned(), value))
+    }
+
+    /// All states: parameter name, state name, value, in order of the names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &StateValue<T>)> {
+        self.values.iter().flat_map(|(param, names)| {
+            names
+                .iter()
+                .map(move |(name, value)| (param.as_str(), name.as_str(), value))
+        })
+    }
+
+    /// Takes over all states of `newer`.
+    pub fn merge(&mut self, newer: Self) {
+        for (param, names) in newer.values {
+            self.values.entry(param).or_default().extend(names);
+        }
+    }
+}
