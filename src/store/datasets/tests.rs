@@ -298,6 +298,6 @@ fn run(dataset_id: Uuid) -> run::ActiveModel {
         epoch: Set(0),
         created_at_ms: Set(now_ms()),
         updated_at_ms: Set(now_ms()),
-        ..run::ActiveModel::default()
+        ..Default::default()
     }
 }
