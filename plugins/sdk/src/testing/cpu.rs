@@ -78,7 +78,7 @@ impl Tensors for CpuTensors {
     type Tensor = CpuTensor;
 
     fn unary(&self, op: Unary, a: &CpuTensor) -> Result<CpuTensor, String> {
-        Ok(a.map(match op {
+        let f: fn(f32) -> f32 = match op {
             Unary::Neg => |x| -x,
             Unary::Abs => f32::abs,
             Unary::Sign => sign,
@@ -87,7 +87,8 @@ impl Tensors for CpuTensors {
             Unary::Square => |x| x * x,
             Unary::Exp => f32::exp,
             Unary::Log => f32::ln,
-        }))
+        };
+        Ok(a.map(f))
     }
 
     fn binary(
