@@ -1,6 +1,6 @@
 //! Who may call: nobody asks on loopback without a key; with a key every route but health wants it as a bearer token.
 
-use actix_web::body::MessageBody;
+use actix_web::body::{EitherBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header::{self, HeaderValue};
 use actix_web::middleware::Next;
@@ -52,27 +52,27 @@ fn bearer(authorization: &str) -> Option<&str> {
 /// Lets a request through or answers 401.
 ///
 /// # Errors
-/// The 401, as a [`Problem`].
+/// Those of the service further in.
 pub async fn guard<B: MessageBody>(
     request: ServiceRequest,
     next: Next<B>,
-) -> Result<ServiceResponse<B>, Error> {
+) -> Result<ServiceResponse<EitherBody<B>>, Error> {
     let admitted = request
         .app_data::<web::Data<ApiKey>>()
         .is_some_and(|key| key.admits(request.headers().get(header::AUTHORIZATION)));
     if admitted || OPEN.contains(&request.path()) {
-        return next.call(request).await;
+        return Ok(next.call(request).await?.map_into_left_body());
     }
     let problem = Problem::new(
         Code::Unauthorized,
         "give the API key as `Authorization: Bearer <key>`",
     );
-    Err(problem
-        .with_header(
-            header::WWW_AUTHENTICATE,
-            HeaderValue::from_static("Bearer realm=\"lorasmith\""),
-        )
-        .into())
+    let problem = problem.with_header(
+        header::WWW_AUTHENTICATE,
+        HeaderValue::from_static("Bearer realm=\"lorasmith\""),
+    );
+    let answer = problem.response(Some(request.path()));
+    Ok(request.into_response(answer).map_into_right_body())
 }
 
 #[cfg(test)]

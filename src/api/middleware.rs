@@ -64,7 +64,7 @@ fn is_traceparent(value: &str) -> bool {
 /// Adds `x-request-id` and turns every error answer, the web framework's own too, into a problem with its instance.
 ///
 /// # Errors
-/// None: errors from further in become answers here.
+/// Those of the service further in, which answers its own.
 pub async fn finish<B: MessageBody + 'static>(
     request: ServiceRequest,
     next: Next<B>,
@@ -74,15 +74,10 @@ pub async fn finish<B: MessageBody + 'static>(
         .get::<RequestId>()
         .map(ToString::to_string);
     let path = request.path().to_owned();
-    let http_request = request.request().clone();
-    let mut response = match next.call(request).await {
-        Ok(response) => describe(response.map_into_boxed_body(), &path),
-        Err(error) => {
-            let answer =
-                problem_of(&error, error.as_response_error().status_code()).response(Some(&path));
-            ServiceResponse::new(http_request, answer)
-        }
-    };
+    // The router wants the request for itself: a clone held here would make it panic. What is further in answers its
+    // own errors, so none is lost by passing one on.
+    let response = next.call(request).await?;
+    let mut response = describe(response.map_into_boxed_body(), &path);
     if let Some(id) = id.and_then(|id| HeaderValue::from_str(&id).ok()) {
         response.headers_mut().insert(X_REQUEST_ID, id);
     }

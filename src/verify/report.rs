@@ -156,7 +156,7 @@ impl<'a> Checker<'a> {
 }
 
 /// The largest difference; not a number when one of the numbers is none.
-pub fn worst(actual: &[f64], expected: &[f64]) -> f64 {
+fn worst(actual: &[f64], expected: &[f64]) -> f64 {
     let mut worst = 0.0_f64;
     for (a, b) in actual.iter().zip(expected) {
         let difference = (a - b).abs();

@@ -13,9 +13,16 @@ use crate::networks::LoraNetwork;
 
 /// Guidance of the goldens.
 const CFG_SCALE: f64 = 7.5;
-/// The guidance multiplies the UNet's error by up to 2 · 7.5 − 1, and Euler begins at a noise level of 14; the
-/// reference's own f32 against f64 is off by as much.
-const SAMPLE_TOLERANCE: f64 = OUTPUT_TOLERANCE;
+/// The largest difference of a latent within five steps. The guidance multiplies the UNet's error and early noise
+/// levels divide by a small signal, so rounding shows: the reference in f32 is off from itself in f64 by 8e-5 (DDIM),
+/// 6e-5 (Euler) and 2.4e-3 (DDIM as sd-scripts uses it: clipping on the edge), and from itself on another CPU by
+/// 1e-4, 9e-5 and 4.3e-3. Allowed is twice the one, and what the other shows for the clipped sampler.
+fn tolerance(kind: SamplerKind) -> f64 {
+    match kind {
+        SamplerKind::DdimSd15 | SamplerKind::Euler => 2e-4,
+        SamplerKind::DdimKohya => 5e-3,
+    }
+}
 
 /// Compares trajectories, step by step, and the decoded picture.
 pub fn check(
@@ -102,13 +109,13 @@ fn trajectory(
         },
     );
     let steps = Tensor::cat(visited, 0); // [steps + 1, channels, height, width]
-    check.tensor(&label("latents"), steps, file, &key, SAMPLE_TOLERANCE)?;
+    check.tensor(&label("latents"), steps, file, &key, tolerance(kind))?;
     let key = format!("{}.{name}.image", kind.name());
     if file.has(&key) {
         let picture = model
             .vae
             .decode(last.div_scalar(model.vae.scaling_factor()));
-        check.tensor(&label("picture"), picture, file, &key, SAMPLE_TOLERANCE)?;
+        check.tensor(&label("picture"), picture, file, &key, OUTPUT_TOLERANCE)?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
-use super::report::{Checker, worst};
+use super::report::Checker;
 use crate::diffusion::{LoadError, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork};
 use crate::plugin_host::PluginHost;
@@ -20,6 +20,9 @@ const NORM_TOLERANCE: f64 = 1e-4;
 const TYPICAL_SHARE: f64 = 0.999;
 /// See [`TYPICAL_SHARE`].
 const TYPICAL_ERROR: f64 = 2e-5;
+/// Share of trained elements whose gradient is rounding noise when it first is not zero. Adam's first step is the
+/// learning rate times the gradient's sign, so their sign is a coin's.
+const NOISE_SHARE: f64 = 1e-4;
 /// Learning rate of the goldens.
 const LEARNING_RATE: f64 = 1e-3;
 /// Steps of the quick part.
@@ -61,7 +64,8 @@ const RECIPES: [Recipe; 3] = [
         initial: "lora_init_conv",
         settings: |settings| settings.max_grad_norm = 0.05,
         worst_element: 1e-4,
-        typical_share: TYPICAL_SHARE,
+        // The reference's own f32 against f64: 1.0e-3; against its f32 on another CPU: 2.5e-3.
+        typical_share: 0.995,
     },
 ];
 
@@ -213,15 +217,33 @@ fn weights(
                 format!("{missing} tensors are missing")
             },
         );
+        let (typical, largest) = without_noise(&actual, &expected);
         let name = format!("{label}, {half}, worst element");
         check.add(
             name,
-            worst(&actual, &expected),
+            typical,
             recipe.worst_element,
-            String::new(),
+            format!("{largest:.1e} with sign noise"),
         );
     }
     Ok(())
+}
+
+/// The largest difference but for [`NOISE_SHARE`] of the elements, and the largest of all.
+fn without_noise(actual: &[f64], expected: &[f64]) -> (f64, f64) {
+    let mut differences: Vec<f64> = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .collect();
+    differences.sort_by(f64::total_cmp); // what is not a number comes last
+    let noise = (differences.len() as f64 * NOISE_SHARE) as usize;
+    let at = |from_end: usize| {
+        let index = differences.len().checked_sub(1 + from_end);
+        index.map_or(f64::NAN, |index| differences[index])
+    };
+    let largest = at(0);
+    (if largest.is_nan() { largest } else { at(noise) }, largest)
 }
 
 fn batch(inputs: &GoldenFile, index: usize) -> Result<MicroBatch, VerifyError> {

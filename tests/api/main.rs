@@ -2,5 +2,6 @@
 
 mod datasets;
 mod images;
+mod openapi;
 mod support;
 mod uploads;

@@ -1,0 +1,67 @@
+//! `lorasmith verify`, run as its users run it: every golden on the CPU, and a quick part through WGSL.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+fn verify(arguments: &[&str]) -> (bool, Value) {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-sd15");
+    let output = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
+        .args(["verify", "--json", "--fixture"])
+        .arg(fixture)
+        .args(arguments)
+        .output()
+        .expect("the program");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let report = serde_json::from_str(&text).unwrap_or_else(|error| {
+        panic!("{error}: {text}{}", String::from_utf8_lossy(&output.stderr))
+    });
+    (output.status.success(), report)
+}
+
+fn assert_passed((success, report): &(bool, Value), at_least: usize) {
+    let items = report["items"].as_array().expect("items");
+    let failed: Vec<&Value> = items.iter().filter(|item| item["passed"] != true).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    assert!(items.len() >= at_least, "only {} items", items.len());
+    assert!(success, "the exit status is not 0");
+}
+
+#[test]
+fn every_golden_passes_on_the_cpu_in_both_layouts() {
+    let outcome = verify(&["--device", "cpu"]);
+    assert_passed(&outcome, 140);
+    let items = outcome.1["items"].as_array().expect("items");
+    for layout in ["diffusers", "single file"] {
+        assert!(items.iter().filter(|item| item["layout"] == layout).count() > 60);
+    }
+}
+
+/// Needs a Vulkan device; a software one will do. `.ci/run` installs one.
+#[test]
+fn a_quick_part_passes_on_vulkan() {
+    let output = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
+        .args(["devices", "--json"])
+        .output();
+    let devices: Value =
+        serde_json::from_slice(&output.expect("the program").stdout).expect("JSON");
+    let devices = devices["data"].as_array().expect("devices");
+    if !devices.iter().any(|device| device["id"] == "vulkan:0") {
+        eprintln!("no Vulkan device on this machine: nothing was compared");
+        return;
+    }
+    assert_passed(&verify(&["--device", "vulkan:0", "--quick"]), 20);
+}
+
+#[test]
+fn a_folder_that_is_no_fixture_is_an_error() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
+        .args(["verify", "--fixture"])
+        .arg(folder.path())
+        .output()
+        .expect("the program");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("goldens"));
+}
