@@ -31,6 +31,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Compare this build and a device with golden tensors of the reference implementation.
     Verify(VerifyArgs),
+    /// Write one output of the UNet with a LoRA, with its inputs, for other programs to compare with.
+    LoraOutput(LoraOutputArgs),
     /// List optimizer and scheduler plugins: found, loaded, refused and why.
     Plugins(JsonArgs),
     /// List the compute devices of this machine.
@@ -107,6 +109,20 @@ pub struct VerifyArgs {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Flags of `lora-output`.
+#[derive(Debug, Args)]
+pub struct LoraOutputArgs {
+    /// The base model: a diffusers folder or a single file.
+    #[arg(long, value_name = "PATH")]
+    pub base: PathBuf,
+    /// The LoRA file.
+    #[arg(long, value_name = "FILE")]
+    pub lora: PathBuf,
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
 }
 
 /// Flags of the listing commands.

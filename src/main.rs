@@ -38,6 +38,10 @@ fn main() -> Result<ExitCode> {
         }
         Command::Demo(args) => run_demo(args),
         Command::Verify(args) => run_verify(&args),
+        Command::LoraOutput(args) => {
+            verify::lora_output(&args.base, &args.lora, &args.output)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Plugins(args) => {
             let host = app::find_plugins(&load(Overrides::default())?);
             print!("{}", listing::plugins(&host, args.json)?);

@@ -5,6 +5,7 @@
 
 mod goldens;
 mod models;
+mod probe;
 mod report;
 mod samples;
 mod training;
@@ -16,6 +17,7 @@ use crate::diffusion::{LoadError, LoadOptions, StableDiffusion};
 use crate::plugin_host::PluginHost;
 
 pub use goldens::GoldenError;
+pub use probe::lora_output;
 pub use report::{Item, VerifyReport};
 
 use goldens::Goldens;
