@@ -1,8 +1,25 @@
 //! lorasmith trains LoRA adapters for Stable Diffusion behind a REST API.
+//!
+//! Modules in the order of their dependencies; `ARCHITECTURE.md` says who may use whom.
+
+pub mod diffusion;
+pub mod networks;
+
+pub mod dataloader;
+pub mod training;
+
+pub mod plugin_host;
+pub mod store;
+
+pub mod datasets;
+pub mod models;
+pub mod runs;
+pub mod verify;
 
 pub mod api;
+pub mod app;
+pub mod cli;
 pub mod config;
-pub mod dataloader;
-pub mod datasets;
-pub mod diffusion;
+pub mod demo;
+pub mod listing;
 pub mod telemetry;

@@ -1,3 +1,96 @@
-//! The `lorasmith` program.
+//! The program: reads the command line and the settings, and does what it says.
 
-fn main() {}
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser as _;
+use lorasmith::cli::{Cli, Command, DemoArgs, VerifyArgs};
+use lorasmith::config::{Config, Overrides};
+use lorasmith::demo::{self, DemoOptions};
+use lorasmith::runs::WorkerEnd;
+use lorasmith::verify::{self, VerifyOptions};
+use lorasmith::{app, listing, telemetry};
+
+/// The mascot counts as learned when the held-out loss has fallen to at most this part of the base's.
+const LEARNED: f64 = 0.5;
+
+fn main() -> Result<ExitCode> {
+    let cli = Cli::parse();
+    telemetry::init(match cli.command {
+        Command::Serve(_) | Command::Worker(_) => "info",
+        _ => "warn",
+    });
+    let load = |overrides: Overrides| Config::load(cli.config.as_deref(), &overrides);
+    match cli.command {
+        Command::Serve(args) => {
+            app::serve(load(args.into())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Worker(args) => {
+            let end = app::work(load(Overrides::default())?, args.run)?;
+            Ok(match end {
+                WorkerEnd::Failed => ExitCode::FAILURE,
+                WorkerEnd::Succeeded
+                | WorkerEnd::Cancelled
+                | WorkerEnd::NotOurs
+                | WorkerEnd::Released => ExitCode::SUCCESS,
+            })
+        }
+        Command::Demo(args) => run_demo(args),
+        Command::Verify(args) => run_verify(&args),
+        Command::Plugins(args) => {
+            let host = app::find_plugins(&load(Overrides::default())?);
+            print!("{}", listing::plugins(&host, args.json)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Devices(args) => {
+            print!("{}", listing::devices(args.json)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Openapi => {
+            println!("{}", lorasmith::api::openapi().to_pretty_json()?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn run_demo(args: DemoArgs) -> Result<ExitCode> {
+    let report = demo::run(&DemoOptions {
+        output: args.output,
+        assets: args.assets,
+        steps: args.steps,
+        device: args.device,
+        quiet: false,
+    })?;
+    println!("{report}");
+    Ok(if report.ratio() <= LEARNED {
+        ExitCode::SUCCESS
+    } else {
+        println!("The mascot was not learned: expected at most {LEARNED}. More --steps help.");
+        ExitCode::FAILURE
+    })
+}
+
+fn run_verify(args: &VerifyArgs) -> Result<ExitCode> {
+    let config = Config::load(None, &Overrides::default())?;
+    let plugins = app::find_plugins(&config);
+    let report = verify::run(
+        &VerifyOptions {
+            fixture: args.fixture.clone(),
+            device: args.device.parse()?,
+            quick: args.quick,
+        },
+        &plugins,
+    )
+    .with_context(|| format!("verifying {}", args.fixture.display()))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(if report.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

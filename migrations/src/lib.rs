@@ -1,1 +1,20 @@
-//! Database migrations.
+//! The database's history. Append-only: a released migration is never changed, a new one is added.
+
+mod m20261101_000001_datasets;
+mod m20261101_000002_runs;
+
+pub use sea_orm_migration::MigratorTrait;
+use sea_orm_migration::{MigrationTrait, async_trait};
+
+/// All migrations, in the order in which they apply.
+pub struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![
+            Box::new(m20261101_000001_datasets::Migration),
+            Box::new(m20261101_000002_runs::Migration),
+        ]
+    }
+}

@@ -2,15 +2,27 @@
 
 pub mod auth;
 pub mod codes;
+pub mod datasets;
 pub mod decode;
 pub mod download;
+pub mod events;
 pub mod extract;
+pub mod idempotency;
+pub mod images;
+pub mod loras;
 pub mod middleware;
+pub mod models;
 pub mod multipart;
 pub mod openapi;
+pub mod operations;
 pub mod page;
 pub mod patch;
+pub mod plugins;
 pub mod problem;
+pub mod run_settings;
+pub mod runs;
+pub mod server;
+pub mod uploads;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceFactory, ServiceRequest, ServiceResponse};
@@ -35,7 +47,19 @@ use openapi::RouteTable;
 
 /// Every route of the API. A resource adds its own in its file.
 pub fn configure(config: &mut ServiceConfig<'_>) {
-    config.service(scope::scope("/v1").configure(|_config| {}));
+    config.configure(operations::routes);
+    config.service(scope::scope("/v1").configure(|config| {
+        config
+            .configure(models::routes)
+            .configure(datasets::routes)
+            .configure(images::routes)
+            .configure(uploads::routes)
+            .configure(runs::routes)
+            .configure(events::routes)
+            .configure(loras::routes)
+            .configure(plugins::routes)
+            .configure(operations::v1_routes);
+    }));
 }
 
 /// The whole application: routes, documentation, errors, request ids, keys.

@@ -4,6 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
 
 use super::codes::Code;
 use super::problem::Problem;
@@ -70,6 +71,15 @@ impl PageRequest {
         self.limit as u64 + 1
     }
 
+    /// [`PageRequest::after`] of a list in the order of its ids.
+    ///
+    /// # Errors
+    /// 422 when the cursor is another list's.
+    pub fn after_id(&self) -> Result<Option<Uuid>, Problem> {
+        let id = self.after.as_deref().map(Uuid::parse_str).transpose();
+        id.map_err(|_| foreign_cursor())
+    }
+
     /// Makes the page out of up to `limit + 1` rows; `key` is what [`PageRequest::after`] holds for the next page.
     pub fn page<R, T>(
         &self,
@@ -97,17 +107,22 @@ pub fn encode_cursor(key: &str) -> String {
 }
 
 fn decode_cursor(cursor: &str) -> Result<String, Problem> {
-    let wrong = || {
-        Problem::field(
-            Code::InvalidCursor,
-            "/cursor",
-            "invalid_value",
-            "expected the `next_cursor` of the page before",
-        )
-    };
-    let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| wrong())?;
-    let text = String::from_utf8(bytes).map_err(|_| wrong())?;
-    text.strip_prefix("1:").map(str::to_owned).ok_or_else(wrong)
+    let bytes = URL_SAFE_NO_PAD
+        .decode(cursor)
+        .map_err(|_| foreign_cursor())?;
+    let text = String::from_utf8(bytes).map_err(|_| foreign_cursor())?;
+    text.strip_prefix("1:")
+        .map(str::to_owned)
+        .ok_or_else(foreign_cursor)
+}
+
+fn foreign_cursor() -> Problem {
+    Problem::field(
+        Code::InvalidCursor,
+        "/cursor",
+        "invalid_value",
+        "expected the `next_cursor` of the page before",
+    )
 }
 
 #[cfg(test)]

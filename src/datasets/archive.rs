@@ -263,10 +263,13 @@ mod tests {
         zip.write_all(content).expect("written");
     }
 
+    /// An entry's name, and its content or why it was left out.
+    type Read = (String, Result<Vec<u8>, &'static str>);
+
     fn unpacked(
         file: &tempfile::NamedTempFile,
         limits: &Limits,
-    ) -> Result<Vec<(String, Result<Vec<u8>, &'static str>)>, ArchiveError> {
+    ) -> Result<Vec<Read>, ArchiveError> {
         let folder = tempfile::tempdir().expect("a folder");
         let entries = unpack(file.path(), folder.path(), limits)?.entries;
         let read = |entry: Entry| match entry.content {

@@ -14,12 +14,14 @@ pub enum DatasetError {
     SubsetNotFound(Uuid),
     #[error("the dataset has no image {0}")]
     ImageNotFound(Uuid),
-    #[error("a run that is not finished uses the dataset")]
+    #[error("a run was trained on the dataset")]
     InUse,
     #[error("the resource is at revision {found}, not {expected}")]
     Changed { expected: i64, found: i64 },
     #[error("{}", describe(.0))]
-    Invalid(Vec<InvalidField>),
+    InvalidDataset(Vec<InvalidField>),
+    #[error("{}", describe(.0))]
+    InvalidSubset(Vec<InvalidField>),
     #[error("the dataset has another subset named `{0}`")]
     SubsetExists(String),
     #[error(transparent)]
@@ -43,6 +45,8 @@ pub struct InvalidField {
 }
 
 fn describe(fields: &[InvalidField]) -> String {
-    let each = fields.iter().map(|field| format!("`{}`: {}", field.field, field.message));
+    let each = fields
+        .iter()
+        .map(|field| format!("`{}`: {}", field.field, field.message));
     each.collect::<Vec<_>>().join("; ")
 }

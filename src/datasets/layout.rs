@@ -54,9 +54,14 @@ impl Place {
 
     /// The file name without its last extension: what an image and its caption have in common.
     pub fn stem(&self) -> &str {
-        match self.file_name.rsplit_once('.') {
+        Self::stem_of(&self.file_name)
+    }
+
+    /// The same, of a file name.
+    pub fn stem_of(file_name: &str) -> &str {
+        match file_name.rsplit_once('.') {
             Some((stem, _)) if !stem.is_empty() => stem,
-            _ => &self.file_name,
+            _ => file_name,
         }
     }
 

@@ -2,8 +2,18 @@
 
 pub mod archive;
 pub mod captions;
+pub mod error;
+mod ingest;
 pub mod layout;
 pub mod limits;
 pub mod pictures;
 pub mod prepare;
 pub mod report;
+pub mod rules;
+pub mod service;
+
+pub use error::{DatasetError, InvalidField};
+pub use limits::Limits;
+pub use prepare::{StagedFile, SubsetChoice};
+pub use report::{FileKind, FileReport, Outcome, Remark, Summary};
+pub use service::DatasetService;

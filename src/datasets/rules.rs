@@ -1,6 +1,6 @@
 //! Which names, prompts and repeats are possible.
 
-use super::error::{DatasetError, InvalidField};
+use super::error::InvalidField;
 
 pub const MAX_NAME_CHARS: usize = 128;
 pub const MAX_PROMPT_CHARS: usize = 1000;
@@ -18,7 +18,11 @@ impl Checker {
             let message = format!("found {length} characters, expected 1 to {MAX_NAME_CHARS}");
             self.push(field, "out_of_range", message);
         } else if name.trim() != name || name.chars().any(char::is_control) {
-            self.push(field, "invalid_value", "found control characters or spaces around the name, expected none");
+            self.push(
+                field,
+                "invalid_value",
+                "found control characters or spaces around the name, expected none",
+            );
         }
         self
     }
@@ -26,7 +30,11 @@ impl Checker {
     /// The name of a subset; it has to be able to name a folder.
     pub fn subset_name(&mut self, field: &'static str, name: &str) -> &mut Self {
         if name.contains(['/', '\\']) || matches!(name, "." | "..") {
-            self.push(field, "invalid_value", format!("found `{name}`, expected a name that a folder can have"));
+            self.push(
+                field,
+                "invalid_value",
+                format!("found `{name}`, expected a name that a folder can have"),
+            );
             return self;
         }
         self.name(field, name)
@@ -34,7 +42,11 @@ impl Checker {
 
     pub fn repeats(&mut self, field: &'static str, repeats: u32) -> &mut Self {
         if !(1..=MAX_REPEATS).contains(&repeats) {
-            self.push(field, "out_of_range", format!("found {repeats}, expected 1 to {MAX_REPEATS}"));
+            self.push(
+                field,
+                "out_of_range",
+                format!("found {repeats}, expected 1 to {MAX_REPEATS}"),
+            );
         }
         self
     }
@@ -44,23 +56,35 @@ impl Checker {
         let Some(prompt) = prompt else { return self };
         let length = prompt.chars().count();
         if length > MAX_PROMPT_CHARS {
-            self.push(field, "out_of_range", format!("found {length} characters, expected at most {MAX_PROMPT_CHARS}"));
+            self.push(
+                field,
+                "out_of_range",
+                format!("found {length} characters, expected at most {MAX_PROMPT_CHARS}"),
+            );
         } else if prompt.chars().any(char::is_control) {
-            self.push(field, "invalid_value", "found control characters, expected one line of text");
+            self.push(
+                field,
+                "invalid_value",
+                "found control characters, expected one line of text",
+            );
         }
         self
     }
 
     fn push(&mut self, field: &'static str, code: &'static str, message: impl Into<String>) {
-        self.0.push(InvalidField { field, code, message: message.into() });
+        self.0.push(InvalidField {
+            field,
+            code,
+            message: message.into(),
+        });
     }
 
     /// # Errors
-    /// [`DatasetError::Invalid`] with everything that was found.
-    pub fn finish(&mut self) -> Result<(), DatasetError> {
+    /// Everything that was found.
+    pub fn finish(&mut self) -> Result<(), Vec<InvalidField>> {
         match std::mem::take(&mut self.0) {
             wrong if wrong.is_empty() => Ok(()),
-            wrong => Err(DatasetError::Invalid(wrong)),
+            wrong => Err(wrong),
         }
     }
 }
@@ -70,18 +94,35 @@ mod tests {
     use super::*;
 
     fn wrong(check: impl FnOnce(&mut Checker) -> &mut Checker) -> Vec<&'static str> {
-        match check(&mut Checker::default()).finish() {
-            Err(DatasetError::Invalid(fields)) => fields.iter().map(|field| field.field).collect(),
-            _ => Vec::new(),
-        }
+        let found = check(&mut Checker::default()).finish();
+        let fields = found.err().unwrap_or_default();
+        fields.iter().map(|field| field.field).collect()
     }
 
     #[test]
     fn all_wrong_values_are_named() {
-        assert!(wrong(|c| c.name("name", "lumo").repeats("repeats", 1).prompt("prompt", None)).is_empty());
-        assert_eq!(wrong(|c| c.name("name", "").repeats("repeats", 0)), ["name", "repeats"]);
-        assert_eq!(wrong(|c| c.subset_name("name", "a/b").prompt("prompt", Some("a\nb"))), ["name", "prompt"]);
-        assert_eq!(wrong(|c| c.subset_name("name", "..").repeats("repeats", 10_001)), ["name", "repeats"]);
-        assert_eq!(wrong(|c| c.name("name", " a").name("name", &"a".repeat(129))), ["name", "name"]);
+        assert!(
+            wrong(|c| c
+                .name("name", "lumo")
+                .repeats("repeats", 1)
+                .prompt("prompt", None))
+            .is_empty()
+        );
+        assert_eq!(
+            wrong(|c| c.name("name", "").repeats("repeats", 0)),
+            ["name", "repeats"]
+        );
+        assert_eq!(
+            wrong(|c| c.subset_name("name", "a/b").prompt("prompt", Some("a\nb"))),
+            ["name", "prompt"]
+        );
+        assert_eq!(
+            wrong(|c| c.subset_name("name", "..").repeats("repeats", 10_001)),
+            ["name", "repeats"]
+        );
+        assert_eq!(
+            wrong(|c| c.name("name", " a").name("name", &"a".repeat(129))),
+            ["name", "name"]
+        );
     }
 }

@@ -7,6 +7,7 @@
 mod client;
 mod pictures;
 
+use std::fmt;
 use std::io::{Cursor, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -70,6 +71,23 @@ impl DemoReport {
     /// Held-out loss with the LoRA as a part of the base's: at most one half when the mascot was learned.
     pub fn ratio(&self) -> f64 {
         self.trained_loss / self.base_loss
+    }
+}
+
+impl fmt::Display for DemoReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "held-out  loss {:.4} with the base model, {:.4} with the LoRA: {:.2} of it",
+            self.base_loss,
+            self.trained_loss,
+            self.ratio()
+        )?;
+        let size = self.lora_bytes as f64 / f64::from(1 << 20);
+        writeln!(f, "lora      {} ({size:.1} MiB)", self.lora.display())?;
+        writeln!(f, "samples   {}", self.sheet.display())?;
+        writeln!(f, "losses    {}", self.plot.display())?;
+        write!(f, "calls     {}", self.script.display())
     }
 }
 

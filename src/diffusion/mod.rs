@@ -7,6 +7,7 @@ pub mod error;
 pub mod layers;
 pub mod ldm;
 mod mapping;
+pub mod model;
 pub mod resnet;
 pub mod samplers;
 pub mod schedule;
@@ -21,6 +22,7 @@ pub mod vae;
 pub mod weights;
 
 pub use error::LoadError;
+pub use model::{Family, Layout, ModelInfo, Part, StableDiffusion};
 pub use samplers::SamplerKind;
 pub use schedule::NoiseSchedule;
 pub use tokenizer::{Padding, Tokenizer};

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::PredictionType;
 use super::schedule::NoiseSchedule;
+use super::unet::UNet;
 
 /// How the latent moves from one timestep to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +166,55 @@ impl Sampler {
         };
         x + slope.mul_scalar(next - now)
     }
+}
+
+/// What to draw: the states of the prompt and of what to move away from, each `[batch, tokens, d]`.
+#[derive(Clone, Debug)]
+pub struct Guidance {
+    /// States of the prompt.
+    pub cond: Tensor<3>,
+    /// States of the negative prompt.
+    pub uncond: Tensor<3>,
+    /// Strength of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 is none and costs half.
+    pub cfg_scale: f64,
+}
+
+/// Leads noise to a latent.
+///
+/// `visit` sees the latent before the first step and after each one.
+///
+/// # Shapes
+/// - `noise`, output: `[batch, channels, height, width]`; the output is scaled as the UNet sees it
+pub fn sample(
+    unet: &UNet,
+    sampler: &Sampler,
+    guidance: &Guidance,
+    noise: Tensor<4>,
+    mut visit: impl FnMut(usize, &Tensor<4>),
+) -> Tensor<4> {
+    let mut latent = sampler.start(noise);
+    visit(0, &latent);
+    for i in 0..sampler.len() {
+        let input = sampler.scale_input(i, latent.clone());
+        let output = predict(unet, input, sampler.timestep(i), guidance);
+        latent = sampler.step(i, latent, output);
+        visit(i + 1, &latent);
+    }
+    latent
+}
+
+/// `uncond + cfg_scale · (cond − uncond)`, both halves in one pass through the UNet.
+fn predict(unet: &UNet, input: Tensor<4>, timestep: f32, guidance: &Guidance) -> Tensor<4> {
+    let batch = input.dims()[0];
+    if guidance.cfg_scale == 1.0 {
+        return unet.forward(input, &vec![timestep; batch], guidance.cond.clone());
+    }
+    let context = Tensor::cat(vec![guidance.uncond.clone(), guidance.cond.clone()], 0);
+    let twice = Tensor::cat(vec![input.clone(), input], 0); // [2 batch, channels, height, width]
+    let output = unet.forward(twice, &vec![timestep; 2 * batch], context);
+    let uncond = output.clone().narrow(0, 0, batch);
+    let cond = output.narrow(0, batch, batch);
+    uncond.clone() + (cond - uncond).mul_scalar(guidance.cfg_scale)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
+use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -44,7 +45,6 @@ pub struct Tokenizer {
     padding: Padding,
 }
 
-#[derive(Debug)]
 struct Vocabulary {
     ids: HashMap<String, u32>,
     /// Rank and result of merging two neighbours, by their ids.
@@ -210,6 +210,13 @@ impl Tokenizer {
                 word => self.vocabulary.encode_word(word.as_bytes(), ids),
             }
         }
+    }
+}
+
+impl fmt::Debug for Vocabulary {
+    /// Fifty thousand words would bury whatever else is printed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vocabulary({} words)", self.ids.len())
     }
 }
 

@@ -202,16 +202,7 @@ pub fn encode_held_out(
 ) -> Result<Vec<HeldOut>, TrainError> {
     let mut held_out = Vec::with_capacity(images.len());
     for image in images {
-        // A regularization image can be held out too; alone it would not be part of a plan.
-        let alone = TrainingImage {
-            regularization: false,
-            repeats: 1,
-            ..image.clone()
-        };
-        let plan = EpochPlan::new(std::slice::from_ref(&alone), settings, 1, 0)?;
-        let Some(bucket) = buckets_of(&plan, 1)[0] else {
-            return Err(TrainError::NoImages);
-        };
+        let bucket = settings.place(image.width_px, image.height_px).bucket;
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
             caption: image.caption.clone(),

@@ -189,6 +189,9 @@ fn compare_lora(network: &LoraNetwork, golden: &str, which: &str) -> LoraError {
         assert_eq!(ours[key].shape, theirs.shape, "{key}");
         for (a, b) in ours[key].values.iter().zip(&theirs.values) {
             let difference = f64::from((a - b).abs());
+            if difference > 1e-4 {
+                println!("DBG {key} {:?} ours {a} theirs {b}", theirs.shape);
+            }
             error.max = error.max.max(difference);
             count += 1;
             above += usize::from(difference > 2e-5);

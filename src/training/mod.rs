@@ -25,7 +25,7 @@ pub use settings::{
     TrainSettings, ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, Trainer};
-pub use train::{TrainOutcome, train};
+pub use train::{TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;
 use crate::networks::NetworkError;

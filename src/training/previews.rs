@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use image::RgbImage;
 
-use crate::diffusion::samplers::sample;
+use crate::diffusion::samplers::{Guidance, Sampler, sample};
 use crate::training::TrainError;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::settings::SamplePrompt;
@@ -28,19 +28,16 @@ pub fn draw(
     let side = |px: u32| (px as usize / factor).max(8) / 8 * 8;
     let (height, width) = (side(prompt.height_px), side(prompt.width_px));
     let mut rng = generator(prompt.seed, Stream::Preview, b"");
-    let noise = normal_tensor(&mut rng, [1, 4, height, width], &trainer.device());
-    let latents = sample(
-        &model.unet,
-        &model.schedule,
-        trainer.objective().prediction,
+    let shape = [1, model.unet.latent_channels(), height, width];
+    let noise = normal_tensor(&mut rng, shape, &trainer.device());
+    let prediction = trainer.objective().prediction;
+    let sampler = Sampler::new(prompt.sampler, &model.schedule, prediction, prompt.steps);
+    let guidance = Guidance {
         cond,
         uncond,
-        noise,
-        prompt.sampler,
-        prompt.steps,
-        prompt.cfg_scale,
-        |_, _| {},
-    );
+        cfg_scale: prompt.cfg_scale,
+    };
+    let latents = sample(&model.unet, &sampler, &guidance, noise, |_, _| {});
     picture(
         model
             .vae

@@ -191,6 +191,16 @@ pub fn train(
     })
 }
 
+/// Optimizer steps that [`train`] will do.
+///
+/// # Errors
+/// When the settings or the bucket sizes make no sense, or nothing is left to train on.
+pub fn planned_steps(data: &TrainingSet, settings: &TrainSettings) -> Result<u64, TrainError> {
+    let (images, _) = data.split(&settings.validation.image_ids)?;
+    let plan = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed)?;
+    Ok(Length::new(settings, plan.batches_per_epoch())?.steps)
+}
+
 /// Optimizer steps and epochs of a run.
 struct Length {
     steps: u64,

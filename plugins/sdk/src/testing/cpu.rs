@@ -78,17 +78,16 @@ impl Tensors for CpuTensors {
     type Tensor = CpuTensor;
 
     fn unary(&self, op: Unary, a: &CpuTensor) -> Result<CpuTensor, String> {
-        let f: fn(f32) -> f32 = match op {
-            Unary::Neg => |x| -x,
+        Ok(a.map(match op {
+            Unary::Neg => |x: f32| -x,
             Unary::Abs => f32::abs,
             Unary::Sign => sign,
             Unary::Sqrt => f32::sqrt,
-            Unary::Rsqrt => |x| 1.0 / x.sqrt(),
-            Unary::Square => |x| x * x,
+            Unary::Rsqrt => |x: f32| 1.0 / x.sqrt(),
+            Unary::Square => |x: f32| x * x,
             Unary::Exp => f32::exp,
             Unary::Log => f32::ln,
-        };
-        Ok(a.map(f))
+        }))
     }
 
     fn binary(

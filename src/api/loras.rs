@@ -1,0 +1,167 @@
+//! `/v1/loras`: trained LoRA files.
+
+use actix_web::web::{self, Data};
+use actix_web::{HttpRequest, HttpResponse, get, route};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_actix_web::service_config::ServiceConfig;
+use uuid::Uuid;
+
+use super::codes::Code;
+use super::download::{self, Download};
+use super::extract::Query;
+use super::page::{Page, PageQuery, PageRequest};
+use super::problem::{Problem, ProblemBody};
+use crate::store::loras as rows;
+use crate::store::{Store, StoreError};
+
+/// The routes of this file, under `/v1`.
+pub fn routes(config: &mut ServiceConfig<'_>) {
+    config
+        .service(list_loras)
+        .service(get_lora)
+        .service(get_lora_content);
+}
+
+/// A trained LoRA file.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "id": "019a9c20-1111-7c30-a4b2-3d1f2f6f0a11", "run_id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11",
+    "file_name": "lumo.safetensors", "step": 400, "epoch": 10, "final": true, "size_bytes": 9876543,
+    "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+    "created_at": "2026-11-25T06:44:00Z"
+}))]
+pub struct Lora {
+    pub id: Uuid,
+    pub run_id: Uuid,
+    pub file_name: String,
+    /// Optimizer steps behind it.
+    pub step: u64,
+    /// Epoch it was saved in.
+    pub epoch: u64,
+    /// Whether it is the run's result, not one saved on the way.
+    #[serde(rename = "final")]
+    pub is_final: bool,
+    pub size_bytes: u64,
+    /// Also its ETag.
+    pub sha256: String,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+}
+
+impl From<rows::Lora> for Lora {
+    fn from(row: rows::Lora) -> Self {
+        Self {
+            id: row.id,
+            run_id: row.run_id,
+            file_name: row.file_name,
+            step: row.step,
+            epoch: row.epoch,
+            is_final: row.is_final,
+            size_bytes: row.size_bytes,
+            sha256: row.sha256,
+            created_at: row.created_at,
+        }
+    }
+}
+
+/// Filters of the list of LoRAs.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct LoraQuery {
+    /// How many at most.
+    #[param(minimum = 1, maximum = 200, default = 50)]
+    limit: Option<u32>,
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+    /// Only files of this run.
+    run_id: Option<Uuid>,
+}
+
+/// List the LoRA files.
+///
+/// Results and files saved on the way, in the order in which they were saved.
+#[utoipa::path(
+    tag = "loras",
+    params(LoraQuery),
+    responses(
+        (status = 200, description = "A page of LoRAs", body = Page<Lora>),
+        (status = 422, description = "`invalid_query`, `invalid_cursor`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[get("/loras")]
+pub async fn list_loras(
+    store: Data<Store>,
+    query: Query<LoraQuery>,
+) -> Result<web::Json<Page<Lora>>, Problem> {
+    let LoraQuery {
+        limit,
+        cursor,
+        run_id,
+    } = query.into_inner();
+    let page = PageRequest::try_from(PageQuery { limit, cursor })?;
+    let found = store.loras(run_id, page.after_id()?, page.rows()).await;
+    let found = found.map_err(Problem::internal)?;
+    Ok(web::Json(page.page(
+        found,
+        |lora| lora.id.to_string(),
+        Lora::from,
+    )))
+}
+
+/// Read about a LoRA file.
+///
+/// Its run, step, size and digest.
+#[utoipa::path(
+    tag = "loras",
+    params(("lora_id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "The LoRA", body = Lora),
+        (status = 404, description = "`lora_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[get("/loras/{lora_id}")]
+pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Json<Lora>, Problem> {
+    Ok(web::Json(find(&store, id.into_inner()).await?.into()))
+}
+
+/// Download a LoRA file.
+///
+/// A `.safetensors` file for A1111, ComfyUI and diffusers; ranges, and its SHA-256 as ETag and `Repr-Digest`.
+#[utoipa::path(
+    method(get, head),
+    tag = "loras",
+    params(("lora_id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "The file", content_type = "application/octet-stream", body = Vec<u8>),
+        (status = 206, description = "The wanted part"),
+        (status = 304, description = "The client has it already"),
+        (status = 404, description = "`lora_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 416, description = "`range_not_satisfiable`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[route("/loras/{lora_id}/content", method = "GET", method = "HEAD")]
+pub async fn get_lora_content(
+    request: HttpRequest,
+    store: Data<Store>,
+    id: web::Path<Uuid>,
+) -> Result<HttpResponse, Problem> {
+    let lora = find(&store, id.into_inner()).await?;
+    let file = Download {
+        path: &store.blobs().path(&lora.sha256),
+        sha256: &lora.sha256,
+        media_type: "application/octet-stream",
+        file_name: &lora.file_name,
+        inline: false,
+    };
+    download::serve(&request, file).await
+}
+
+async fn find(store: &Store, id: Uuid) -> Result<rows::Lora, Problem> {
+    store.lora(id).await.map_err(|error| match error {
+        StoreError::NotFound => Problem::new(Code::LoraNotFound, format!("there is no LoRA {id}")),
+        other => Problem::internal(other),
+    })
+}

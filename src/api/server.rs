@@ -1,0 +1,108 @@
+//! The HTTP server around the application; what the rest of the program needs to know of actix.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use actix_web::HttpServer;
+use actix_web::dev::{Server, ServerHandle};
+use actix_web::web::Data;
+
+use super::auth::ApiKey;
+use crate::datasets::DatasetService;
+use crate::models::ModelCatalog;
+use crate::plugin_host::PluginHost;
+use crate::runs::RunService;
+use crate::store::Store;
+
+/// How long open connections have to finish when the service ends, in seconds.
+const SHUTDOWN_S: u64 = 5;
+
+/// What the handlers work with.
+#[derive(Clone)]
+pub struct Services {
+    /// Rows and blobs.
+    pub store: Store,
+    /// Datasets.
+    pub datasets: DatasetService,
+    /// Base models.
+    pub models: ModelCatalog,
+    /// Runs.
+    pub runs: RunService,
+    /// Plugins.
+    pub plugins: Arc<PluginHost>,
+}
+
+/// A server that listens, and answers once it is awaited.
+pub struct HttpService {
+    address: SocketAddr,
+    server: Server,
+}
+
+/// Ends a server from another thread.
+#[derive(Clone)]
+pub struct StopHandle(ServerHandle);
+
+impl StopHandle {
+    /// Lets open requests finish, and ends.
+    pub fn stop(&self) {
+        // The command goes out when the future is made; the server's own thread carries it out.
+        drop(self.0.stop(true));
+    }
+}
+
+impl HttpService {
+    /// Listens; port 0 takes a free one. `threads` answer requests.
+    ///
+    /// # Errors
+    /// When the address is taken.
+    pub fn listen(
+        address: SocketAddr,
+        threads: usize,
+        key: ApiKey,
+        services: Services,
+    ) -> io::Result<Self> {
+        let server = HttpServer::new(move || {
+            let services = services.clone();
+            super::app(key.clone(), move |app| {
+                app.app_data(Data::new(services.store))
+                    .app_data(Data::new(services.datasets))
+                    .app_data(Data::new(services.models))
+                    .app_data(Data::new(services.runs))
+                    .app_data(Data::from(services.plugins));
+            })
+        })
+        .workers(threads)
+        .shutdown_timeout(SHUTDOWN_S)
+        .bind(address)?;
+        let bound = server.addrs().first().copied().unwrap_or(address);
+        Ok(Self {
+            address: bound,
+            server: server.run(),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What ends it.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(self.server.handle())
+    }
+
+    /// Answers requests until it is stopped or a signal comes.
+    ///
+    /// # Errors
+    /// When listening fails.
+    pub async fn run(self) -> io::Result<()> {
+        self.server.await
+    }
+}
+
+/// Runs a future on this thread in the runtime that the server needs.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    actix_web::rt::System::new().block_on(future)
+}

@@ -1,0 +1,234 @@
+//! The service put together: store, plugins, runs and API. The only module that sees all of them.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context as _, Result, anyhow};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use crate::api::auth::ApiKey;
+use crate::api::server::{self, HttpService, Services, StopHandle};
+use crate::config::Config;
+use crate::datasets::DatasetService;
+use crate::datasets::limits::Limits;
+use crate::models::ModelCatalog;
+use crate::plugin_host::{PluginFolders, PluginHost};
+use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
+use crate::store::Store;
+
+/// A service on a thread of its own; for the demo and for tests.
+pub struct Service {
+    address: SocketAddr,
+    handle: StopHandle,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Service {
+    /// Starts a service and returns once it answers.
+    ///
+    /// # Errors
+    /// When the address is taken, or the data folder or the database cannot be used.
+    pub fn start_in_background(config: Config) -> Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("service".to_owned())
+            .spawn(move || {
+                server::block_on(run(config, move |address, handle| {
+                    // Nobody waits any more when the starting thread has gone.
+                    let _ = sender.send((address, handle));
+                }))
+            })?;
+        match receiver.recv() {
+            Ok((address, handle)) => Ok(Self {
+                address,
+                handle,
+                thread,
+            }),
+            Err(_) => match thread.join() {
+                Ok(Ok(())) => Err(anyhow!("the service has ended before it was ready")),
+                Ok(Err(error)) => Err(error),
+                Err(_) => Err(anyhow!("the service has panicked at its start")),
+            },
+        }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends the service, its workers included.
+    ///
+    /// # Errors
+    /// When it has failed meanwhile.
+    pub fn stop(self) -> Result<()> {
+        self.handle.stop();
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the service has panicked"))?
+    }
+}
+
+/// Serves until a signal comes.
+///
+/// # Errors
+/// When the address is taken, or the data folder or the database cannot be used.
+pub fn serve(config: Config) -> Result<()> {
+    server::block_on(run(config, |address, _| {
+        println!(
+            "lorasmith listens on http://{address} (API documentation at http://{address}/docs)"
+        );
+    }))
+}
+
+/// The whole life of a service.
+async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
+    let config = with_absolute_paths(config)?;
+    let store = open_store(&config).await?;
+    store.blobs().clear_scratch()?;
+    let models = ModelCatalog::new(&config.models_dir);
+    let plugins = Arc::new(find_plugins(&config));
+    for plugin in plugins.plugins() {
+        if let Some(reason) = &plugin.reason {
+            tracing::warn!(file = %plugin.path.display(), reason, "a plugin was refused");
+        }
+    }
+    let wake = Arc::new(Notify::new());
+    let runs = RunService::new(
+        store.clone(),
+        models.clone(),
+        plugins.clone(),
+        config.device.clone(),
+        wake.clone(),
+    );
+    let command = worker_command(&config)?;
+
+    let services = Services {
+        store: store.clone(),
+        datasets: DatasetService::new(store.clone(), Limits::default()),
+        models,
+        runs,
+        plugins,
+    };
+    let key = ApiKey::new(config.api_key.as_deref());
+    let http = HttpService::listen(config.bind, config.http_workers, key, services)
+        .with_context(|| format!("listening on {}", config.bind))?;
+    let supervisor = Supervisor::start(store, command, wake);
+    ready(http.address(), http.stop_handle());
+    let ended = http.run().await;
+    supervisor.stop().await;
+    Ok(ended?)
+}
+
+/// Trains one run in this process.
+///
+/// # Errors
+/// When the data folder or the database cannot be used.
+pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
+    let config = with_absolute_paths(config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1) // the cores are for training
+        .enable_all()
+        .build()?;
+    let store = runtime.block_on(open_store(&config))?;
+    let parts = WorkerParts {
+        store,
+        models: ModelCatalog::new(&config.models_dir),
+        plugins: find_plugins(&config),
+        latent_cache: config.data_dir.join("cache").join("latents"),
+    };
+    let end = crate::runs::work(&runtime, &parts, run)?;
+    runtime.shutdown_background(); // the thread that reads standard input never ends by itself
+    Ok(end)
+}
+
+/// The plugins of the configured folders and of the program's own.
+pub fn find_plugins(config: &Config) -> PluginHost {
+    PluginHost::discover(&PluginFolders {
+        folders: config.plugin_dirs.clone(),
+        allowed_sha256: config.plugin_sha256.clone(),
+    })
+}
+
+async fn open_store(config: &Config) -> Result<Store> {
+    Store::open(&config.database_url(), &config.data_dir)
+        .await
+        .with_context(|| format!("opening the data folder {}", config.data_dir.display()))
+}
+
+/// Workers may be started elsewhere, so that relative paths would mean something else to them.
+fn with_absolute_paths(config: Config) -> Result<Config> {
+    let absolute = |path: &Path| {
+        std::path::absolute(path).with_context(|| format!("the folder {}", path.display()))
+    };
+    std::fs::create_dir_all(&config.data_dir)
+        .with_context(|| format!("making the data folder {}", config.data_dir.display()))?;
+    Ok(Config {
+        data_dir: absolute(&config.data_dir)?,
+        models_dir: absolute(&config.models_dir)?,
+        plugin_dirs: config
+            .plugin_dirs
+            .iter()
+            .map(|path| absolute(path))
+            .collect::<Result<_>>()?,
+        ..config
+    })
+}
+
+/// A worker is this program again; it gets the settings it needs by its environment, and no secrets of the API.
+fn worker_command(config: &Config) -> Result<WorkerCommand> {
+    let mut environment = vec![
+        setting("DATA_DIR", &text(&config.data_dir)?),
+        setting("MODELS_DIR", &text(&config.models_dir)?),
+        setting("DEVICE", &config.device),
+        setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
+        setting("DATABASE_URL", &config.database_url()),
+    ];
+    let folders: Vec<String> = config
+        .plugin_dirs
+        .iter()
+        .map(|path| text(path))
+        .collect::<Result<_>>()?;
+    environment.push(setting("PLUGIN_DIRS", &serde_json::to_string(&folders)?));
+    if let Some(digests) = &config.plugin_sha256 {
+        environment.push(setting("PLUGIN_SHA256", &serde_json::to_string(digests)?));
+    }
+    Ok(WorkerCommand {
+        program: worker_program()?,
+        arguments: Vec::new(),
+        environment,
+        removed: vec!["LORASMITH_API_KEY".to_owned()],
+        log_dir: config.data_dir.join("logs"),
+        max_workers: config.max_concurrent_runs,
+    })
+}
+
+fn setting(name: &str, value: &str) -> (String, String) {
+    (format!("LORASMITH_{name}"), value.to_owned())
+}
+
+fn text(path: &Path) -> Result<String> {
+    let text = path.to_str();
+    text.map(str::to_owned)
+        .with_context(|| format!("the folder {} has a name that is not UTF-8", path.display()))
+}
+
+/// This program; a test binary stands beside the program, one folder below.
+fn worker_program() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program's file")?;
+    let name = format!("lorasmith{}", std::env::consts::EXE_SUFFIX);
+    if own.file_name().is_some_and(|own| own == name.as_str()) {
+        return Ok(own);
+    }
+    let beside = own
+        .parent()
+        .and_then(Path::parent)
+        .map(|folder| folder.join(&name));
+    beside
+        .filter(|program| program.is_file())
+        .with_context(|| format!("`{name}` is not beside {}", own.display()))
+}

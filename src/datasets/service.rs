@@ -1,0 +1,262 @@
+//! What can be done with datasets: the rules between the API and the rows. Uploads are in `ingest`.
+
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::captions;
+use super::error::DatasetError;
+use super::ingest;
+use super::limits::Limits;
+use super::prepare::{StagedFile, SubsetChoice};
+use super::report::{FileReport, Summary};
+use super::rules::Checker;
+use crate::store::datasets::{Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
+use crate::store::{Store, StoreError};
+
+/// Datasets, their subsets and images. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct DatasetService {
+    store: Store,
+    limits: Limits,
+}
+
+impl DatasetService {
+    pub fn new(store: Store, limits: Limits) -> Self {
+        Self { store, limits }
+    }
+
+    /// What an upload may hold.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Makes an empty dataset.
+    ///
+    /// # Errors
+    /// [`DatasetError::InvalidDataset`] for a name that cannot be.
+    pub async fn create(&self, name: &str) -> Result<Dataset, DatasetError> {
+        Checker::default()
+            .name("name", name)
+            .finish()
+            .map_err(DatasetError::InvalidDataset)?;
+        Ok(self.store.create_dataset(name).await?)
+    }
+
+    /// A dataset and how much it holds.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`].
+    pub async fn get(&self, id: Uuid) -> Result<(Dataset, DatasetCounts), DatasetError> {
+        let dataset = self.store.dataset(id).await;
+        let dataset = dataset.map_err(|error| missing(error, DatasetError::DatasetNotFound(id)))?;
+        let counts = self.store.count_datasets(&[id]).await?;
+        Ok((dataset, counts.get(&id).copied().unwrap_or_default()))
+    }
+
+    /// Datasets after `after`, oldest first.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn list(
+        &self,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<(Dataset, DatasetCounts)>, DatasetError> {
+        let datasets = self.store.list_datasets(after, limit).await?;
+        let ids: Vec<Uuid> = datasets.iter().map(|dataset| dataset.id).collect();
+        let counts = self.store.count_datasets(&ids).await?;
+        let counted = datasets.into_iter().map(|dataset| {
+            let counts = counts.get(&dataset.id).copied().unwrap_or_default();
+            (dataset, counts)
+        });
+        Ok(counted.collect())
+    }
+
+    /// Deletes a dataset with everything in it.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::InUse`].
+    pub async fn delete(&self, id: Uuid) -> Result<(), DatasetError> {
+        let deleted = self.store.delete_dataset(id).await;
+        deleted.map_err(|error| missing(error, DatasetError::DatasetNotFound(id)))
+    }
+
+    /// All subsets of a dataset, oldest first.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`].
+    pub async fn subsets(
+        &self,
+        dataset_id: Uuid,
+    ) -> Result<Vec<(Subset, SubsetCounts)>, DatasetError> {
+        self.exists(dataset_id).await?;
+        let subsets = self.store.list_subsets(dataset_id).await?;
+        let counts = self.store.count_subsets(&[dataset_id]).await?;
+        let counted = subsets.into_iter().map(|subset| {
+            let counts = counts.get(&subset.id).copied().unwrap_or_default();
+            (subset, counts)
+        });
+        Ok(counted.collect())
+    }
+
+    /// One subset of a dataset.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::SubsetNotFound`].
+    pub async fn subset(
+        &self,
+        dataset_id: Uuid,
+        subset_id: Uuid,
+    ) -> Result<(Subset, SubsetCounts), DatasetError> {
+        let subsets = self.subsets(dataset_id).await?;
+        let found = subsets
+            .into_iter()
+            .find(|(subset, _)| subset.id == subset_id);
+        found.ok_or(DatasetError::SubsetNotFound(subset_id))
+    }
+
+    /// Replaces a subset's settings if it is still at the expected revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::SubsetNotFound`], [`DatasetError::InvalidSubset`], [`DatasetError::SubsetExists`],
+    /// [`DatasetError::Changed`].
+    pub async fn update_subset(
+        &self,
+        subset_id: Uuid,
+        settings: &SubsetSettings,
+        expected: i64,
+    ) -> Result<Subset, DatasetError> {
+        Checker::default()
+            .subset_name("name", &settings.name)
+            .repeats("repeats", settings.repeats)
+            .prompt("instance_prompt", settings.instance_prompt.as_deref())
+            .prompt("class_prompt", settings.class_prompt.as_deref())
+            .finish()
+            .map_err(DatasetError::InvalidSubset)?;
+        let updated = self
+            .store
+            .update_subset(subset_id, settings, expected)
+            .await;
+        updated.map_err(|error| match error {
+            StoreError::Exists => DatasetError::SubsetExists(settings.name.clone()),
+            error => missing(error, DatasetError::SubsetNotFound(subset_id)),
+        })
+    }
+
+    /// A dataset's images after `after`, oldest first; of one subset, if it is given.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`]. An unknown subset has no images.
+    pub async fn images(
+        &self,
+        dataset_id: Uuid,
+        subset_id: Option<Uuid>,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<Image>, DatasetError> {
+        self.exists(dataset_id).await?;
+        let images = self.store.list_images(dataset_id, subset_id, after, limit);
+        Ok(images.await?)
+    }
+
+    /// One image of a dataset.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::ImageNotFound`].
+    pub async fn image(&self, dataset_id: Uuid, image_id: Uuid) -> Result<Image, DatasetError> {
+        self.exists(dataset_id).await?;
+        let image = self.store.image(image_id).await;
+        let image = image.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))?;
+        match image.dataset_id == dataset_id {
+            true => Ok(image),
+            false => Err(DatasetError::ImageNotFound(image_id)),
+        }
+    }
+
+    /// Replaces or removes an image's caption; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::Caption`], [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
+    pub async fn set_caption(
+        &self,
+        image_id: Uuid,
+        caption: Option<String>,
+        expected: Option<i64>,
+    ) -> Result<Image, DatasetError> {
+        if let Some(caption) = &caption {
+            captions::check(caption, self.limits.caption_bytes)?;
+        }
+        let updated = self.store.set_caption(image_id, caption, expected).await;
+        updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+    }
+
+    /// Deletes one image of a dataset.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::ImageNotFound`].
+    pub async fn delete_image(&self, dataset_id: Uuid, image_id: Uuid) -> Result<(), DatasetError> {
+        let image = self.image(dataset_id, image_id).await?;
+        let deleted = self.store.delete_image(image.id).await;
+        deleted.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+    }
+
+    /// Where an image's content is.
+    pub fn content_path(&self, image: &Image) -> PathBuf {
+        self.store.blobs().path(&image.sha256)
+    }
+
+    /// A folder for one upload; gone when dropped.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn scratch(&self) -> Result<TempDir, DatasetError> {
+        Ok(self.store.blobs().scratch()?)
+    }
+
+    /// Takes uploaded files into a dataset: each is reported, and what is wrong with one keeps none of the others out.
+    ///
+    /// The work goes on when the caller no longer waits: a client that hangs up after its last byte loses nothing.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::NothingUploaded`], [`DatasetError::InvalidSubset`], or when
+    /// the disk or the database fails; what was taken in before stays.
+    pub async fn ingest(
+        &self,
+        dataset_id: Uuid,
+        files: Vec<StagedFile>,
+        choice: SubsetChoice,
+        scratch: TempDir,
+    ) -> Result<(Vec<FileReport>, Summary), DatasetError> {
+        if files.is_empty() {
+            return Err(DatasetError::NothingUploaded);
+        }
+        ingest::check_choice(&choice)?;
+        self.exists(dataset_id).await?;
+        let (store, limits) = (self.store.clone(), self.limits);
+        let work = ingest::ingest(store, limits, dataset_id, files, choice, scratch);
+        let reports = tokio::spawn(work).await??;
+        let summary = Summary::of(&reports);
+        Ok((reports, summary))
+    }
+
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`].
+    pub async fn exists(&self, dataset_id: Uuid) -> Result<(), DatasetError> {
+        let dataset = self.store.dataset(dataset_id).await;
+        let dataset =
+            dataset.map_err(|error| missing(error, DatasetError::DatasetNotFound(dataset_id)));
+        dataset.map(|_| ())
+    }
+}
+
+/// What a row's absence, its use or its change means here.
+pub(super) fn missing(error: StoreError, not_found: DatasetError) -> DatasetError {
+    match error {
+        StoreError::NotFound => not_found,
+        StoreError::InUse => DatasetError::InUse,
+        StoreError::Conflict { expected, found } => DatasetError::Changed { expected, found },
+        error => DatasetError::Store(error),
+    }
+}

@@ -1,0 +1,25 @@
+//! Training runs: what may be asked for, the queue, the process of each run, and its end.
+
+mod reporter;
+pub mod service;
+pub mod spec;
+pub mod state;
+pub mod supervisor;
+pub mod worker;
+
+pub use service::{NewRunRequest, RunError, RunProblem, RunService};
+pub use spec::{RunSpec, SnapshotImage};
+pub use supervisor::{Supervisor, WorkerCommand};
+pub use worker::{WorkerEnd, WorkerParts, work};
+
+/// The settings of a run as the domain has them, for those who speak to this module.
+pub mod settings {
+    pub use crate::dataloader::BucketSettings;
+    pub use crate::diffusion::PredictionType;
+    pub use crate::diffusion::samplers::SamplerKind;
+    pub use crate::networks::{NetworkSettings, SavePrecision};
+    pub use crate::training::{
+        PluginChoice, SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings,
+        ValidationSettings,
+    };
+}

@@ -1,0 +1,518 @@
+//! The training loop's ear in a worker: takes reports at once, writes them a few times per second from a thread of
+//! its own, keeps the lease alive, and passes on the wish to stop.
+
+use std::collections::HashMap;
+use std::io::Cursor;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use image::{ImageFormat, RgbImage};
+use serde_json::json;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+use super::state;
+use super::worker::LEASE;
+use crate::store::runs::{Metric, NewLora, NewSample, Progress, RunState, WorkerReport};
+use crate::store::{Store, StoreError};
+use crate::training::{Control, Phase, ProgressSink, Report, StepReport};
+
+/// Reports that come closer together than this are written together.
+const FLUSH: Duration = Duration::from_millis(300);
+/// How often a worker shows that it is alive and looks whether it should stop.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// What the supervisor writes to a worker's standard input when the service ends.
+pub const LEAVE: &str = "leave\n";
+
+/// Why a worker should stop.
+#[derive(Debug, Default)]
+pub struct Stop {
+    cancelled: AtomicBool,
+    lost: AtomicBool,
+    leaving: AtomicBool,
+}
+
+impl Stop {
+    /// Somebody wants the run to end.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// The run is no longer this worker's, or cannot be written to.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// The process is asked to end.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    fn any(&self) -> bool {
+        self.is_cancelled() || self.is_lost() || self.is_leaving()
+    }
+}
+
+/// One worker's reports.
+pub struct Reporter {
+    sender: Option<UnboundedSender<Message>>,
+    writer: Option<JoinHandle<Result<(), StoreError>>>,
+    runtime: tokio::runtime::Handle,
+    store: Store,
+    stop: Arc<Stop>,
+    progress: Progress,
+    phase: String,
+    failed: Option<String>,
+}
+
+enum Message {
+    /// Something to write.
+    Report(Box<WorkerReport>),
+    /// A state to go to.
+    State(RunState),
+}
+
+impl Reporter {
+    /// Starts writing for the run that `owner` has taken.
+    pub fn start(
+        runtime: &Runtime,
+        store: Store,
+        run_id: Uuid,
+        owner: String,
+        stop: Arc<Stop>,
+    ) -> Self {
+        let (sender, receiver) = unbounded_channel();
+        let writer = Writer {
+            store: store.clone(),
+            run_id,
+            owner,
+            stop: stop.clone(),
+        };
+        leave_when_asked(runtime, &stop);
+        Self {
+            sender: Some(sender),
+            writer: Some(runtime.spawn(writer.run(receiver))),
+            runtime: runtime.handle().clone(),
+            store,
+            stop,
+            progress: Progress::default(),
+            phase: String::new(),
+            failed: None,
+        }
+    }
+
+    /// Tells the length of the run before its first step.
+    pub fn expect_steps(&mut self, total: u64) {
+        self.progress.total_steps = Some(total);
+    }
+
+    /// Waits until everything is written.
+    ///
+    /// # Errors
+    /// When something could not be written.
+    pub fn finish(&mut self) -> Result<(), StoreError> {
+        self.sender = None; // ends the writer once it has read everything
+        match self.writer.take() {
+            Some(writer) => self.runtime.block_on(writer).unwrap_or_else(|error| {
+                tracing::error!(%error, "the writer of reports has failed");
+                Ok(())
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        if let Some(sender) = &self.sender
+            && sender.send(message).is_err()
+        {
+            self.stop.lost.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn write(&mut self, report: WorkerReport) {
+        self.send(Message::Report(Box::new(report)));
+    }
+
+    fn phase(&mut self, phase: Phase) {
+        if matches!(phase, Phase::Training) {
+            self.send(Message::State(RunState::Running));
+        }
+        let saves_last = Some(self.progress.step) == self.progress.total_steps;
+        if matches!(phase, Phase::Saving) && saves_last {
+            self.send(Message::State(RunState::Saving));
+        }
+        let (name, data) = describe(phase);
+        if matches!(phase, Phase::CachingLatents { .. }) || self.phase != name {
+            self.phase = name.to_owned();
+            self.write(WorkerReport {
+                phase: Some(name.to_owned()),
+                events: vec![("phase".to_owned(), data)],
+                ..WorkerReport::default()
+            });
+        }
+    }
+
+    fn step(&mut self, step: &StepReport) {
+        let memory_bytes = memory_bytes();
+        self.progress = Progress {
+            step: step.step,
+            total_steps: Some(step.total_steps),
+            epoch: step.epoch,
+            total_epochs: Some(step.total_epochs),
+            loss_average: Some(step.loss_average),
+            steps_per_s: Some(1.0 / step.step_time_s.max(f64::MIN_POSITIVE)),
+            eta_s: Some(step.eta_s),
+            memory_bytes,
+        };
+        // After a validation or a picture the loop is back at its steps.
+        let training = "training";
+        let phase = (self.phase != training).then(|| training.to_owned());
+        self.phase = training.to_owned();
+        self.write(WorkerReport {
+            progress: Some(self.progress.clone()),
+            phase,
+            metrics: vec![Metric {
+                step: step.step,
+                epoch: step.epoch,
+                loss: Some(step.loss),
+                loss_average: Some(step.loss_average),
+                validation_loss: None,
+                lr_unet: Some(step.lr_unet),
+                lr_text_encoder: Some(step.lr_text_encoder),
+                grad_norm: Some(step.grad_norm),
+                step_time_s: Some(step.step_time_s),
+                memory_bytes,
+            }],
+            events: vec![(
+                "progress".to_owned(),
+                json!({
+                    "step": step.step,
+                    "total_steps": step.total_steps,
+                    "epoch": step.epoch,
+                    "total_epochs": step.total_epochs,
+                    "loss": step.loss,
+                    "loss_average": step.loss_average,
+                    "lr_unet": step.lr_unet,
+                    "lr_text_encoder": step.lr_text_encoder,
+                    "images_per_s": step.images_per_s,
+                    "step_time_s": step.step_time_s,
+                    "eta_s": step.eta_s,
+                    "memory_bytes": memory_bytes,
+                }),
+            )],
+            ..WorkerReport::default()
+        });
+    }
+
+    fn validation(&mut self, step: u64, loss: f64) {
+        self.write(WorkerReport {
+            metrics: vec![Metric {
+                step,
+                epoch: self.progress.epoch,
+                validation_loss: Some(loss),
+                ..Metric::default()
+            }],
+            events: vec![("validation".to_owned(), json!({"step": step, "loss": loss}))],
+            ..WorkerReport::default()
+        });
+    }
+
+    fn sample(&mut self, new: NewSample, image: &RgbImage) -> Result<(), String> {
+        let mut png = Cursor::new(Vec::new());
+        image
+            .write_to(&mut png, ImageFormat::Png)
+            .map_err(|error| format!("encoding a preview: {error}"))?;
+        let blob = self
+            .store
+            .blobs()
+            .put(png.get_ref())
+            .map_err(|error| error.to_string())?;
+        let sample = NewSample {
+            sha256: blob.sha256,
+            size_bytes: blob.size_bytes,
+            ..new
+        };
+        let data = json!({
+            "id": sample.id, "step": sample.step, "prompt_index": sample.prompt_index,
+            "prompt": sample.prompt,
+        });
+        self.write(WorkerReport {
+            samples: vec![sample],
+            events: vec![("sample".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, step: u64, epoch: u64, last: bool, path: &Path) -> Result<(), String> {
+        let file_name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let blob = self
+            .store
+            .blobs()
+            .adopt(path)
+            .map_err(|error| error.to_string())?;
+        let lora = NewLora {
+            id: Uuid::now_v7(),
+            file_name,
+            step,
+            epoch,
+            is_final: last,
+            sha256: blob.sha256,
+            size_bytes: blob.size_bytes,
+        };
+        let data = json!({
+            "id": lora.id, "file_name": lora.file_name, "step": step, "epoch": epoch, "final": last,
+            "size_bytes": lora.size_bytes, "sha256": lora.sha256,
+        });
+        self.write(WorkerReport {
+            loras: vec![lora],
+            events: vec![("lora".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+        Ok(())
+    }
+}
+
+impl ProgressSink for Reporter {
+    fn report(&mut self, report: Report<'_>) -> Control {
+        let outcome = match report {
+            Report::Phase(phase) => {
+                self.phase(phase);
+                Ok(())
+            }
+            Report::Step(step) => {
+                self.step(step);
+                Ok(())
+            }
+            Report::Validation { step, loss } => {
+                self.validation(step, loss);
+                Ok(())
+            }
+            Report::Sample {
+                step,
+                prompt_index,
+                prompt,
+                seed,
+                image,
+            } => {
+                let new = NewSample {
+                    id: Uuid::now_v7(),
+                    step,
+                    prompt_index: u32::try_from(prompt_index).unwrap_or(u32::MAX),
+                    prompt: prompt.to_owned(),
+                    seed,
+                    width_px: image.width(),
+                    height_px: image.height(),
+                    sha256: String::new(),
+                    size_bytes: 0,
+                };
+                self.sample(new, image)
+            }
+            Report::Checkpoint {
+                step,
+                epoch,
+                last,
+                path,
+                saved: _,
+            } => self.checkpoint(step, epoch, last, path),
+        };
+        if let Err(message) = outcome {
+            tracing::error!(message, "a result could not be kept");
+            self.failed.get_or_insert(message);
+            return Control::Stop;
+        }
+        if self.stop.any() {
+            Control::Stop
+        } else {
+            Control::Continue
+        }
+    }
+}
+
+impl Reporter {
+    /// What could not be kept, when that is why the training was stopped.
+    pub fn failure(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+}
+
+/// The writing half.
+struct Writer {
+    store: Store,
+    run_id: Uuid,
+    owner: String,
+    stop: Arc<Stop>,
+}
+
+impl Writer {
+    async fn run(self, mut receiver: UnboundedReceiver<Message>) -> Result<(), StoreError> {
+        let mut beat = tokio::time::interval(HEARTBEAT);
+        loop {
+            tokio::select! {
+                message = receiver.recv() => {
+                    let Some(first) = message else { return Ok(()) };
+                    let began = Instant::now();
+                    let ended = self.write_together(first, &mut receiver).await;
+                    if let Err(error) = ended {
+                        self.stop.lost.store(true, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                    // Steps of a fast device are gathered meanwhile.
+                    tokio::time::sleep(FLUSH.saturating_sub(began.elapsed())).await;
+                }
+                _ = beat.tick() => self.beat().await,
+            }
+        }
+    }
+
+    /// Writes `first` and everything else that is waiting, in order.
+    async fn write_together(
+        &self,
+        first: Message,
+        receiver: &mut UnboundedReceiver<Message>,
+    ) -> Result<(), StoreError> {
+        let mut gathered = WorkerReport::default();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            match message {
+                Message::Report(report) => merge(&mut gathered, *report),
+                Message::State(to) => {
+                    self.flush(std::mem::take(&mut gathered)).await?;
+                    let (store, from) = (&self.store, state::before(to));
+                    store
+                        .move_own_run(self.run_id, &self.owner, from, to, None)
+                        .await?;
+                }
+            }
+            next = receiver.try_recv().ok();
+        }
+        self.flush(gathered).await
+    }
+
+    async fn flush(&self, mut report: WorkerReport) -> Result<(), StoreError> {
+        thin(&mut report.events);
+        if !self.store.record(self.run_id, &self.owner, report).await? {
+            self.stop.lost.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    async fn beat(&self) {
+        match self
+            .store
+            .renew_lease(self.run_id, &self.owner, LEASE)
+            .await
+        {
+            Ok(Some(run)) => {
+                if run.cancel_requested {
+                    self.stop.cancelled.store(true, Ordering::Relaxed);
+                }
+            }
+            Ok(None) => self.stop.lost.store(true, Ordering::Relaxed),
+            // A missed beat is no harm as long as the lease lasts.
+            Err(error) => tracing::warn!(%error, "the lease was not renewed"),
+        }
+    }
+}
+
+fn merge(into: &mut WorkerReport, report: WorkerReport) {
+    into.progress = report.progress.or(into.progress.take());
+    into.phase = report.phase.or(into.phase.take());
+    for metric in report.metrics {
+        let same = into
+            .metrics
+            .iter_mut()
+            .find(|known| known.step == metric.step);
+        match same {
+            Some(known) => known.validation_loss = metric.validation_loss.or(known.validation_loss),
+            None => into.metrics.push(metric),
+        }
+    }
+    into.samples.extend(report.samples);
+    into.loras.extend(report.loras);
+    into.events.extend(report.events);
+}
+
+/// Of several progress events at once only the last says something.
+fn thin(events: &mut Vec<(String, serde_json::Value)>) {
+    let mut last = HashMap::new();
+    for (index, (kind, _)) in events.iter().enumerate() {
+        last.insert(kind.clone(), index);
+    }
+    let mut index = 0;
+    events.retain(|(kind, _)| {
+        let keep = !matches!(kind.as_str(), "progress" | "phase") || last[kind] == index;
+        index += 1;
+        keep
+    });
+}
+
+fn describe(phase: Phase) -> (&'static str, serde_json::Value) {
+    let name = match phase {
+        Phase::Loading => "loading",
+        Phase::CachingLatents { done, total } => {
+            let name = "caching_latents";
+            return (name, json!({"phase": name, "done": done, "total": total}));
+        }
+        Phase::CachingText => "caching_text",
+        Phase::Training => "training",
+        Phase::Validating => "validating",
+        Phase::Sampling => "sampling",
+        Phase::Saving => "saving",
+    };
+    (name, json!({"phase": name}))
+}
+
+/// Memory of this process that is in RAM.
+fn memory_bytes() -> Option<u64> {
+    memory_stats::memory_stats().map(|stats| stats.physical_mem as u64)
+}
+
+/// Sets the flag when the process is asked to end, by a signal or by its supervisor.
+fn leave_when_asked(runtime: &Runtime, stop: &Arc<Stop>) {
+    let flag = stop.clone();
+    runtime.spawn(async move {
+        if wait_for_end_of_process().await.is_ok() {
+            flag.leaving.store(true, Ordering::Relaxed);
+        }
+    });
+    let flag = stop.clone();
+    // A thread of its own, as reading blocks; it ends with the process.
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines() {
+            match line {
+                Ok(line) if line.trim() == LEAVE.trim() => {
+                    flag.leaving.store(true, Ordering::Relaxed);
+                    return;
+                }
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    });
+}
+
+/// Returns when a signal asks the process to end.
+async fn wait_for_end_of_process() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Ok(())
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
+}

@@ -1,0 +1,42 @@
+//! What a run is to do: checked once, when it is made; kept as JSON; read by its worker.
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataloader::BucketSettings;
+use crate::training::TrainSettings;
+
+/// Everything that was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    /// Device: `auto`, `cpu`, `vulkan:0`.
+    pub device: String,
+    /// Id of the base model.
+    pub base_model_id: String,
+    /// How it is trained.
+    pub settings: TrainSettings,
+    /// Sizes of the pictures.
+    pub buckets: BucketSettings,
+}
+
+/// One image of the dataset as it was when the run was made: later edits do not change a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotImage {
+    /// Its id.
+    pub id: String,
+    /// Digest of its file.
+    pub sha256: String,
+    /// Width.
+    pub width_px: u32,
+    /// Height.
+    pub height_px: u32,
+    /// What the text encoder is told of it.
+    pub caption: String,
+    /// Name of its subset.
+    pub subset: String,
+    /// How often it appears in an epoch.
+    pub repeats: u32,
+    /// Whether it shows the class in general.
+    pub regularization: bool,
+}

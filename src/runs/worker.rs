@@ -1,0 +1,283 @@
+//! The process of one run: `lorasmith worker --run ID`.
+//!
+//! It needs the settings, the database, the blobs and the run's id, and nothing from whoever started it. It takes the
+//! run, trains it on this thread, and writes what happens from another one.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use uuid::Uuid;
+
+use super::reporter::{Reporter, Stop};
+use super::spec::{RunSpec, SnapshotImage};
+use super::state;
+use crate::dataloader::TrainingImage;
+use crate::diffusion::devices;
+use crate::diffusion::{LoadOptions, StableDiffusion};
+use crate::models::ModelCatalog;
+use crate::networks::{LoraNetwork, TrainParts};
+use crate::plugin_host::PluginHost;
+use crate::store::runs::{Run, RunFailure, RunState};
+use crate::store::{Store, StoreError};
+use crate::training::{
+    Phase, ProgressSink as _, Report, TrainError, TrainLength, TrainOutcome, TrainingSet, train,
+};
+
+/// How long a worker is believed to be alive after its last sign of life.
+pub const LEASE: Duration = Duration::from_secs(20);
+
+/// What a worker needs besides the run's id.
+pub struct WorkerParts {
+    /// Rows and blobs.
+    pub store: Store,
+    /// Base models.
+    pub models: ModelCatalog,
+    /// Optimizers and schedulers.
+    pub plugins: PluginHost,
+    /// Folder for latents that outlive a run.
+    pub latent_cache: std::path::PathBuf,
+}
+
+/// How a worker has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerEnd {
+    /// The LoRA is there.
+    Succeeded,
+    /// The run has failed; its row says why.
+    Failed,
+    /// Somebody asked for it.
+    Cancelled,
+    /// The run was not queued, or somebody else has taken it.
+    NotOurs,
+    /// The process was asked to leave; the run will be begun again.
+    Released,
+}
+
+/// A failure as the run's row tells it.
+struct Failure {
+    code: &'static str,
+    message: String,
+}
+
+impl Failure {
+    fn new(code: &'static str, message: impl ToString) -> Self {
+        Self {
+            code,
+            message: message.to_string(),
+        }
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        let code = match &error {
+            TrainError::Settings(_) => "invalid_settings",
+            TrainError::Data(_) | TrainError::LatentsNotFinite { .. } => "image_unusable",
+            TrainError::NoImages | TrainError::UnknownImage { .. } => "no_images",
+            TrainError::NotFinite { .. } => "loss_not_finite",
+            TrainError::Optimizer(_) => "plugin_failed",
+            TrainError::BaseModel { .. } => "model_unusable",
+            TrainError::Network(_)
+            | TrainError::NothingToTrain
+            | TrainError::Device(_)
+            | TrainError::Stopped { .. } => "training_failed",
+        };
+        Self::new(code, error)
+    }
+}
+
+/// Takes the run, trains it, and leaves its row in a state that says how that went.
+///
+/// # Errors
+/// When the database or the blobs fail; the supervisor then finds the run without a worker.
+pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEnd, StoreError> {
+    let owner = Uuid::new_v4().to_string();
+    let pid = std::process::id();
+    let claimed = runtime.block_on(parts.store.claim_run(id, &owner, pid, LEASE))?;
+    let Some(run) = claimed else {
+        return Ok(WorkerEnd::NotOurs);
+    };
+    let stop = Arc::new(Stop::default());
+    let mut reporter = Reporter::start(
+        runtime,
+        parts.store.clone(),
+        id,
+        owner.clone(),
+        stop.clone(),
+    );
+    // A panic in a driver or a library must end as a failed run, with its message.
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let trained = run_training(runtime, parts, &run, &mut reporter).map_err(|failure| {
+            match reporter.failure() {
+                Some(message) => Failure::new("store_failed", message),
+                None => failure,
+            }
+        });
+        if let Err(error) = reporter.finish() {
+            tracing::error!(%error, "the last reports were not written");
+        }
+        trained
+    }))
+    .unwrap_or_else(|panic| Err(Failure::new("worker_panicked", panic_text(panic.as_ref()))));
+
+    let (to, failure, end) = match outcome {
+        Ok(_) => (RunState::Succeeded, None, WorkerEnd::Succeeded),
+        Err(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
+        Err(_) if stop.is_leaving() => (RunState::Interrupted, None, WorkerEnd::Released),
+        Err(_) if stop.is_cancelled() => (RunState::Cancelled, None, WorkerEnd::Cancelled),
+        Err(failure) => {
+            let failure = RunFailure {
+                code: failure.code.to_owned(),
+                message: failure.message,
+            };
+            (RunState::Failed, Some(failure), WorkerEnd::Failed)
+        }
+    };
+    runtime.block_on(async {
+        let store = &parts.store;
+        if to == RunState::Cancelled {
+            let from = state::before(RunState::Cancelling);
+            store
+                .move_own_run(id, &owner, from, RunState::Cancelling, None)
+                .await?;
+        }
+        store
+            .move_own_run(id, &owner, state::before(to), to, failure.as_ref())
+            .await?;
+        if end == WorkerEnd::Released {
+            store.forgive_attempt(id).await?;
+        }
+        Ok(end)
+    })
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("the worker has panicked").to_owned()
+}
+
+fn run_training(
+    runtime: &Runtime,
+    parts: &WorkerParts,
+    run: &Run,
+    reporter: &mut Reporter,
+) -> Result<TrainOutcome, Failure> {
+    let unreadable = |error: serde_json::Error| Failure::new("spec_unreadable", error);
+    let spec: RunSpec = serde_json::from_str(&run.spec).map_err(unreadable)?;
+    let images: Vec<SnapshotImage> = serde_json::from_str(&run.images).map_err(unreadable)?;
+    let settings = &spec.settings;
+
+    let asked = spec
+        .device
+        .parse()
+        .map_err(|error| Failure::new("device_unusable", error))?;
+    let device = devices::open(asked).map_err(|error| Failure::new("device_unusable", error))?;
+    let noted = format!("{} ({})", device.info.id, device.info.name);
+    runtime
+        .block_on(parts.store.set_device(run.id, &noted))
+        .map_err(|error| Failure::new("store_failed", error))?;
+
+    reporter.report(Report::Phase(Phase::Loading));
+    let found = parts
+        .models
+        .find(&spec.base_model_id)
+        .map_err(|error| Failure::new("model_unusable", error))?;
+    let Some(base) = found else {
+        let message = format!("the base model `{}` is no longer there", run.base_model_id);
+        return Err(Failure::new("model_unusable", message));
+    };
+    let mut model = StableDiffusion::load(&base.path, &LoadOptions::new(&device.device))
+        .map_err(|error| Failure::new("model_unusable", error))?;
+    let trained = TrainParts {
+        unet: settings.unet_lr != 0.0,
+        text_encoder: settings.text_encoder_lr != 0.0,
+    };
+    let mut network = LoraNetwork::create(
+        &mut model,
+        &settings.network,
+        trained,
+        settings.seed,
+        &device.device,
+    )
+    .map_err(|error| Failure::new("training_failed", error))?;
+
+    let data = training_set(&parts.store, images, &spec, &base.path, &parts.latent_cache);
+    let plugin = |error| Failure::new("plugin_failed", error);
+    let mut optimizer = parts
+        .plugins
+        .create_optimizer(&settings.optimizer.id, &settings.optimizer.settings)
+        .map_err(plugin)?;
+    let total_steps = total_steps(&data, &spec)?;
+    let scheduler = parts
+        .plugins
+        .create_scheduler(
+            &settings.scheduler.id,
+            &settings.scheduler.settings,
+            settings.unet_lr.max(settings.text_encoder_lr),
+            settings.lr_warmup_steps,
+            total_steps,
+        )
+        .map_err(plugin)?;
+    let scratch = parts
+        .store
+        .blobs()
+        .scratch()
+        .map_err(|error| Failure::new("store_failed", error))?;
+    reporter.expect_steps(total_steps);
+    Ok(train(
+        &mut model,
+        &mut network,
+        &data,
+        settings,
+        optimizer.as_mut(),
+        scheduler.as_ref(),
+        reporter,
+        scratch.path(),
+    )?)
+}
+
+fn training_set(
+    store: &Store,
+    images: Vec<SnapshotImage>,
+    spec: &RunSpec,
+    base_model: &Path,
+    latent_cache: &Path,
+) -> TrainingSet {
+    let subsets = images
+        .iter()
+        .map(|image| (image.id.clone(), image.subset.clone()))
+        .collect();
+    let images = images
+        .into_iter()
+        .map(|image| TrainingImage {
+            path: store.blobs().path(&image.sha256),
+            id: image.id,
+            sha256: image.sha256,
+            width_px: image.width_px,
+            height_px: image.height_px,
+            caption: image.caption,
+            repeats: image.repeats,
+            regularization: image.regularization,
+        })
+        .collect();
+    TrainingSet {
+        images,
+        subsets,
+        buckets: spec.buckets.clone(),
+        latent_cache: Some(latent_cache.to_owned()),
+        base_model: base_model.to_owned(),
+    }
+}
+
+/// The scheduler wants to know the length before the loop does.
+fn total_steps(data: &TrainingSet, spec: &RunSpec) -> Result<u64, Failure> {
+    match spec.settings.length {
+        TrainLength::Steps(steps) => Ok(steps),
+        TrainLength::Epochs(_) => Ok(crate::training::planned_steps(data, &spec.settings)?),
+    }
+}

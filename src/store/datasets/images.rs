@@ -1,0 +1,315 @@
+//! Rows of images. Many are written at once, so that a large upload does not wait for the disk once per image.
+
+use std::collections::HashMap;
+
+use sea_orm::ActiveValue::Set;
+use sea_orm::{
+    ActiveModelTrait as _, ColumnTrait as _, ConnectionTrait, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _,
+};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Subset, check_revision, row_count, row_int, touch};
+use crate::store::rows::{image, subset};
+use crate::store::{Store, StoreError, now_ms, time_of};
+
+/// An image and its caption. The content is the blob of `sha256`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    pub id: Uuid,
+    pub dataset_id: Uuid,
+    pub subset_id: Uuid,
+    pub subset_name: String,
+    pub file_name: String,
+    pub sha256: String,
+    pub media_type: String,
+    pub size_bytes: u64,
+    /// As a viewer shows it: after the EXIF orientation.
+    pub width_px: u32,
+    pub height_px: u32,
+    /// `None` is no caption, which is not the same as an empty one.
+    pub caption: Option<String>,
+    pub revision: i64,
+    pub created_at: OffsetDateTime,
+    pub updated_at: OffsetDateTime,
+}
+
+/// An image whose content is stored already.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewImage {
+    pub subset_id: Uuid,
+    pub file_name: String,
+    pub sha256: String,
+    pub media_type: String,
+    pub size_bytes: u64,
+    pub width_px: u32,
+    pub height_px: u32,
+    pub caption: Option<String>,
+}
+
+/// What became of a [`NewImage`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddedImage {
+    New(Uuid),
+    /// The subset has this content already; only a caption that came with it was taken over.
+    Present(Uuid),
+}
+
+/// Enough of an image to find it by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageName {
+    pub id: Uuid,
+    pub subset_id: Uuid,
+    pub file_name: String,
+}
+
+impl Store {
+    /// Adds images to a dataset, all or none, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when there is no such dataset, or when the database fails.
+    pub async fn add_images(
+        &self,
+        dataset_id: Uuid,
+        images: Vec<NewImage>,
+    ) -> Result<Vec<AddedImage>, StoreError> {
+        let write = self.begin().await?;
+        touch(&write, dataset_id).await?;
+        let mut added = Vec::with_capacity(images.len());
+        for new in images {
+            let present = image::Entity::find()
+                .filter(image::Column::SubsetId.eq(new.subset_id))
+                .filter(image::Column::Sha256.eq(&new.sha256))
+                .one(&write)
+                .await?;
+            added.push(match present {
+                Some(row) => {
+                    let id = row.id;
+                    if new.caption.is_some() {
+                        write_caption(&write, row, new.caption).await?;
+                    }
+                    AddedImage::Present(id)
+                }
+                None => AddedImage::New(new.row(dataset_id).insert(&write).await?.id),
+            });
+        }
+        write.commit().await?;
+        Ok(added)
+    }
+
+    /// A dataset's images after `after`, oldest first; of one subset, if it is given.
+    ///
+    /// # Errors
+    /// When the database fails. A missing dataset has no images.
+    pub async fn list_images(
+        &self,
+        dataset_id: Uuid,
+        subset_id: Option<Uuid>,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<Image>, StoreError> {
+        let mut query = image::Entity::find().filter(image::Column::DatasetId.eq(dataset_id));
+        if let Some(subset_id) = subset_id {
+            query = query.filter(image::Column::SubsetId.eq(subset_id));
+        }
+        if let Some(after) = after {
+            query = query.filter(image::Column::Id.gt(after));
+        }
+        let rows = query
+            .order_by_asc(image::Column::Id)
+            .limit(limit)
+            .all(&self.db)
+            .await?;
+        let subsets = self.subsets_by_id(dataset_id).await?;
+        let named = rows.into_iter().filter_map(|row| {
+            let name = subsets.get(&row.subset_id)?.name.clone();
+            Some(Image::of(row, name))
+        });
+        Ok(named.collect())
+    }
+
+    /// Every image of a dataset with its subset, oldest first: what a run trains on.
+    ///
+    /// # Errors
+    /// When the database fails. A missing dataset has no images.
+    pub async fn all_images(&self, dataset_id: Uuid) -> Result<Vec<(Image, Subset)>, StoreError> {
+        let rows = image::Entity::find()
+            .filter(image::Column::DatasetId.eq(dataset_id))
+            .order_by_asc(image::Column::Id)
+            .all(&self.db)
+            .await?;
+        let subsets = self.subsets_by_id(dataset_id).await?;
+        let paired = rows.into_iter().filter_map(|row| {
+            let subset = subsets.get(&row.subset_id)?.clone();
+            Some((Image::of(row, subset.name.clone()), subset))
+        });
+        Ok(paired.collect())
+    }
+
+    /// Read after the images: a subset only goes when its dataset goes, and the images with it.
+    async fn subsets_by_id(&self, dataset_id: Uuid) -> Result<HashMap<Uuid, Subset>, StoreError> {
+        let subsets = self.list_subsets(dataset_id).await?;
+        Ok(subsets
+            .into_iter()
+            .map(|subset| (subset.id, subset))
+            .collect())
+    }
+
+    /// The file names of a dataset's images.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn image_names(&self, dataset_id: Uuid) -> Result<Vec<ImageName>, StoreError> {
+        let rows: Vec<(Uuid, Uuid, String)> = image::Entity::find()
+            .select_only()
+            .columns([
+                image::Column::Id,
+                image::Column::SubsetId,
+                image::Column::FileName,
+            ])
+            .filter(image::Column::DatasetId.eq(dataset_id))
+            .order_by_asc(image::Column::Id)
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        let names = rows
+            .into_iter()
+            .map(|(id, subset_id, file_name)| ImageName {
+                id,
+                subset_id,
+                file_name,
+            });
+        Ok(names.collect())
+    }
+
+    /// # Errors
+    /// [`StoreError::NotFound`], or when the database fails.
+    pub async fn image(&self, id: Uuid) -> Result<Image, StoreError> {
+        let row = image::Entity::find_by_id(id).one(&self.db).await?;
+        named(&self.db, row.ok_or(StoreError::NotFound)?).await
+    }
+
+    /// Replaces (or, with `None`, removes) an image's caption; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
+    pub async fn set_caption(
+        &self,
+        image_id: Uuid,
+        caption: Option<String>,
+        expected_revision: Option<i64>,
+    ) -> Result<Image, StoreError> {
+        let write = self.begin().await?;
+        let row = image::Entity::find_by_id(image_id).one(&write).await?;
+        let row = row.ok_or(StoreError::NotFound)?;
+        check_revision(expected_revision, row.revision)?;
+        touch(&write, row.dataset_id).await?;
+        let row = write_caption(&write, row, caption).await?;
+        let image = named(&write, row).await?;
+        write.commit().await?;
+        Ok(image)
+    }
+
+    /// Sets the captions of many images of one dataset in one transaction. Images that are gone are left out.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when there is no such dataset, or when the database fails.
+    pub async fn set_captions(
+        &self,
+        dataset_id: Uuid,
+        captions: Vec<(Uuid, String)>,
+    ) -> Result<(), StoreError> {
+        let write = self.begin().await?;
+        touch(&write, dataset_id).await?;
+        for (image_id, caption) in captions {
+            if let Some(row) = image::Entity::find_by_id(image_id).one(&write).await? {
+                write_caption(&write, row, Some(caption)).await?;
+            }
+        }
+        Ok(write.commit().await?)
+    }
+
+    /// Deletes an image. Its file stays: another subset, or a run that has begun, may name the same content.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or when the database fails.
+    pub async fn delete_image(&self, id: Uuid) -> Result<(), StoreError> {
+        let write = self.begin().await?;
+        let row = image::Entity::find_by_id(id).one(&write).await?;
+        let row = row.ok_or(StoreError::NotFound)?;
+        touch(&write, row.dataset_id).await?;
+        image::Entity::delete_many()
+            .filter(image::Column::Id.eq(id))
+            .exec(&write)
+            .await?;
+        Ok(write.commit().await?)
+    }
+}
+
+async fn named<C: ConnectionTrait>(db: &C, row: image::Model) -> Result<Image, StoreError> {
+    let subset = subset::Entity::find_by_id(row.subset_id).one(db).await?;
+    let subset = subset.ok_or(StoreError::NotFound)?; // deleted between the two queries, and the image with it
+    Ok(Image::of(row, subset.name))
+}
+
+/// A caption that says the same is no change: the revision, and with it the ETag, stays.
+async fn write_caption<C: ConnectionTrait>(
+    write: &C,
+    row: image::Model,
+    caption: Option<String>,
+) -> Result<image::Model, StoreError> {
+    if row.caption == caption {
+        return Ok(row);
+    }
+    let revision = row.revision + 1;
+    let row = image::ActiveModel {
+        caption: Set(caption),
+        revision: Set(revision),
+        updated_at_ms: Set(now_ms()),
+        ..row.into()
+    };
+    Ok(row.update(write).await?)
+}
+
+impl NewImage {
+    fn row(self, dataset_id: Uuid) -> image::ActiveModel {
+        let now = now_ms();
+        image::ActiveModel {
+            id: Set(Uuid::now_v7()),
+            dataset_id: Set(dataset_id),
+            subset_id: Set(self.subset_id),
+            file_name: Set(self.file_name),
+            sha256: Set(self.sha256),
+            media_type: Set(self.media_type),
+            size_bytes: Set(i64::try_from(self.size_bytes).unwrap_or(i64::MAX)),
+            width_px: Set(row_int(self.width_px)),
+            height_px: Set(row_int(self.height_px)),
+            caption: Set(self.caption),
+            revision: Set(1),
+            created_at_ms: Set(now),
+            updated_at_ms: Set(now),
+        }
+    }
+}
+
+impl Image {
+    fn of(row: image::Model, subset_name: String) -> Self {
+        Self {
+            id: row.id,
+            dataset_id: row.dataset_id,
+            subset_id: row.subset_id,
+            subset_name,
+            file_name: row.file_name,
+            sha256: row.sha256,
+            media_type: row.media_type,
+            size_bytes: u64::try_from(row.size_bytes).unwrap_or_default(),
+            width_px: row_count(row.width_px),
+            height_px: row_count(row.height_px),
+            caption: row.caption,
+            revision: row.revision,
+            created_at: time_of(row.created_at_ms),
+            updated_at: time_of(row.updated_at_ms),
+        }
+    }
+}

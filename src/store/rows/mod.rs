@@ -1,0 +1,11 @@
+//! One file per table, as the migrations made it. Nothing outside of the store sees these types.
+
+pub mod dataset;
+pub mod idempotency_key;
+pub mod image;
+pub mod lora;
+pub mod run;
+pub mod run_event;
+pub mod run_metric;
+pub mod run_sample;
+pub mod subset;

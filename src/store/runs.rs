@@ -1,0 +1,406 @@
+//! Rows of runs: the state and its lease, events, metrics and samples. Which changes are allowed is `runs`' business;
+//! here every change of a state is conditional on the states it may come from.
+
+mod claims;
+mod records;
+
+use sea_orm::sea_query::Expr;
+use sea_orm::{
+    ActiveModelTrait as _, ColumnTrait as _, DatabaseTransaction, EntityTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _, Set,
+};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::rows::{run, run_event};
+use super::{Store, StoreError, now_ms, time_of};
+
+pub use claims::{NewLora, Progress, WorkerReport};
+pub use records::{Event, Metric, NewSample, Sample};
+
+/// Where a run is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RunState {
+    /// Waits for a worker.
+    Queued,
+    /// A worker loads the model and encodes pictures.
+    Preparing,
+    /// Optimizer steps are done.
+    Running,
+    /// The last LoRA is written, measured and shown.
+    Saving,
+    /// Was asked to end, and its worker is about to.
+    Cancelling,
+    /// Its worker is gone.
+    Interrupted,
+    /// Done, with a LoRA.
+    Succeeded,
+    /// Ended with an error.
+    Failed,
+    /// Ended as it was asked to.
+    Cancelled,
+}
+
+impl RunState {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Queued,
+        Self::Preparing,
+        Self::Running,
+        Self::Saving,
+        Self::Cancelling,
+        Self::Interrupted,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
+    /// The word in rows and on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Preparing => "preparing",
+            Self::Running => "running",
+            Self::Saving => "saving",
+            Self::Cancelling => "cancelling",
+            Self::Interrupted => "interrupted",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// The state of a word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == word)
+    }
+}
+
+/// A run as its row has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// Its id.
+    pub id: Uuid,
+    /// What its owner calls it.
+    pub name: String,
+    /// Where it is.
+    pub state: RunState,
+    /// What was asked for; JSON that `runs` wrote.
+    pub spec: String,
+    /// The images as they were when the run was made; JSON that `runs` wrote.
+    pub images: String,
+    /// The dataset.
+    pub dataset_id: Uuid,
+    /// The base model.
+    pub base_model_id: String,
+    /// Why it failed: a stable word.
+    pub error_code: Option<String>,
+    /// Why it failed: a sentence.
+    pub error_message: Option<String>,
+    /// Whether somebody has asked for its end.
+    pub cancel_requested: bool,
+    /// How many workers have begun it.
+    pub attempt: u32,
+    /// Until when its worker is believed to be alive.
+    pub lease_until: Option<OffsetDateTime>,
+    /// The worker's process.
+    pub worker_pid: Option<u32>,
+    /// What the worker does.
+    pub phase: Option<String>,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Optimizer steps of the whole run, once known.
+    pub total_steps: Option<u64>,
+    /// Epoch, from 1; 0 before the first.
+    pub epoch: u64,
+    /// Epochs of the whole run, once known.
+    pub total_epochs: Option<u64>,
+    /// Mean loss of the last epoch.
+    pub loss_average: Option<f64>,
+    /// Optimizer steps per second.
+    pub steps_per_s: Option<f64>,
+    /// Expected time to the end.
+    pub eta_s: Option<f64>,
+    /// Memory of the worker's process.
+    pub memory_bytes: Option<u64>,
+    /// The device it is trained on.
+    pub device: Option<String>,
+    /// When it was made.
+    pub created_at: OffsetDateTime,
+    /// When a worker first began it.
+    pub started_at: Option<OffsetDateTime>,
+    /// When it ended.
+    pub finished_at: Option<OffsetDateTime>,
+}
+
+/// A run to be made.
+#[derive(Clone, Debug)]
+pub struct NewRun {
+    /// See [`Run::name`].
+    pub name: String,
+    /// See [`Run::spec`].
+    pub spec: String,
+    /// See [`Run::images`].
+    pub images: String,
+    /// See [`Run::dataset_id`].
+    pub dataset_id: Uuid,
+    /// See [`Run::base_model_id`].
+    pub base_model_id: String,
+}
+
+/// Why a run ended badly.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunFailure {
+    /// A stable word.
+    pub code: String,
+    /// A sentence.
+    pub message: String,
+}
+
+/// Which runs a list is about.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunFilter {
+    /// Only runs in this state.
+    pub state: Option<RunState>,
+    /// Only runs on this dataset.
+    pub dataset_id: Option<Uuid>,
+}
+
+impl Store {
+    /// Makes a run in state `queued`.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] when the dataset does not exist.
+    pub async fn create_run(&self, new: NewRun) -> Result<Run, StoreError> {
+        let now = now_ms();
+        let row = run::ActiveModel {
+            id: Set(Uuid::now_v7()),
+            name: Set(new.name),
+            state: Set(RunState::Queued.as_str().to_owned()),
+            spec: Set(new.spec),
+            images: Set(new.images),
+            dataset_id: Set(new.dataset_id),
+            base_model_id: Set(new.base_model_id),
+            cancel_requested: Set(false),
+            attempt: Set(0),
+            step: Set(0),
+            epoch: Set(0),
+            created_at_ms: Set(now),
+            updated_at_ms: Set(now),
+            ..Default::default()
+        };
+        let transaction = self.begin().await?;
+        let row = row.insert(&transaction).await?;
+        let data = json!({"state": row.state, "previous": Value::Null});
+        append(&transaction, row.id, "state", &data).await?;
+        transaction.commit().await?;
+        read(row)
+    }
+
+    /// One run.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn run(&self, id: Uuid) -> Result<Run, StoreError> {
+        let row = run::Entity::find_by_id(id).one(&self.db).await?;
+        read(row.ok_or(StoreError::NotFound)?)
+    }
+
+    /// Runs in the order in which they were made, after `after`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn runs(
+        &self,
+        filter: RunFilter,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<Run>, StoreError> {
+        let mut query = run::Entity::find()
+            .order_by_asc(run::Column::Id)
+            .limit(limit);
+        if let Some(state) = filter.state {
+            query = query.filter(run::Column::State.eq(state.as_str()));
+        }
+        if let Some(dataset) = filter.dataset_id {
+            query = query.filter(run::Column::DatasetId.eq(dataset));
+        }
+        if let Some(after) = after {
+            query = query.filter(run::Column::Id.gt(after));
+        }
+        query.all(&self.db).await?.into_iter().map(read).collect()
+    }
+
+    /// Every run in one of these states, the oldest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn runs_in(&self, states: &[RunState]) -> Result<Vec<Run>, StoreError> {
+        let rows = run::Entity::find()
+            .filter(run::Column::State.is_in(words(states)))
+            .order_by_asc(run::Column::Id)
+            .all(&self.db)
+            .await?;
+        rows.into_iter().map(read).collect()
+    }
+
+    /// Moves a run from one of the states `from` to `to` and tells so in an event; `false` when it is in another state.
+    ///
+    /// A state that ends the run also takes the worker's lease from it.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn move_run(
+        &self,
+        id: Uuid,
+        from: &[RunState],
+        to: RunState,
+        failure: Option<&RunFailure>,
+    ) -> Result<bool, StoreError> {
+        let transaction = self.begin().await?;
+        let moved = move_in(&transaction, id, from, to, failure, None).await?;
+        transaction.commit().await?;
+        Ok(moved)
+    }
+
+    /// Notes that somebody wants the run to end; its worker looks at this.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn request_cancel(&self, id: Uuid) -> Result<(), StoreError> {
+        run::Entity::update_many()
+            .col_expr(run::Column::CancelRequested, Expr::value(true))
+            .filter(run::Column::Id.eq(id))
+            .exec(&self.db)
+            .await?;
+        Ok(())
+    }
+}
+
+/// Changes the state inside of a transaction. With `owner` only that worker may.
+async fn move_in(
+    transaction: &DatabaseTransaction,
+    id: Uuid,
+    from: &[RunState],
+    to: RunState,
+    failure: Option<&RunFailure>,
+    owner: Option<&str>,
+) -> Result<bool, StoreError> {
+    let Some(row) = run::Entity::find_by_id(id).one(transaction).await? else {
+        return Ok(false);
+    };
+    let allowed = from.iter().any(|state| state.as_str() == row.state);
+    let owned = owner.is_none() || row.lease_owner.as_deref() == owner;
+    if !(allowed && owned) {
+        return Ok(false);
+    }
+    let now = now_ms();
+    let mut change = run::ActiveModel {
+        id: Set(id),
+        state: Set(to.as_str().to_owned()),
+        updated_at_ms: Set(now),
+        ..Default::default()
+    };
+    let ended = matches!(
+        to,
+        RunState::Succeeded | RunState::Failed | RunState::Cancelled
+    );
+    if ended {
+        change.finished_at_ms = Set(Some(now));
+        change.eta_s = Set(None);
+        change.phase = Set(None);
+    }
+    if ended || matches!(to, RunState::Interrupted | RunState::Queued) {
+        change.lease_owner = Set(None);
+        change.lease_until_ms = Set(None);
+        change.worker_pid = Set(None);
+    }
+    if let Some(failure) = failure {
+        change.error_code = Set(Some(failure.code.clone()));
+        change.error_message = Set(Some(failure.message.clone()));
+    }
+    change.update(transaction).await?;
+    let mut data = json!({"state": to.as_str(), "previous": row.state, "attempt": row.attempt});
+    if let Some(failure) = failure {
+        data["error"] = json!({"code": failure.code, "message": failure.message});
+    }
+    append(transaction, id, "state", &data).await?;
+    Ok(true)
+}
+
+/// Appends an event. The transaction holds the write lock (SQLite) or the run's row (Postgres), so numbers have no gaps.
+async fn append(
+    transaction: &DatabaseTransaction,
+    run_id: Uuid,
+    kind: &str,
+    data: &Value,
+) -> Result<(), StoreError> {
+    let last: Option<Option<i64>> = run_event::Entity::find()
+        .select_only()
+        .column_as(run_event::Column::Seq.max(), "last")
+        .filter(run_event::Column::RunId.eq(run_id))
+        .into_tuple()
+        .one(transaction)
+        .await?;
+    let event = run_event::ActiveModel {
+        run_id: Set(run_id),
+        seq: Set(last.flatten().unwrap_or(0) + 1),
+        kind: Set(kind.to_owned()),
+        data: Set(data.to_string()),
+        created_at_ms: Set(now_ms()),
+    };
+    run_event::Entity::insert(event)
+        .exec_without_returning(transaction)
+        .await?;
+    Ok(())
+}
+
+fn words(states: &[RunState]) -> Vec<&'static str> {
+    states.iter().map(|state| state.as_str()).collect()
+}
+
+fn read(row: run::Model) -> Result<Run, StoreError> {
+    let state = RunState::parse(&row.state).ok_or_else(|| StoreError::Corrupt {
+        what: format!("runs, {}, state", row.id),
+        message: format!("found `{}`", row.state),
+    })?;
+    Ok(Run {
+        id: row.id,
+        name: row.name,
+        state,
+        spec: row.spec,
+        images: row.images,
+        dataset_id: row.dataset_id,
+        base_model_id: row.base_model_id,
+        error_code: row.error_code,
+        error_message: row.error_message,
+        cancel_requested: row.cancel_requested,
+        attempt: u32::try_from(row.attempt).unwrap_or(0),
+        lease_until: row.lease_until_ms.map(time_of),
+        worker_pid: row.worker_pid.and_then(|pid| u32::try_from(pid).ok()),
+        phase: row.phase,
+        step: unsigned(row.step),
+        total_steps: row.total_steps.map(unsigned),
+        epoch: unsigned(row.epoch),
+        total_epochs: row.total_epochs.map(unsigned),
+        loss_average: row.loss_average,
+        steps_per_s: row.steps_per_s,
+        eta_s: row.eta_s,
+        memory_bytes: row.memory_bytes.map(unsigned),
+        device: row.device,
+        created_at: time_of(row.created_at_ms),
+        started_at: row.started_at_ms.map(time_of),
+        finished_at: row.finished_at_ms.map(time_of),
+    })
+}
+
+/// A count that was stored from an unsigned one.
+pub(super) fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+/// A count as rows hold it. Counts stay far below 2^63.
+pub(super) fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,285 @@
+//! The lease: who works on a run, and until when that is believed without another sign of life.
+
+use std::time::Duration;
+
+use sea_orm::sea_query::{Expr, ExprTrait as _};
+use sea_orm::{ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _, Set};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::records::{Metric, NewSample, metric_row, sample_row};
+use super::{Run, RunFailure, RunState, append, move_in, read, signed};
+use crate::store::rows::{lora, run, run_metric, run_sample};
+use crate::store::{Store, StoreError, now_ms};
+
+/// How far a run has come; what lists and details show of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Optimizer steps of the whole run.
+    pub total_steps: Option<u64>,
+    /// Epoch, from 1.
+    pub epoch: u64,
+    /// Epochs of the whole run.
+    pub total_epochs: Option<u64>,
+    /// Mean loss of the last epoch.
+    pub loss_average: Option<f64>,
+    /// Optimizer steps per second.
+    pub steps_per_s: Option<f64>,
+    /// Expected time to the end.
+    pub eta_s: Option<f64>,
+    /// Memory of the worker's process.
+    pub memory_bytes: Option<u64>,
+}
+
+/// What a worker reports at once; written in one transaction.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerReport {
+    /// The new progress, if there is any.
+    pub progress: Option<Progress>,
+    /// What the worker does now.
+    pub phase: Option<String>,
+    /// Steps and validations.
+    pub metrics: Vec<Metric>,
+    /// Previews, already stored as blobs.
+    pub samples: Vec<NewSample>,
+    /// LoRA files, already stored as blobs.
+    pub loras: Vec<NewLora>,
+    /// What subscribers hear: kind and data.
+    pub events: Vec<(String, Value)>,
+}
+
+/// A LoRA file to be listed.
+#[derive(Clone, Debug)]
+pub struct NewLora {
+    /// Its id.
+    pub id: Uuid,
+    /// The name it is downloaded under.
+    pub file_name: String,
+    /// Optimizer steps behind it.
+    pub step: u64,
+    /// Epoch it was saved in.
+    pub epoch: u64,
+    /// Whether it is the run's result.
+    pub is_final: bool,
+    /// Digest of its content.
+    pub sha256: String,
+    /// Its size.
+    pub size_bytes: u64,
+}
+
+impl Store {
+    /// Takes a queued run for the worker `owner`; `None` when it is not queued (any more).
+    ///
+    /// What an earlier attempt has left is removed: the run begins anew.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn claim_run(
+        &self,
+        id: Uuid,
+        owner: &str,
+        pid: u32,
+        lease: Duration,
+    ) -> Result<Option<Run>, StoreError> {
+        let transaction = self.begin().await?;
+        let Some(row) = run::Entity::find_by_id(id).one(&transaction).await? else {
+            return Ok(None);
+        };
+        if row.state != RunState::Queued.as_str() {
+            return Ok(None);
+        }
+        let now = now_ms();
+        let (previous, attempt) = (row.state.clone(), row.attempt + 1);
+        let started = row.started_at_ms.unwrap_or(now);
+        let change = run::ActiveModel {
+            id: Set(id),
+            state: Set(RunState::Preparing.as_str().to_owned()),
+            attempt: Set(attempt),
+            lease_owner: Set(Some(owner.to_owned())),
+            lease_until_ms: Set(Some(now + millis(lease))),
+            worker_pid: Set(i32::try_from(pid).ok()),
+            step: Set(0),
+            epoch: Set(0),
+            loss_average: Set(None),
+            steps_per_s: Set(None),
+            eta_s: Set(None),
+            started_at_ms: Set(Some(started)),
+            updated_at_ms: Set(now),
+            ..Default::default()
+        };
+        let row = change.update(&transaction).await?;
+        run_metric::Entity::delete_many()
+            .filter(run_metric::Column::RunId.eq(id))
+            .exec(&transaction)
+            .await?;
+        run_sample::Entity::delete_many()
+            .filter(run_sample::Column::RunId.eq(id))
+            .exec(&transaction)
+            .await?;
+        lora::Entity::delete_many()
+            .filter(lora::Column::RunId.eq(id))
+            .exec(&transaction)
+            .await?;
+        let data = json!({"state": row.state, "previous": previous, "attempt": attempt});
+        append(&transaction, id, "state", &data).await?;
+        transaction.commit().await?;
+        read(row).map(Some)
+    }
+
+    /// Renews the lease; the run as it is, or `None` when the worker has lost it.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn renew_lease(
+        &self,
+        id: Uuid,
+        owner: &str,
+        lease: Duration,
+    ) -> Result<Option<Run>, StoreError> {
+        let renewed = run::Entity::update_many()
+            .col_expr(
+                run::Column::LeaseUntilMs,
+                Expr::value(Some(now_ms() + millis(lease))),
+            )
+            .filter(run::Column::Id.eq(id))
+            .filter(run::Column::LeaseOwner.eq(owner))
+            .exec(&self.db)
+            .await?;
+        if renewed.rows_affected == 0 {
+            return Ok(None);
+        }
+        self.run(id).await.map(Some)
+    }
+
+    /// Moves a run that `owner` works on; `false` when it has lost the run or the state is another.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn move_own_run(
+        &self,
+        id: Uuid,
+        owner: &str,
+        from: &[RunState],
+        to: RunState,
+        failure: Option<&RunFailure>,
+    ) -> Result<bool, StoreError> {
+        let transaction = self.begin().await?;
+        let moved = move_in(&transaction, id, from, to, failure, Some(owner)).await?;
+        transaction.commit().await?;
+        Ok(moved)
+    }
+
+    /// Takes back an attempt that was ended on purpose, so that it does not count as a crash.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn forgive_attempt(&self, id: Uuid) -> Result<(), StoreError> {
+        run::Entity::update_many()
+            .col_expr(run::Column::Attempt, Expr::col(run::Column::Attempt).sub(1))
+            .filter(run::Column::Id.eq(id))
+            .filter(run::Column::Attempt.gt(0))
+            .exec(&self.db)
+            .await?;
+        Ok(())
+    }
+
+    /// Notes the device that a run is trained on.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn set_device(&self, id: Uuid, device: &str) -> Result<(), StoreError> {
+        run::Entity::update_many()
+            .col_expr(run::Column::Device, Expr::value(Some(device.to_owned())))
+            .filter(run::Column::Id.eq(id))
+            .exec(&self.db)
+            .await?;
+        Ok(())
+    }
+
+    /// Writes what a worker reports; `false`, and nothing is written, when the run is no longer its own.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn record(
+        &self,
+        id: Uuid,
+        owner: &str,
+        report: WorkerReport,
+    ) -> Result<bool, StoreError> {
+        let transaction = self.begin().await?;
+        let row = run::Entity::find_by_id(id).one(&transaction).await?;
+        if row.and_then(|row| row.lease_owner).as_deref() != Some(owner) {
+            return Ok(false);
+        }
+        let mut change = run::ActiveModel {
+            id: Set(id),
+            updated_at_ms: Set(now_ms()),
+            ..Default::default()
+        };
+        if let Some(progress) = report.progress {
+            change.step = Set(signed(progress.step));
+            change.total_steps = Set(progress.total_steps.map(signed));
+            change.epoch = Set(signed(progress.epoch));
+            change.total_epochs = Set(progress.total_epochs.map(signed));
+            change.loss_average = Set(progress.loss_average);
+            change.steps_per_s = Set(progress.steps_per_s);
+            change.eta_s = Set(progress.eta_s);
+            change.memory_bytes = Set(progress.memory_bytes.map(signed));
+        }
+        if report.phase.is_some() {
+            change.phase = Set(report.phase);
+        }
+        change.update(&transaction).await?;
+        for metric in report.metrics {
+            // A step can have a loss and, a moment later, a validation loss: one row holds both.
+            let validation = metric.validation_loss;
+            let known = run_metric::Entity::find_by_id((id, signed(metric.step)))
+                .one(&transaction)
+                .await?;
+            match known {
+                None => {
+                    let row = metric_row(id, metric);
+                    run_metric::Entity::insert(row)
+                        .exec_without_returning(&transaction)
+                        .await?;
+                }
+                Some(known) => {
+                    let mut row: run_metric::ActiveModel = known.into();
+                    row.validation_loss = Set(validation);
+                    row.update(&transaction).await?;
+                }
+            }
+        }
+        for sample in report.samples {
+            run_sample::Entity::insert(sample_row(id, sample))
+                .exec_without_returning(&transaction)
+                .await?;
+        }
+        for new in report.loras {
+            lora::Entity::insert(lora::ActiveModel {
+                id: Set(new.id),
+                run_id: Set(id),
+                file_name: Set(new.file_name),
+                step: Set(signed(new.step)),
+                epoch: Set(signed(new.epoch)),
+                is_final: Set(new.is_final),
+                sha256: Set(new.sha256),
+                size_bytes: Set(signed(new.size_bytes)),
+                created_at_ms: Set(now_ms()),
+            })
+            .exec_without_returning(&transaction)
+            .await?;
+        }
+        for (kind, data) in report.events {
+            append(&transaction, id, &kind, &data).await?;
+        }
+        transaction.commit().await?;
+        Ok(true)
+    }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2)
+}

@@ -1,0 +1,122 @@
+//! Golden tensors of the reference implementation against this build on a device.
+//!
+//! A fixture is a folder with `diffusers/` (the model), a single-file checkpoint of the same weights beside it, and
+//! `goldens/` with what torch and diffusers computed from them. Any folder of that layout works.
+
+mod goldens;
+mod models;
+mod report;
+mod samples;
+mod training;
+
+use std::path::{Path, PathBuf};
+
+use crate::diffusion::devices::{self, DeviceSpec};
+use crate::diffusion::{LoadError, LoadOptions, StableDiffusion};
+use crate::plugin_host::PluginHost;
+
+pub use goldens::GoldenError;
+pub use report::{Item, VerifyReport};
+
+use goldens::Goldens;
+use report::Checker;
+
+/// What to verify.
+#[derive(Clone, Debug)]
+pub struct VerifyOptions {
+    /// The fixture.
+    pub fixture: PathBuf,
+    /// The device.
+    pub device: DeviceSpec,
+    /// Only the part that stays quick on a slow device.
+    pub quick: bool,
+}
+
+/// Why nothing could be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// The fixture is not laid out as one.
+    #[error("{}: {message}", path.display())]
+    Layout {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was expected.
+        message: String,
+    },
+    /// A golden file cannot be used.
+    #[error(transparent)]
+    Golden(#[from] GoldenError),
+    /// The model cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The device cannot be opened.
+    #[error(transparent)]
+    Device(#[from] devices::DeviceError),
+    /// Training has failed.
+    #[error(transparent)]
+    Train(#[from] crate::training::TrainError),
+    /// A LoRA file cannot be used.
+    #[error(transparent)]
+    Network(#[from] crate::networks::NetworkError),
+    /// The AdamW plugin cannot be used.
+    #[error(transparent)]
+    Optimizer(#[from] crate::training::OptimizerError),
+}
+
+/// Compares every golden that there is.
+///
+/// # Errors
+/// When the fixture, the device or the AdamW plugin cannot be used. A golden that is missed is no error: see the report.
+pub fn run(options: &VerifyOptions, plugins: &PluginHost) -> Result<VerifyReport, VerifyError> {
+    let device = devices::open(options.device)?;
+    let goldens = Goldens::open(&options.fixture.join("goldens"), &device.device)?;
+    let folder = options.fixture.join("diffusers");
+    let mut report = VerifyReport::new(&device.info);
+    let mut layouts = vec![("diffusers", folder.clone(), None)];
+    if let Some(file) = single_file(&options.fixture)? {
+        layouts.push(("single file", file, Some(folder)));
+    }
+    for (name, path, config_dir) in layouts {
+        let load = || {
+            StableDiffusion::load(
+                &path,
+                &LoadOptions {
+                    config_dir: config_dir.clone(),
+                    ..LoadOptions::new(&device.device)
+                },
+            )
+        };
+        let mut check = Checker::new(name, &mut report);
+        let model = load()?;
+        models::check(&mut check, &goldens, &model, options.quick)?;
+        drop(model);
+        if !options.quick {
+            samples::check(&mut check, &goldens, &mut load()?)?;
+        }
+        training::check(&mut check, &goldens, load, plugins, options.quick)?;
+        if options.quick {
+            break; // a slow device need not compute everything twice
+        }
+    }
+    Ok(report)
+}
+
+/// The checkpoint beside the folder of the same model.
+fn single_file(fixture: &Path) -> Result<Option<PathBuf>, VerifyError> {
+    let broken = |message: String| VerifyError::Layout {
+        path: fixture.to_owned(),
+        message,
+    };
+    let entries = std::fs::read_dir(fixture).map_err(|error| broken(error.to_string()))?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    files.sort();
+    match files.len() {
+        0 | 1 => Ok(files.pop()),
+        more => Err(broken(format!(
+            "found {more} single-file checkpoints, expected one"
+        ))),
+    }
+}

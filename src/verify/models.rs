@@ -1,0 +1,296 @@
+//! Tokens, text encoder, VAE, UNet and noise schedule.
+
+use burn::tensor::Tensor;
+
+use super::VerifyError;
+use super::goldens::{GoldenFile, Goldens};
+use super::report::Checker;
+use crate::diffusion::{NoiseSchedule, Padding, PredictionType, StableDiffusion, Tokenizer};
+
+/// Absolute, on outputs of up to about 4. The reference's own error in f32 is 2e-6 to 4e-6.
+pub const OUTPUT_TOLERANCE: f64 = 2e-5;
+/// Relative, on what is one division or root away from the schedule: a few units in the last place of f32.
+const WEIGHT_TOLERANCE: f64 = 1e-6;
+
+/// Compares the parts of the model one by one.
+pub fn check(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &StableDiffusion,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    tokens(check, goldens, &model.tokenizer)?;
+    text_encoder(check, goldens, model, quick)?;
+    vae(check, goldens, model, quick)?;
+    unet(check, goldens, model, quick)?;
+    schedule(check, goldens, &model.schedule)
+}
+
+/// The three ways to pad, each at three lengths.
+fn tokens(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    tokenizer: &Tokenizer,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("tokens")? else {
+        return Ok(());
+    };
+    let captions = goldens.captions()?;
+    for (name, padding) in [
+        ("tokenizer", Padding::End),
+        ("tokenizer_2", Padding::Declared('!', 0)),
+        ("tokenizer_2_kohya", Padding::Id(0)),
+    ] {
+        let tokenizer = tokenizer.clone().with_padding(padding);
+        for length in [77, 152, 227] {
+            let key = format!("{name}.ids_{length}");
+            if !file.has(&key) {
+                continue;
+            }
+            let ours: Vec<Vec<u32>> = captions
+                .iter()
+                .flat_map(|caption| tokenizer.chunks(caption, length))
+                .collect();
+            check.equal(
+                &format!("tokens {key}"),
+                &ours.concat(),
+                &file.rows(&key)?.concat(),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn text_encoder(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &StableDiffusion,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("text_encoder")? else {
+        return Ok(());
+    };
+    let (encoder, ids) = (&model.text_encoder, file.rows("input_ids")?);
+    let key = "last_hidden_state";
+    let name = "text encoder, last layer";
+    check.tensor(name, encoder.forward(&ids, 1), &file, key, OUTPUT_TOLERANCE)?;
+    if quick {
+        return Ok(());
+    }
+    let (name, raw) = (
+        "text encoder, penultimate layer, raw",
+        encoder.hidden_state_raw(&ids, 2),
+    );
+    check.tensor(name, raw, &file, "penultimate_raw", OUTPUT_TOLERANCE)?;
+    let name = "text encoder, penultimate layer, final norm";
+    check.tensor(
+        name,
+        encoder.forward(&ids, 2),
+        &file,
+        "clip_skip_2",
+        OUTPUT_TOLERANCE,
+    )?;
+    let captions = goldens.captions()?;
+    for (index, caption) in captions.iter().enumerate() {
+        let key = format!("joined_227_caption{index}");
+        if file.has(&key) {
+            let chunks = model.tokenizer.chunks(caption, 227);
+            let states = encoder.encode_chunks(&[chunks], 1);
+            let name = format!("text encoder, 227 tokens, caption {index}");
+            check.tensor(&name, states, &file, &key, OUTPUT_TOLERANCE)?;
+        }
+    }
+    Ok(())
+}
+
+fn vae(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &StableDiffusion,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("vae")? else {
+        return Ok(());
+    };
+    let (vae, scale) = (&model.vae, model.vae.scaling_factor());
+    let moments = vae.encode(file.tensor("image")?);
+    let sampled = moments.sample(file.tensor("eps")?).mul_scalar(scale);
+    check.tensor(
+        "vae, mean",
+        moments.mean,
+        &file,
+        "moments_mean",
+        OUTPUT_TOLERANCE,
+    )?;
+    check.tensor(
+        "vae, logvar",
+        moments.logvar,
+        &file,
+        "moments_logvar",
+        OUTPUT_TOLERANCE,
+    )?;
+    check.tensor(
+        "vae, sampled latent",
+        sampled,
+        &file,
+        "sampled_scaled",
+        OUTPUT_TOLERANCE,
+    )?;
+    if quick {
+        return Ok(());
+    }
+    let moments = vae.encode(file.tensor("image_rect")?);
+    check.tensor(
+        "vae, mean, rectangle",
+        moments.mean,
+        &file,
+        "rect_mean",
+        OUTPUT_TOLERANCE,
+    )?;
+    let name = "vae, logvar, rectangle";
+    check.tensor(name, moments.logvar, &file, "rect_logvar", OUTPUT_TOLERANCE)?;
+    let latent: Tensor<4> = file.tensor("latent_in")?;
+    let decoded = vae.decode(latent.div_scalar(scale));
+    check.tensor("vae, decoded", decoded, &file, "decoded", OUTPUT_TOLERANCE)?;
+    Ok(())
+}
+
+fn unet(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &StableDiffusion,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("unet")? else {
+        return Ok(());
+    };
+    for key in file.keys().filter(|key| key.starts_with("pred_")) {
+        if quick && key != "pred_t500" {
+            continue;
+        }
+        let times: Vec<f32> = key.split('_').filter_map(timestep).collect();
+        let (sample, context): (Tensor<4>, Tensor<3>) = if key.contains("_rect_") {
+            (file.tensor("sample_rect")?, file.tensor("context_152")?)
+        } else {
+            (file.tensor("sample")?, file.tensor("context")?)
+        };
+        let batch = sample.dims()[0];
+        let times = if times.len() == 1 {
+            vec![times[0]; batch]
+        } else {
+            times
+        };
+        if times.len() != batch {
+            check.skip(format!(
+                "unet `{key}`: its name does not tell {batch} timesteps"
+            ));
+            continue;
+        }
+        let predicted = model.unet.forward(sample, &times, context);
+        let name = format!("unet, {}", key.trim_start_matches("pred_"));
+        check.tensor(&name, predicted, &file, key, OUTPUT_TOLERANCE)?;
+    }
+    Ok(())
+}
+
+/// The timestep in a part of a key: 500 in `t500`.
+fn timestep(part: &str) -> Option<f32> {
+    part.strip_prefix('t')?.parse().ok()
+}
+
+fn schedule(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    schedule: &NoiseSchedule,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("scheduler")? else {
+        return Ok(());
+    };
+    let wide = |values: &[f32]| -> Vec<f64> { values.iter().copied().map(f64::from).collect() };
+    let exact = [
+        ("betas", wide(&schedule.betas), 0.0),
+        ("alphas_cumprod", wide(&schedule.alphas_cumprod), 0.0),
+        // Ratios of rounded numbers are multiplied up again: the last bits are noise.
+        (
+            "alphas_cumprod_zero_terminal_snr",
+            wide(&schedule.zero_terminal().alphas_cumprod),
+            1e-6,
+        ),
+    ];
+    for (key, ours, tolerance) in exact {
+        check.numbers(
+            &format!("schedule, {key}"),
+            &ours,
+            file.values(key)?,
+            tolerance,
+        );
+    }
+    let all: Vec<f64> = (0..schedule.len()).map(|t| schedule.snr(t)).collect();
+    check.relative(
+        "schedule, snr",
+        &all,
+        file.values("all_snr")?,
+        WEIGHT_TOLERANCE,
+    );
+    weights(check, &file, schedule)?;
+
+    let timesteps = file.timesteps("timesteps")?;
+    let (latents, noise): (Tensor<4>, Tensor<4>) = (file.tensor("x0")?, file.tensor("noise")?);
+    let noisy = schedule.add_noise(latents.clone(), noise.clone(), &timesteps);
+    check.tensor(
+        "schedule, add_noise",
+        noisy,
+        &file,
+        "add_noise",
+        OUTPUT_TOLERANCE,
+    )?;
+    let velocity = schedule.velocity(latents, noise, &timesteps);
+    check.tensor(
+        "schedule, velocity",
+        velocity,
+        &file,
+        "velocity",
+        OUTPUT_TOLERANCE,
+    )?;
+    for key in file
+        .keys()
+        .filter(|key| key.starts_with("huber") || key.starts_with("noise_"))
+    {
+        check.skip(format!("schedule `{key}`: not part of this version"));
+    }
+    Ok(())
+}
+
+fn weights(
+    check: &mut Checker<'_>,
+    file: &GoldenFile,
+    schedule: &NoiseSchedule,
+) -> Result<(), VerifyError> {
+    use PredictionType::{Epsilon, VPrediction};
+    let timesteps = file.timesteps("timesteps")?;
+    let mut compare = |key: &str, weight: &dyn Fn(usize) -> f64| -> Result<(), VerifyError> {
+        if file.has(key) {
+            let ours: Vec<f64> = timesteps.iter().map(|&t| weight(t)).collect();
+            check.relative(
+                &format!("schedule, {key}"),
+                &ours,
+                file.values(key)?,
+                WEIGHT_TOLERANCE,
+            );
+        }
+        Ok(())
+    };
+    for gamma in [1.0, 5.0] {
+        compare(&format!("min_snr_{gamma}_eps"), &|t| {
+            schedule.min_snr_weight(t, gamma, Epsilon)
+        })?;
+        compare(&format!("min_snr_{gamma}_v"), &|t| {
+            schedule.min_snr_weight(t, gamma, VPrediction)
+        })?;
+    }
+    compare("debiased_eps", &|t| schedule.debiased_weight(t, Epsilon))?;
+    compare("debiased_v", &|t| schedule.debiased_weight(t, VPrediction))?;
+    compare("scale_v_like_noise", &|t| {
+        schedule.velocity_as_noise_weight(t)
+    })
+}

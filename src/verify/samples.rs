@@ -1,0 +1,169 @@
+//! Samplers with classifier-free guidance, with and without the LoRA of the first trajectory, and the LoRA itself.
+
+use burn::tensor::Tensor;
+
+use super::VerifyError;
+use super::goldens::{GoldenFile, Goldens};
+use super::models::OUTPUT_TOLERANCE;
+use super::report::Checker;
+use crate::diffusion::layers::LayerMut;
+use crate::diffusion::samplers::{Guidance, Sampler, SamplerKind, sample};
+use crate::diffusion::{PredictionType, StableDiffusion};
+use crate::networks::LoraNetwork;
+
+/// Guidance of the goldens.
+const CFG_SCALE: f64 = 7.5;
+/// The guidance multiplies the UNet's error by up to 2 · 7.5 − 1, and Euler begins at a noise level of 14; the
+/// reference's own f32 against f64 is off by as much.
+const SAMPLE_TOLERANCE: f64 = OUTPUT_TOLERANCE;
+
+/// Compares trajectories, step by step, and the decoded picture.
+pub fn check(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &mut StableDiffusion,
+) -> Result<(), VerifyError> {
+    let Some(file) = goldens.file("sample")? else {
+        return Ok(());
+    };
+    let lora_file = goldens.path("train_eps_lora_final.safetensors");
+    let device = file.tensor::<4>("noise")?.device();
+    for lora in [false, true] {
+        if lora {
+            let network = LoraNetwork::load(&lora_file, model, &device)?;
+            network.attach(model, false);
+            adapters(check, goldens, &file, &network, model)?;
+        }
+        let name = if lora { "lora" } else { "base" };
+        let guidance = states(check, &file, model, name)?;
+        for kind in SamplerKind::ALL {
+            trajectory(check, &file, model, kind, name, &guidance)?;
+        }
+    }
+    Ok(())
+}
+
+/// The prompt is the first caption, the negative prompt the second, which is empty.
+fn states(
+    check: &mut Checker<'_>,
+    file: &GoldenFile,
+    model: &StableDiffusion,
+    name: &str,
+) -> Result<Guidance, VerifyError> {
+    let (cond, uncond) = (
+        file.tensor(&format!("cond_{name}"))?,
+        file.tensor(&format!("uncond_{name}"))?,
+    );
+    let empty = model
+        .text_encoder
+        .forward(&model.tokenizer.chunks("", 77), 1);
+    let key = format!("uncond_{name}");
+    let label = format!("text encoder, empty prompt, {name}");
+    check.tensor(&label, empty, file, &key, OUTPUT_TOLERANCE)?;
+    Ok(Guidance {
+        cond,
+        uncond,
+        cfg_scale: CFG_SCALE,
+    })
+}
+
+fn trajectory(
+    check: &mut Checker<'_>,
+    file: &GoldenFile,
+    model: &StableDiffusion,
+    kind: SamplerKind,
+    name: &str,
+    guidance: &Guidance,
+) -> Result<(), VerifyError> {
+    let key = format!("{}.{name}.trajectory", kind.name());
+    if !file.has(&key) {
+        return Ok(());
+    }
+    let timesteps = file.values(&format!("{}.timesteps", kind.name()))?;
+    let sampler = Sampler::new(
+        kind,
+        &model.schedule,
+        PredictionType::Epsilon,
+        timesteps.len(),
+    );
+    let ours: Vec<f64> = (0..sampler.len())
+        .map(|i| f64::from(sampler.timestep(i)))
+        .collect();
+    let label = |what: &str| format!("sampler {}, {name}, {what}", kind.name());
+    check.numbers(&label("timesteps"), &ours, timesteps, 0.0);
+    let mut visited = Vec::new();
+    let last = sample(
+        &model.unet,
+        &sampler,
+        guidance,
+        file.tensor("noise")?,
+        |_, latent| {
+            visited.push(latent.clone());
+        },
+    );
+    let steps = Tensor::cat(visited, 0); // [steps + 1, channels, height, width]
+    check.tensor(&label("latents"), steps, file, &key, SAMPLE_TOLERANCE)?;
+    let key = format!("{}.{name}.image", kind.name());
+    if file.has(&key) {
+        let picture = model
+            .vae
+            .decode(last.div_scalar(model.vae.scaling_factor()));
+        check.tensor(&label("picture"), picture, file, &key, SAMPLE_TOLERANCE)?;
+    }
+    Ok(())
+}
+
+/// What the attached LoRA does to the UNet, and what merging it does to a weight.
+fn adapters(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    file: &GoldenFile,
+    network: &LoraNetwork,
+    model: &mut StableDiffusion,
+) -> Result<(), VerifyError> {
+    if let Some(inputs) = goldens.file("unet")? {
+        let (input, context) = (inputs.tensor::<4>("sample")?, inputs.tensor("context")?);
+        let times = vec![500.0; input.dims()[0]];
+        let predicted = model.unet.forward(input, &times, context);
+        let key = "unet_pred_lora_t500";
+        check.tensor(
+            "unet with lora, t500",
+            predicted,
+            file,
+            key,
+            OUTPUT_TOLERANCE,
+        )?;
+    }
+    for key in file.keys().filter(|key| key.starts_with("merged.")) {
+        let name = key.trim_start_matches("merged.");
+        let target = network.modules().iter().find(|module| module.name == name);
+        let (Some(target), Some(delta)) = (target, network.weight_delta(name)) else {
+            check.skip(format!("`{key}`: the LoRA has no such adapter"));
+            continue;
+        };
+        let path = target.path.clone();
+        let layer = model
+            .layers_mut()
+            .into_iter()
+            .find(|(_, found, _)| *found == path);
+        let weight: Vec<f64> = match layer {
+            Some((_, _, LayerMut::Linear(linear))) => {
+                linear.weight.to_data().iter::<f64>().collect()
+            }
+            Some((_, _, LayerMut::Conv(conv))) => conv.weight.to_data().iter::<f64>().collect(),
+            None => Vec::new(),
+        };
+        let merged: Vec<f64> = weight
+            .iter()
+            .zip(&delta.values)
+            .map(|(w, d)| w + f64::from(*d))
+            .collect();
+        check.numbers(
+            &format!("merged weight {name}"),
+            &merged,
+            file.values(key)?,
+            1e-6,
+        );
+    }
+    Ok(())
+}

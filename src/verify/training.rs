@@ -1,0 +1,237 @@
+//! Training trajectories: ten steps of AdamW on fixed batches, compared in loss, gradient norm and trained weights.
+
+use serde_json::json;
+
+use super::VerifyError;
+use super::goldens::{GoldenFile, Goldens};
+use super::report::{Checker, worst};
+use crate::diffusion::{LoadError, PredictionType, StableDiffusion};
+use crate::networks::{LoraFile, LoraNetwork};
+use crate::plugin_host::PluginHost;
+use crate::training::{
+    Conditioning, LrScheduler, MicroBatch, OptimizerError, TrainSettings, Trainer,
+};
+
+/// Absolute, on losses of about 1. The reference's own error is 3e-8 to 2.4e-7.
+const LOSS_TOLERANCE: f64 = 1e-5;
+/// Relative; ten times the reference's own error.
+const NORM_TOLERANCE: f64 = 1e-4;
+/// Trained weights: this share of the elements must be within [`TYPICAL_ERROR`].
+const TYPICAL_SHARE: f64 = 0.999;
+/// See [`TYPICAL_SHARE`].
+const TYPICAL_ERROR: f64 = 2e-5;
+/// Learning rate of the goldens.
+const LEARNING_RATE: f64 = 1e-3;
+/// Steps of the quick part.
+const QUICK_STEPS: usize = 2;
+
+/// One recorded training. What its name tells is what the goldens were made with.
+struct Recipe {
+    tag: &'static str,
+    initial: &'static str,
+    settings: fn(&mut TrainSettings),
+    /// Largest difference of a single trained element: Adam divides near-zero gradients by their own size, which
+    /// makes sign noise of rounding errors, the more the harder gradients are clipped.
+    worst_element: f64,
+    /// Share of trained elements within [`TYPICAL_ERROR`].
+    typical_share: f64,
+}
+
+const RECIPES: [Recipe; 3] = [
+    Recipe {
+        tag: "eps",
+        initial: "lora_init_linear",
+        settings: |_| {},
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
+    },
+    Recipe {
+        tag: "v_minsnr5_clipskip2",
+        initial: "lora_init_linear",
+        settings: |settings| {
+            settings.prediction = Some(PredictionType::VPrediction);
+            settings.min_snr_gamma = Some(5.0);
+            settings.clip_skip = 2;
+        },
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
+    },
+    Recipe {
+        tag: "eps_conv",
+        initial: "lora_init_conv",
+        settings: |settings| settings.max_grad_norm = 0.05,
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
+    },
+];
+
+/// The learning rates of the log, whatever made them.
+struct Recorded(Vec<f64>);
+
+impl LrScheduler for Recorded {
+    fn factor(&self, step: u64) -> Result<f64, OptimizerError> {
+        let rate = usize::try_from(step).ok().and_then(|step| self.0.get(step));
+        let rate = rate.ok_or_else(|| OptimizerError(format!("the log has no step {step}")))?;
+        Ok(rate / LEARNING_RATE)
+    }
+}
+
+/// Trains each recorded trajectory again.
+pub fn check(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    load: impl Fn() -> Result<StableDiffusion, LoadError>,
+    plugins: &PluginHost,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let Some(inputs) = goldens.file("train_inputs")? else {
+        return Ok(());
+    };
+    for tag in goldens.training_tags() {
+        match RECIPES.iter().find(|recipe| recipe.tag == tag) {
+            Some(recipe) if !quick || recipe.tag == "eps" => {
+                trajectory(check, goldens, &inputs, load()?, plugins, recipe, quick)?;
+            }
+            Some(_) => {}
+            None => check.skip(format!("training `{tag}`: its settings are not known")),
+        }
+    }
+    Ok(())
+}
+
+fn trajectory(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    inputs: &GoldenFile,
+    mut model: StableDiffusion,
+    plugins: &PluginHost,
+    recipe: &Recipe,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let tag = recipe.tag;
+    let Some(log) = goldens.file(&format!("train_{tag}_log"))? else {
+        return Ok(());
+    };
+    let device = inputs.tensor::<4>("latents_0")?.device();
+    let initial = goldens.path(&format!("{}.safetensors", recipe.initial));
+    let mut network = LoraNetwork::load(&initial, &mut model, &device)?;
+    let mut settings = TrainSettings {
+        unet_lr: LEARNING_RATE,
+        text_encoder_lr: LEARNING_RATE,
+        ..TrainSettings::default()
+    };
+    (recipe.settings)(&mut settings);
+    let mut optimizer = plugins.create_optimizer("adamw", &json!({"weight_decay": 0.01}))?;
+    let rates = Recorded(log.values("lr")?.to_vec());
+    let steps = if quick {
+        QUICK_STEPS.min(rates.0.len())
+    } else {
+        rates.0.len()
+    };
+
+    let mut trainer = Trainer::new(
+        &mut model,
+        &mut network,
+        optimizer.as_mut(),
+        &rates,
+        &settings,
+    );
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for step in 0..steps {
+        let output = trainer.optimizer_step(&[batch(inputs, step)?])?;
+        losses.push(output.loss);
+        norms.push(output.grad_norm);
+        if step == 0 {
+            after_first_step(check, goldens, &trainer, recipe)?;
+        }
+    }
+    let label = |what: &str| format!("training {tag}, {what}");
+    check.numbers(
+        &label("loss"),
+        &losses,
+        &log.values("loss")?[..steps],
+        LOSS_TOLERANCE,
+    );
+    let expected = &log.values("grad_norm_before_clip")?[..steps];
+    check.relative(&label("gradient norm"), &norms, expected, NORM_TOLERANCE);
+    if !quick {
+        let golden = format!("train_{tag}_lora_final.safetensors");
+        weights(check, goldens, &trainer, &golden, &label("trained"), recipe)?;
+    }
+    Ok(())
+}
+
+fn after_first_step(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    trainer: &Trainer<'_>,
+    recipe: &Recipe,
+) -> Result<(), VerifyError> {
+    let golden = format!("train_{}_lora_after_step1.safetensors", recipe.tag);
+    if goldens.path(&golden).is_file() {
+        let label = format!("training {}, after one step", recipe.tag);
+        weights(check, goldens, trainer, &golden, &label, recipe)?;
+    }
+    Ok(())
+}
+
+/// Compares the adapters' matrices, `lora_up` and `lora_down` apart.
+fn weights(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    trainer: &Trainer<'_>,
+    golden: &str,
+    label: &str,
+    recipe: &Recipe,
+) -> Result<(), VerifyError> {
+    let theirs = LoraFile::read(&goldens.path(golden))?;
+    let ours = trainer.network.tensors()?;
+    for half in ["lora_up", "lora_down"] {
+        let (mut actual, mut expected) = (Vec::new(), Vec::new());
+        let mut missing = 0;
+        for (key, theirs) in theirs.tensors.iter().filter(|(key, _)| key.contains(half)) {
+            match ours.get(key).filter(|ours| ours.shape == theirs.shape) {
+                Some(ours) => {
+                    actual.extend(ours.values.iter().copied().map(f64::from));
+                    expected.extend(theirs.values.iter().copied().map(f64::from));
+                }
+                None => missing += 1,
+            }
+        }
+        if expected.is_empty() && missing == 0 {
+            continue;
+        }
+        let far = |(a, b): &(&f64, &f64)| (*a - *b).abs() > TYPICAL_ERROR;
+        let share = actual.iter().zip(&expected).filter(far).count() as f64 / actual.len() as f64;
+        check.add(
+            format!("{label}, {half}, share beyond {TYPICAL_ERROR:.0e}"),
+            if missing == 0 { share } else { f64::INFINITY },
+            1.0 - recipe.typical_share,
+            if missing == 0 {
+                String::new()
+            } else {
+                format!("{missing} tensors are missing")
+            },
+        );
+        let name = format!("{label}, {half}, worst element");
+        check.add(
+            name,
+            worst(&actual, &expected),
+            recipe.worst_element,
+            String::new(),
+        );
+    }
+    Ok(())
+}
+
+fn batch(inputs: &GoldenFile, index: usize) -> Result<MicroBatch, VerifyError> {
+    let timesteps = inputs.timesteps(&format!("timesteps_{index}"))?;
+    let rows = inputs.rows(&format!("ids_{index}"))?;
+    Ok(MicroBatch {
+        latents: inputs.tensor(&format!("latents_{index}"))?,
+        noise: inputs.tensor(&format!("noise_{index}"))?,
+        loss_weights: vec![1.0; timesteps.len()],
+        timesteps,
+        conditioning: Conditioning::Tokens(rows.into_iter().map(|row| vec![row]).collect()),
+    })
+}

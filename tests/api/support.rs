@@ -1,0 +1,230 @@
+//! A service on a free port with an empty data folder, and a blocking client of it.
+
+use std::io::{Cursor, Write as _};
+use std::net::Ipv4Addr;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use actix_web::dev::ServerHandle;
+use actix_web::web::Data;
+use actix_web::{HttpServer, rt};
+use lorasmith::api::auth::ApiKey;
+use lorasmith::datasets::{DatasetService, Limits};
+use lorasmith::store::Store;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use ureq::http::{HeaderMap, Request, Response};
+
+/// A running service; it stops when this is dropped.
+pub struct Service {
+    base: String,
+    agent: ureq::Agent,
+    handle: ServerHandle,
+    thread: Option<JoinHandle<()>>,
+    _folder: TempDir,
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub bytes: Vec<u8>,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.bytes)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&self.bytes)))
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers
+            .get(name)
+            .map_or("", |value| value.to_str().expect("ASCII"))
+    }
+
+    /// The JSON of an answer that has to have this status.
+    pub fn expect(&self, status: u16) -> Value {
+        assert_eq!(
+            self.status,
+            status,
+            "{}",
+            String::from_utf8_lossy(&self.bytes)
+        );
+        if self.bytes.is_empty() {
+            Value::Null
+        } else {
+            self.json()
+        }
+    }
+
+    /// The problem of an answer that has to have this status and code.
+    pub fn problem(&self, status: u16, code: &str) -> Value {
+        let problem = self.expect(status);
+        assert_eq!(self.header("content-type"), "application/problem+json");
+        assert_eq!(
+            (&problem["code"], &problem["status"]),
+            (&json!(code), &json!(status)),
+            "{problem}"
+        );
+        assert!(!self.header("x-request-id").is_empty());
+        problem
+    }
+}
+
+impl Service {
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let data = folder.path().to_owned();
+        let (ready, started) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let serve = async move {
+                let url = format!("sqlite://{}?mode=rwc", data.join("test.sqlite").display());
+                let store = Store::open(&url, &data).await.expect("a store");
+                let datasets = DatasetService::new(store.clone(), Limits::default());
+                let server = HttpServer::new(move || {
+                    lorasmith::api::app(ApiKey::new(None), |config| {
+                        config
+                            .app_data(Data::new(store.clone()))
+                            .app_data(Data::new(datasets.clone()));
+                    })
+                });
+                let server = server
+                    .workers(1)
+                    .disable_signals()
+                    .bind((Ipv4Addr::LOCALHOST, 0))
+                    .expect("a free port");
+                let address = server.addrs()[0];
+                let server = server.run();
+                ready
+                    .send((address, server.handle()))
+                    .expect("a waiting test");
+                server.await.expect("a server");
+            };
+            rt::System::new().block_on(serve);
+        });
+        let (address, handle) = started.recv().expect("a service that starts");
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .build();
+        Self {
+            base: format!("http://{address}"),
+            agent: config.new_agent(),
+            handle,
+            thread: Some(thread),
+            _folder: folder,
+        }
+    }
+
+    /// Any request; without a body when `body` is empty.
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = match body {
+            [] => self.agent.run(request.body(()).expect("a request")),
+            body => self.agent.run(request.body(body).expect("a request")),
+        };
+        read(answer.expect("an answer"))
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[], &[])
+    }
+
+    pub fn delete(&self, path: &str) -> Answer {
+        self.send("DELETE", path, &[], &[])
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        self.post_with(path, &[], body)
+    }
+
+    pub fn post_with(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Answer {
+        let headers = [&[("content-type", "application/json")], headers].concat();
+        self.send("POST", path, &headers, body.to_string().as_bytes())
+    }
+
+    pub fn patch(&self, path: &str, if_match: Option<&str>, patch: &Value) -> Answer {
+        let mut headers = vec![("content-type", "application/merge-patch+json")];
+        headers.extend(if_match.map(|tag| ("if-match", tag)));
+        self.send("PATCH", path, &headers, patch.to_string().as_bytes())
+    }
+
+    /// Sends a form; fields without, files with a file name.
+    pub fn upload(&self, path: &str, fields: &[(&str, &str)], files: &[(&str, &[u8])]) -> Answer {
+        let mut body = Vec::new();
+        for (name, text) in fields {
+            write!(
+                body,
+                "--XYZ\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{text}\r\n"
+            )
+            .expect("memory");
+        }
+        for (name, content) in files {
+            write!(body, "--XYZ\r\ncontent-disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\r\n")
+                .expect("memory");
+            body.extend_from_slice(content);
+            body.extend_from_slice(b"\r\n");
+        }
+        body.extend_from_slice(b"--XYZ--\r\n");
+        self.send(
+            "POST",
+            path,
+            &[("content-type", "multipart/form-data; boundary=XYZ")],
+            &body,
+        )
+    }
+
+    /// Makes a dataset and returns its path.
+    pub fn dataset(&self, name: &str) -> String {
+        let made = self
+            .post("/v1/datasets", &json!({"name": name}))
+            .expect(201);
+        format!("/v1/datasets/{}", made["id"].as_str().expect("an id"))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // The command is sent when `stop` is called; its future only waits for the end.
+        drop(self.handle.stop(false));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+            && !std::thread::panicking()
+        {
+            panic!("the service has panicked");
+        }
+    }
+}
+
+fn read(mut answer: Response<ureq::Body>) -> Answer {
+    Answer {
+        status: answer.status().as_u16(),
+        headers: answer.headers().clone(),
+        bytes: answer.body_mut().read_to_vec().expect("a body"),
+    }
+}
+
+/// A PNG of one colour; another shade is another content.
+pub fn png(shade: u8) -> Vec<u8> {
+    let mut bytes = Cursor::new(Vec::new());
+    image::RgbImage::from_pixel(16, 12, image::Rgb([shade, 0, 0]))
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .expect("an encoder");
+    bytes.into_inner()
+}
+
+pub fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, content) in entries {
+        let options = zip::write::SimpleFileOptions::default();
+        writer.start_file(*name, options).expect("started");
+        writer.write_all(content).expect("written");
+    }
+    writer.finish().expect("finished").into_inner()
+}
