@@ -74,11 +74,8 @@ impl Library {
                 "was built for another ABI version than {ABI_MAJOR}.{ABI_MINOR}, which this program speaks"
             ));
         }
-        // SAFETY: not null; every struct of the ABI begins with its size, whatever follows.
-        let size = unsafe { plugin.cast::<u32>().read_unaligned() };
-        check_size::<LsPlugin>("ls_plugin", size)?;
-        // SAFETY: the size says that the whole struct is there.
-        Self::read(unsafe { &*plugin })
+        // SAFETY: the entry function vouches for its descriptor, which begins with its size.
+        Self::read(&unsafe { sized(plugin, "ls_plugin")? })
     }
 
     fn read(plugin: &LsPlugin) -> Result<Self, String> {

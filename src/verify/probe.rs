@@ -30,7 +30,8 @@ pub fn lora_output(base: &Path, lora: &Path, output: &Path) -> Result<(), Verify
     let context = normal_tensor::<3>(&mut random, [2, 77, model.text_encoder.width()], &device);
     let times = [500.0_f32, 20.0];
     let predicted = model.unet.forward(sample.clone(), &times, context.clone());
-    let timesteps = Tensor::<1>::from_data(TensorData::new(times.to_vec(), [2]), (&device, DType::F32));
+    let timesteps =
+        Tensor::<1>::from_data(TensorData::new(times.to_vec(), [2]), (&device, DType::F32));
     let parts = [
         ("sample", shape.to_vec(), sample.into_data()),
         ("context", context.dims().to_vec(), context.into_data()),
@@ -40,7 +41,11 @@ pub fn lora_output(base: &Path, lora: &Path, output: &Path) -> Result<(), Verify
     let bytes: Vec<(&str, Vec<usize>, Vec<u8>)> = parts
         .into_iter()
         .map(|(name, shape, data)| {
-            (name, shape, data.iter::<f32>().flat_map(f32::to_le_bytes).collect())
+            (
+                name,
+                shape,
+                data.iter::<f32>().flat_map(f32::to_le_bytes).collect(),
+            )
         })
         .collect();
     let broken = |message: String| VerifyError::Layout {

@@ -215,15 +215,16 @@ typedef struct ls_host {
 /* An optimizer. Static: it must stay valid and unchanged for the life of the process. */
 typedef struct ls_optimizer {
     uint32_t struct_size;
-    uint32_t flags; /* LS_OPTIMIZER_*; unknown bits are refused */
-    ls_str id;      /* [a-z0-9][a-z0-9_.-]*, at most 64 bytes, unique among all plugins */
+    uint32_t flags; /* LS_OPTIMIZER_*; unknown bits are ignored */
+    ls_str id;      /* 1 to 64 of a-z, 0-9, `_` and `-`; unique among all optimizers */
     ls_str summary; /* one sentence for a list */
     /* JSON Schema of the settings object, with defaults, ranges and "additionalProperties": false. The host checks
      * settings against it before `create`. */
     ls_str settings_schema;
 
     /* Makes an optimizer for one run. `settings_json` is a JSON object that passed the schema; missing members take
-     * their defaults. On LS_OK `*self` is handed to the functions below; it may be null.
+     * their defaults. On LS_OK `*self` is handed to the functions below. It must not be null: a plugin without settings
+     * may hand out the address of a static.
      * Threads: any thread; several runs may be created at the same time. */
     ls_status (*create)(const ls_report *report, ls_str settings_json, void **self);
     /* One step over all parameters that have a gradient.
