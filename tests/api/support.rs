@@ -84,10 +84,11 @@ impl Service {
                 let store = Store::open(&url, &data).await.expect("a store");
                 let datasets = DatasetService::new(store.clone(), Limits::default());
                 let server = HttpServer::new(move || {
-                    lorasmith::api::app(ApiKey::new(None), |config| {
+                    let (store, datasets) = (store.clone(), datasets.clone());
+                    lorasmith::api::app(ApiKey::new(None), move |config| {
                         config
-                            .app_data(Data::new(store.clone()))
-                            .app_data(Data::new(datasets.clone()));
+                            .app_data(Data::new(store))
+                            .app_data(Data::new(datasets));
                     })
                 });
                 let server = server
