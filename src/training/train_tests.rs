@@ -10,7 +10,7 @@ use crate::dataloader::{BucketSettings, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
-    Control, Phase, ProgressSink, Report, SamplePrompt, SaveSettings, TrainError, TrainLength,
+    Control, ProgressSink, Report, SamplePrompt, SaveSettings, TrainError, TrainLength,
     TrainOutcome, TrainSettings, TrainingSet, train,
 };
 
@@ -26,7 +26,7 @@ struct Log {
 impl ProgressSink for Log {
     fn report(&mut self, report: Report<'_>) -> Control {
         match report {
-            Report::Phase(Phase::CachingLatents { .. }) | Report::Phase(_) => {}
+            Report::Phase(_) => {}
             Report::Step(step) => {
                 assert!(step.loss_average.is_finite() && step.eta_s >= 0.0);
                 self.losses.push(step.loss);
