@@ -25,9 +25,6 @@ const TYPICAL_ERROR: f64 = 2e-5;
 const NOISE_SHARE: f64 = 1e-4;
 /// Learning rate of the goldens.
 const LEARNING_RATE: f64 = 1e-3;
-/// Steps of the quick part.
-const QUICK_STEPS: usize = 2;
-
 /// One recorded training. What its name tells is what the goldens were made with.
 struct Recipe {
     tag: &'static str,
@@ -86,17 +83,13 @@ pub fn check(
     goldens: &Goldens,
     load: impl Fn() -> Result<StableDiffusion, LoadError>,
     plugins: &PluginHost,
-    quick: bool,
 ) -> Result<(), VerifyError> {
     let Some(inputs) = goldens.file("train_inputs")? else {
         return Ok(());
     };
     for tag in goldens.training_tags() {
         match RECIPES.iter().find(|recipe| recipe.tag == tag) {
-            Some(recipe) if !quick || recipe.tag == "eps" => {
-                trajectory(check, goldens, &inputs, load()?, plugins, recipe, quick)?;
-            }
-            Some(_) => {}
+            Some(recipe) => trajectory(check, goldens, &inputs, load()?, plugins, recipe)?,
             None => check.skip(format!("training `{tag}`: its settings are not known")),
         }
     }
@@ -110,7 +103,6 @@ fn trajectory(
     mut model: StableDiffusion,
     plugins: &PluginHost,
     recipe: &Recipe,
-    quick: bool,
 ) -> Result<(), VerifyError> {
     let tag = recipe.tag;
     let Some(log) = goldens.file(&format!("train_{tag}_log"))? else {
@@ -127,11 +119,7 @@ fn trajectory(
     (recipe.settings)(&mut settings);
     let mut optimizer = plugins.create_optimizer("adamw", &json!({"weight_decay": 0.01}))?;
     let rates = Recorded(log.values("lr")?.to_vec());
-    let steps = if quick {
-        QUICK_STEPS.min(rates.0.len())
-    } else {
-        rates.0.len()
-    };
+    let steps = rates.0.len();
 
     let mut trainer = Trainer::new(
         &mut model,
@@ -158,10 +146,8 @@ fn trajectory(
     );
     let expected = &log.values("grad_norm_before_clip")?[..steps];
     check.relative(&label("gradient norm"), &norms, expected, NORM_TOLERANCE);
-    if !quick {
-        let golden = format!("train_{tag}_lora_final.safetensors");
-        weights(check, goldens, &trainer, &golden, &label("trained"), recipe)?;
-    }
+    let golden = format!("train_{tag}_lora_final.safetensors");
+    weights(check, goldens, &trainer, &golden, &label("trained"), recipe)?;
     Ok(())
 }
 
