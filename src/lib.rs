@@ -3,6 +3,7 @@
 //! Modules in the order of their dependencies; `ARCHITECTURE.md` says who may use whom.
 
 pub mod diffusion;
+pub mod kernels;
 pub mod networks;
 
 pub mod dataloader;

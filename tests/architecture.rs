@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 14] = [
-    ("diffusion", &[]),
+const MAY_USE: [(&str, &[&str]); 15] = [
+    ("kernels", &[]),
+    ("diffusion", &["kernels"]),
     ("networks", &["diffusion"]),
     ("dataloader", &[]),
     ("training", &["networks", "diffusion", "dataloader"]),
@@ -56,6 +57,7 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
     (
         "burn",
         &[
+            "src/kernels/",
             "src/diffusion/",
             "src/networks/",
             "src/training/",
@@ -64,10 +66,11 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
             "src/verify/",
         ],
     ),
-    // The one place that maps files, and the C boundary.
+    // SIMD, the one place that maps files, and the C boundary.
     (
         "unsafe",
         &[
+            "src/kernels/cpu/",
             "src/diffusion/mapping.rs",
             "src/plugin_host/",
             "plugins/abi/",

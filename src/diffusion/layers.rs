@@ -6,13 +6,12 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use burn::tensor::Tensor;
 use burn::tensor::activation;
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::error::LoadError;
 use super::weights::WeightsAt;
+use crate::kernels::{self, Geometry};
 
 /// A trainable addition to a frozen layer.
 ///
@@ -92,6 +91,11 @@ impl Linear {
         self.weight.dims()[0]
     }
 
+    /// Whether there is an adapter on the layer.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// Puts an adapter on the layer, or takes it off.
     pub fn set_adapter(&mut self, adapter: Option<Arc<dyn Adapter>>) {
         self.adapter = adapter;
@@ -103,7 +107,8 @@ impl Linear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let mut shape = x.dims();
         let rows = x.shape().num_elements() / self.d_in();
-        let y = self.multiply(x.clone().reshape([rows, self.d_in()]));
+        let plain = x.clone().reshape([rows, self.d_in()]);
+        let y = kernels::linear(plain, &self.weight, self.bias.as_ref());
         let y = match &self.adapter {
             None => y,
             Some(adapter) => {
@@ -117,15 +122,6 @@ impl Linear {
         };
         shape[D - 1] = self.d_out();
         y.reshape(shape)
-    }
-
-    fn multiply(&self, rows: Tensor<2>) -> Tensor<2> {
-        let weight = as_wide_as(self.weight.clone(), rows.dtype());
-        let y = rows.matmul(weight.transpose());
-        match &self.bias {
-            Some(bias) => y + bias.clone().unsqueeze(),
-            None => y,
-        }
     }
 }
 
@@ -155,7 +151,9 @@ impl Conv2d {
         kernel: usize,
     ) -> Result<Self, LoadError> {
         Ok(Self {
-            weight: weights.tensor("weight", [c_out, c_in, kernel, kernel])?,
+            weight: kernels::order_by_taps(
+                weights.tensor("weight", [c_out, c_in, kernel, kernel])?,
+            ),
             bias: optional_bias(weights, c_out)?,
             stride: [1, 1],
             padding: [kernel / 2, kernel / 2],
@@ -181,6 +179,11 @@ impl Conv2d {
         self.weight.dims()[0]
     }
 
+    /// Whether there is an adapter on the layer.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// Puts an adapter on the layer, or takes it off.
     pub fn set_adapter(&mut self, adapter: Option<Arc<dyn Adapter>>) {
         self.adapter = adapter;
@@ -190,9 +193,13 @@ impl Conv2d {
     /// - `x`: `[batch, c_in, height, width]`
     /// - output: `[batch, c_out, height', width']`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let weight = as_wide_as(self.weight.clone(), x.dtype());
-        let options = ConvOptions::new(self.stride, self.padding, [1, 1], 1);
-        let y = conv2d(x.clone(), weight, self.bias.clone(), options);
+        let [_, _, kernel_height, kernel_width] = self.weight.dims();
+        let geometry = Geometry {
+            kernel: [kernel_height, kernel_width],
+            stride: self.stride,
+            padding: self.padding,
+        };
+        let y = kernels::conv2d(x.clone(), &self.weight, self.bias.as_ref(), geometry);
         match &self.adapter {
             Some(adapter) => adapter.conv(self, x, y),
             None => y,
@@ -240,12 +247,15 @@ impl GroupNorm {
     /// # Shapes
     /// - `x` and output: `[batch, channels, height, width]`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, channels, height, width] = x.dims();
-        let grouped = x.reshape([batch, self.groups, channels / self.groups * height * width]);
-        let normed = standardize(grouped, self.eps).reshape([batch, channels, height, width]);
-        let weight = self.weight.clone().reshape([1, channels, 1, 1]);
-        let bias = self.bias.clone().reshape([1, channels, 1, 1]);
-        normed * weight + bias
+        kernels::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, false)
+    }
+
+    /// The norm and SiLU behind it, in one pass.
+    ///
+    /// # Shapes
+    /// As [`Self::forward`].
+    pub fn forward_silu(&self, x: Tensor<4>) -> Tensor<4> {
+        kernels::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, true)
     }
 }
 
@@ -273,15 +283,8 @@ impl LayerNorm {
     /// # Shapes
     /// - `x` and output: `[batch, tokens, d]`
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        standardize(x, self.eps) * self.weight.clone().unsqueeze() + self.bias.clone().unsqueeze()
+        kernels::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
-}
-
-/// Rows of the last axis with mean 0 and variance 1.
-fn standardize(x: Tensor<3>, eps: f64) -> Tensor<3> {
-    let centred = x.clone() - x.mean_dim(2);
-    let variance = centred.clone().square().mean_dim(2);
-    centred / variance.add_scalar(eps).sqrt()
 }
 
 /// `x * sigmoid(x)`
@@ -300,19 +303,11 @@ pub enum Activation {
 
 impl Activation {
     /// Applies it to each element.
-    pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+    pub fn forward(self, x: Tensor<3>) -> Tensor<3> {
         match self {
-            Self::QuickGelu => x.clone() * activation::sigmoid(x.mul_scalar(1.702)),
+            Self::QuickGelu => kernels::quick_gelu(x),
             Self::Gelu => activation::gelu(x),
         }
-    }
-}
-
-fn as_wide_as<const D: usize>(weight: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if weight.dtype() == dtype {
-        weight
-    } else {
-        weight.cast(FloatDType::from(dtype))
     }
 }
 

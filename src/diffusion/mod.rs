@@ -11,6 +11,7 @@ pub mod model;
 pub mod resnet;
 pub mod samplers;
 pub mod schedule;
+pub mod segments;
 #[cfg(test)]
 mod testing;
 pub mod text_encoder;
@@ -18,6 +19,7 @@ mod text_fix;
 pub mod tokenizer;
 pub mod transformer;
 pub mod unet;
+mod unet_pass;
 pub mod vae;
 pub mod weights;
 
@@ -25,6 +27,7 @@ pub use error::LoadError;
 pub use model::{Family, Layout, ModelInfo, Part, StableDiffusion};
 pub use samplers::SamplerKind;
 pub use schedule::NoiseSchedule;
+pub use segments::Keep;
 pub use tokenizer::{Padding, Tokenizer};
 pub use weights::{KeySource, LoadOptions, Weights, WeightsAt};
 

@@ -5,7 +5,7 @@ use burn::tensor::module::interpolate;
 use burn::tensor::ops::{InterpolateMode, InterpolateOptions};
 
 use super::error::LoadError;
-use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear, silu};
+use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear};
 use super::weights::WeightsAt;
 
 /// Two convolutions and a skip path; in the UNet shifted by the timestep embedding.
@@ -58,7 +58,7 @@ impl ResnetBlock {
     /// - `time`: `[batch, d_time]`, after its activation
     /// - output: `[batch, c_out, height, width]`
     pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>) -> Tensor<4> {
-        let hidden = self.conv1.forward(silu(self.norm1.forward(x.clone())));
+        let hidden = self.conv1.forward(self.norm1.forward_silu(x.clone()));
         let hidden = match (&self.time_emb_proj, time) {
             (Some(projection), Some(time)) => {
                 let shift = projection.forward(time.clone()); // [batch, c_out]
@@ -67,12 +67,20 @@ impl ResnetBlock {
             }
             _ => hidden,
         };
-        let hidden = self.conv2.forward(silu(self.norm2.forward(hidden)));
+        let hidden = self.conv2.forward(self.norm2.forward_silu(hidden));
         let skip = match &self.conv_shortcut {
             Some(conv) => conv.forward(x),
             None => x,
         };
         skip + hidden
+    }
+
+    /// Whether a layer of it has an adapter.
+    pub fn is_adapted(&self) -> bool {
+        self.conv1.is_adapted()
+            || self.conv2.is_adapted()
+            || self.time_emb_proj.as_ref().is_some_and(Linear::is_adapted)
+            || self.conv_shortcut.as_ref().is_some_and(Conv2d::is_adapted)
     }
 
     /// Layers below `path`, for adapters.
@@ -123,6 +131,11 @@ impl Downsample {
         self.conv.forward(x)
     }
 
+    /// Whether its convolution has an adapter.
+    pub fn is_adapted(&self) -> bool {
+        self.conv.is_adapted()
+    }
+
     /// Layers below `path`, for adapters.
     pub fn collect_layers<'a>(&'a mut self, path: &str, found: &mut Layers<'a>) {
         found.push((format!("{path}.conv"), LayerMut::Conv(&mut self.conv)));
@@ -161,6 +174,11 @@ impl Upsample {
             interpolate(x, options.with_output_size(size))
         };
         self.conv.forward(x)
+    }
+
+    /// Whether its convolution has an adapter.
+    pub fn is_adapted(&self) -> bool {
+        self.conv.is_adapted()
     }
 
     /// Layers below `path`, for adapters.

@@ -1,11 +1,12 @@
 //! The CLIP text encoder (`CLIPTextModel` in transformers): token ids to the states that condition the UNet.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Gradients, Int, Tensor, TensorData};
 
 use super::attention::{attention, merge_heads, split_heads};
 use super::config::TextEncoderConfig;
 use super::error::LoadError;
 use super::layers::{Activation, LayerMut, LayerNorm, Layers, Linear};
+use super::segments::{Inputs, Keep, Kept, leaf_if};
 use super::weights::WeightsAt;
 
 /// Tokens in a row: begin, 75 tokens, end.
@@ -44,6 +45,39 @@ struct Mlp {
     fc1: Linear,
     fc2: Linear,
     activation: Activation,
+}
+
+/// How rows of tokens belong to captions.
+#[derive(Clone, Copy, Debug)]
+struct Joint {
+    captions: usize,
+    per_caption: usize,
+}
+
+/// The state between two layers: `[rows, tokens, d]`
+#[derive(Clone, Debug)]
+struct Hidden {
+    state: Tensor<3>,
+    /// Whether an earlier layer needs its gradient.
+    wanted: bool,
+}
+
+impl Inputs for Hidden {
+    fn leaves(self) -> Self {
+        Self {
+            state: leaf_if(self.wanted, self.state),
+            ..self
+        }
+    }
+}
+
+/// A forward that a backward can follow.
+#[derive(Debug)]
+pub struct TextTrace {
+    /// From the first layer on that has an adapter.
+    kept: Vec<Kept<Hidden, 3>>,
+    last: Kept<Hidden, 3>,
+    joint: Joint,
 }
 
 impl TextEncoder {
@@ -110,10 +144,8 @@ impl TextEncoder {
     pub fn hidden_state_raw(&self, ids: &[Vec<u32>], clip_skip: usize) -> Tensor<3> {
         let tokens = ids.first().map_or(0, Vec::len);
         let mut hidden = self.embed(ids, tokens);
-        let mask = causal_mask(tokens, &hidden);
-        let layers = self.depth().saturating_sub(clip_skip.saturating_sub(1));
-        for layer in &self.layers[..layers] {
-            hidden = layer.forward(hidden, &mask);
+        for layer in &self.layers[..self.layers_run(clip_skip)] {
+            hidden = layer.forward(hidden);
         }
         hidden
     }
@@ -125,10 +157,82 @@ impl TextEncoder {
     /// - `chunks`: per caption the same number `n` of rows of 77 ids
     /// - output: `[captions, 75 n + 2, d]`
     pub fn encode_chunks(&self, chunks: &[Vec<Vec<u32>>], clip_skip: usize) -> Tensor<3> {
-        let captions = chunks.len();
-        let per_caption = chunks.first().map_or(0, Vec::len);
-        let rows: Vec<Vec<u32>> = chunks.iter().flatten().cloned().collect();
-        let states = self.forward(&rows, clip_skip); // [captions * n, 77, d]
+        let (ids, joint) = rows_of(chunks);
+        let hidden = self.hidden_state_raw(&ids, clip_skip);
+        self.join(hidden, joint)
+    }
+
+    /// The same, untracked, with what [`Self::backward`] needs; see
+    /// [`UNet::forward_kept`](super::unet::UNet::forward_kept).
+    pub fn encode_chunks_kept(
+        &self,
+        chunks: &[Vec<Vec<u32>>],
+        clip_skip: usize,
+        keep: Keep,
+    ) -> (Tensor<3>, TextTrace) {
+        let (ids, joint) = rows_of(chunks);
+        let layers = &self.layers[..self.layers_run(clip_skip)];
+        let first = layers
+            .iter()
+            .position(EncoderLayer::is_adapted)
+            .unwrap_or(layers.len());
+        let mut hidden = self.embed(&ids, ids.first().map_or(0, Vec::len));
+        let mut kept = Vec::new();
+        for (index, layer) in layers.iter().enumerate() {
+            if index < first {
+                hidden = layer.forward(hidden);
+                continue;
+            }
+            let inputs = Hidden {
+                state: hidden,
+                wanted: index > first,
+            };
+            let (output, part) = Kept::run(keep, inputs, |inputs| layer.forward(inputs.state));
+            kept.push(part);
+            hidden = output;
+        }
+        let inputs = Hidden {
+            state: hidden,
+            wanted: true,
+        };
+        let (output, last) = Kept::run(keep, inputs, |inputs| self.join(inputs.state, joint));
+        let trace = TextTrace { kept, last, joint };
+        (output, trace)
+    }
+
+    /// Walks back from the gradient of the states; `collect` gets the gradients of one layer after the other.
+    ///
+    /// # Shapes
+    /// - `gradient`: `[captions, 75 n + 2, d]`
+    pub fn backward(
+        &self,
+        trace: TextTrace,
+        clip_skip: usize,
+        gradient: Tensor<3>,
+        collect: &mut dyn FnMut(&mut Gradients),
+    ) {
+        let layers = &self.layers[..self.layers_run(clip_skip)];
+        let first = layers.len() - trace.kept.len();
+        let (mut gradients, leaves) = trace
+            .last
+            .backward(gradient, |inputs| self.join(inputs.state, trace.joint));
+        let mut gradient = leaves.state.grad_remove(&mut gradients);
+        for (layer, part) in layers[first..].iter().zip(trace.kept).rev() {
+            let Some(of_output) = gradient else { return };
+            let (mut gradients, leaves) =
+                part.backward(of_output, |inputs| layer.forward(inputs.state));
+            gradient = leaves.state.grad_remove(&mut gradients);
+            collect(&mut gradients);
+        }
+    }
+
+    /// The final norm, and the chunks of each caption side by side.
+    fn join(&self, hidden: Tensor<3>, joint: Joint) -> Tensor<3> {
+        let states = self.final_layer_norm.forward(hidden); // [captions * n, 77, d]
+        let Joint {
+            captions,
+            per_caption,
+        } = joint;
         if per_caption <= 1 {
             return states;
         }
@@ -146,6 +250,10 @@ impl TextEncoder {
         parts.extend((0..per_caption).map(|index| chunk(index, 1, inner)));
         parts.push(chunk(per_caption - 1, tokens - 1, 1));
         Tensor::cat(parts, 1)
+    }
+
+    fn layers_run(&self, clip_skip: usize) -> usize {
+        self.depth().saturating_sub(clip_skip.saturating_sub(1))
     }
 
     /// Every linear layer with its path, for adapters.
@@ -184,7 +292,29 @@ impl TextEncoder {
     }
 }
 
+fn rows_of(chunks: &[Vec<Vec<u32>>]) -> (Vec<Vec<u32>>, Joint) {
+    let joint = Joint {
+        captions: chunks.len(),
+        per_caption: chunks.first().map_or(0, Vec::len),
+    };
+    (chunks.iter().flatten().cloned().collect(), joint)
+}
+
 impl EncoderLayer {
+    fn is_adapted(&self) -> bool {
+        let attention = &self.self_attn;
+        [
+            &attention.q_proj,
+            &attention.k_proj,
+            &attention.v_proj,
+            &attention.out_proj,
+            &self.mlp.fc1,
+            &self.mlp.fc2,
+        ]
+        .into_iter()
+        .any(Linear::is_adapted)
+    }
+
     fn load(weights: &WeightsAt<'_>, config: &TextEncoderConfig) -> Result<Self, LoadError> {
         let d = config.hidden_size;
         let attention = weights.at("self_attn");
@@ -207,22 +337,19 @@ impl EncoderLayer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, mask: &Tensor<4>) -> Tensor<3> {
-        let x = x.clone()
-            + self
-                .self_attn
-                .forward(self.layer_norm1.forward(x), mask.clone());
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let x = x.clone() + self.self_attn.forward(self.layer_norm1.forward(x));
         x.clone() + self.mlp.forward(self.layer_norm2.forward(x))
     }
 }
 
 impl SelfAttention {
-    fn forward(&self, x: Tensor<3>, mask: Tensor<4>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let q = split_heads(self.q_proj.forward(x.clone()), self.heads);
         let k = split_heads(self.k_proj.forward(x.clone()), self.heads);
         let v = split_heads(self.v_proj.forward(x), self.heads);
-        self.out_proj
-            .forward(merge_heads(attention(q, k, v, Some(mask))))
+        // A token sees itself and earlier ones.
+        self.out_proj.forward(merge_heads(attention(q, k, v, true)))
     }
 }
 
@@ -231,24 +358,6 @@ impl Mlp {
         self.fc2
             .forward(self.activation.forward(self.fc1.forward(x)))
     }
-}
-
-/// 0 where a token may look (itself and earlier ones), a large negative number elsewhere: `[1, 1, tokens, tokens]`.
-fn causal_mask(tokens: usize, like: &Tensor<3>) -> Tensor<4> {
-    let values: Vec<f32> = (0..tokens * tokens)
-        .map(|index| {
-            if index % tokens > index / tokens {
-                // Finite, so that no backend computes infinity minus infinity.
-                -1e9
-            } else {
-                0.0
-            }
-        })
-        .collect();
-    Tensor::from_data(
-        TensorData::new(values, [1, 1, tokens, tokens]),
-        &like.device().without_autodiff(),
-    )
 }
 
 #[cfg(test)]

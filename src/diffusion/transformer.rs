@@ -1,12 +1,12 @@
 //! The transformer inside UNet blocks: pixels attend to each other and to the text.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::gelu;
 
 use super::attention::{attention, merge_heads, split_heads};
 use super::error::LoadError;
 use super::layers::{Conv2d, GroupNorm, LayerMut, LayerNorm, Layers, Linear};
 use super::weights::WeightsAt;
+use crate::kernels::geglu;
 
 /// Epsilon of the norm before a transformer; fixed in the reference implementation, whatever the configuration says.
 const NORM_EPS: f64 = 1e-6;
@@ -94,6 +94,16 @@ impl Transformer2d {
         x + self.proj_out.leave(hidden, height, width)
     }
 
+    /// Whether a layer of it has an adapter.
+    pub fn is_adapted(&self) -> bool {
+        self.proj_in.is_adapted()
+            || self.proj_out.is_adapted()
+            || self
+                .transformer_blocks
+                .iter()
+                .any(TransformerBlock::is_adapted)
+    }
+
     /// Layers below `path`, for adapters.
     pub fn collect_layers<'a>(&'a mut self, path: &str, found: &mut Layers<'a>) {
         found.push((format!("{path}.proj_in"), self.proj_in.layer_mut()));
@@ -127,6 +137,13 @@ impl Projection {
         match self {
             Self::Conv(conv) => conv.forward(tokens_to_pixels(x, height, width)),
             Self::Linear(linear) => tokens_to_pixels(linear.forward(x), height, width),
+        }
+    }
+
+    fn is_adapted(&self) -> bool {
+        match self {
+            Self::Conv(conv) => conv.is_adapted(),
+            Self::Linear(linear) => linear.is_adapted(),
         }
     }
 
@@ -174,11 +191,14 @@ impl TransformerBlock {
 
     /// GEGLU (Shazeer 2020, arXiv:2002.05202): `ff_out(values * gelu(gates))`
     fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let hidden = self.ff_in.forward(x); // [batch, tokens, 2 * 4 d]
-        let half = hidden.dims()[2] / 2;
-        let values = hidden.clone().narrow(2, 0, half);
-        let gates = hidden.narrow(2, half, half);
-        self.ff_out.forward(values * gelu(gates))
+        self.ff_out.forward(geglu(self.ff_in.forward(x)))
+    }
+
+    fn is_adapted(&self) -> bool {
+        self.attn1.is_adapted()
+            || self.attn2.is_adapted()
+            || self.ff_in.is_adapted()
+            || self.ff_out.is_adapted()
     }
 
     fn collect_layers<'a>(&'a mut self, path: &str, found: &mut Layers<'a>) {
@@ -224,7 +244,13 @@ impl Attention {
         let q = split_heads(self.to_q.forward(x), self.heads);
         let k = split_heads(self.to_k.forward(context.clone()), self.heads);
         let v = split_heads(self.to_v.forward(context), self.heads);
-        self.to_out.forward(merge_heads(attention(q, k, v, None)))
+        self.to_out.forward(merge_heads(attention(q, k, v, false)))
+    }
+
+    fn is_adapted(&self) -> bool {
+        [&self.to_q, &self.to_k, &self.to_v, &self.to_out]
+            .into_iter()
+            .any(Linear::is_adapted)
     }
 
     fn collect_layers<'a>(&'a mut self, path: &str, found: &mut Layers<'a>) {

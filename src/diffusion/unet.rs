@@ -17,18 +17,18 @@ const MAX_PERIOD: f64 = 10_000.0;
 /// Predicts the noise (or velocity) in a noisy latent.
 #[derive(Debug)]
 pub struct UNet {
-    time_embedding: TimeEmbedding,
-    conv_in: Conv2d,
-    down_blocks: Vec<DownBlock>,
-    mid_block: MidBlock,
-    up_blocks: Vec<UpBlock>,
-    conv_norm_out: GroupNorm,
-    conv_out: Conv2d,
-    device: Device,
+    pub(super) time_embedding: TimeEmbedding,
+    pub(super) conv_in: Conv2d,
+    pub(super) down_blocks: Vec<DownBlock>,
+    pub(super) mid_block: MidBlock,
+    pub(super) up_blocks: Vec<UpBlock>,
+    pub(super) conv_norm_out: GroupNorm,
+    pub(super) conv_out: Conv2d,
+    pub(super) device: Device,
 }
 
 #[derive(Debug)]
-struct TimeEmbedding {
+pub(super) struct TimeEmbedding {
     linear_1: Linear,
     linear_2: Linear,
     cosines_first: bool,
@@ -36,24 +36,24 @@ struct TimeEmbedding {
 }
 
 #[derive(Debug)]
-struct DownBlock {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>, // empty, or one for each residual block
-    downsampler: Option<Downsample>,
+pub(super) struct DownBlock {
+    pub(super) resnets: Vec<ResnetBlock>,
+    pub(super) attentions: Vec<Transformer2d>, // empty, or one for each residual block
+    pub(super) downsampler: Option<Downsample>,
 }
 
 #[derive(Debug)]
-struct MidBlock {
-    first: ResnetBlock,
-    attention: Transformer2d,
-    second: ResnetBlock,
+pub(super) struct MidBlock {
+    pub(super) first: ResnetBlock,
+    pub(super) attention: Transformer2d,
+    pub(super) second: ResnetBlock,
 }
 
 #[derive(Debug)]
-struct UpBlock {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>, // empty, or one for each residual block
-    upsampler: Option<Upsample>,
+pub(super) struct UpBlock {
+    pub(super) resnets: Vec<ResnetBlock>,
+    pub(super) attentions: Vec<Transformer2d>, // empty, or one for each residual block
+    pub(super) upsampler: Option<Upsample>,
 }
 
 impl UNet {
@@ -85,26 +85,6 @@ impl UNet {
     /// Channels of a latent.
     pub fn latent_channels(&self) -> usize {
         self.conv_in.c_in()
-    }
-
-    /// # Shapes
-    /// - `sample` and output: `[batch, c, height, width]`
-    /// - `timesteps`: one for each sample
-    /// - `context`: `[batch, tokens, d_context]`
-    pub fn forward(&self, sample: Tensor<4>, timesteps: &[f32], context: Tensor<3>) -> Tensor<4> {
-        // Each residual block applies the same activation to the embedding: it is done once.
-        let time = silu(self.time_embedding.forward(timesteps, &self.device));
-        let mut hidden = self.conv_in.forward(sample);
-        let mut skips = vec![hidden.clone()];
-        for block in &self.down_blocks {
-            hidden = block.forward(hidden, &time, &context, &mut skips);
-        }
-        hidden = self.mid_block.forward(hidden, &time, &context);
-        for block in &self.up_blocks {
-            hidden = block.forward(hidden, &time, &context, &mut skips);
-        }
-        self.conv_out
-            .forward(silu(self.conv_norm_out.forward(hidden)))
     }
 
     /// Every linear layer and convolution with its path, for adapters.
@@ -269,7 +249,7 @@ impl TimeEmbedding {
     }
 
     /// Sinusoids of the timestep, then two layers: `[batch, d_time]`
-    fn forward(&self, timesteps: &[f32], device: &Device) -> Tensor<2> {
+    pub(super) fn forward(&self, timesteps: &[f32], device: &Device) -> Tensor<2> {
         let width = self.linear_1.d_in();
         let values: Vec<f32> = timesteps
             .iter()
@@ -302,64 +282,6 @@ impl TimeEmbedding {
         };
         waves.resize(width, 0.0); // an odd width ends with a zero
         waves
-    }
-}
-
-impl DownBlock {
-    fn forward(
-        &self,
-        mut hidden: Tensor<4>,
-        time: &Tensor<2>,
-        context: &Tensor<3>,
-        skips: &mut Vec<Tensor<4>>,
-    ) -> Tensor<4> {
-        for (index, resnet) in self.resnets.iter().enumerate() {
-            hidden = resnet.forward(hidden, Some(time));
-            if let Some(attention) = self.attentions.get(index) {
-                hidden = attention.forward(hidden, context);
-            }
-            skips.push(hidden.clone());
-        }
-        if let Some(downsampler) = &self.downsampler {
-            hidden = downsampler.forward(hidden);
-            skips.push(hidden.clone());
-        }
-        hidden
-    }
-}
-
-impl MidBlock {
-    fn forward(&self, hidden: Tensor<4>, time: &Tensor<2>, context: &Tensor<3>) -> Tensor<4> {
-        let hidden = self.first.forward(hidden, Some(time));
-        let hidden = self.attention.forward(hidden, context);
-        self.second.forward(hidden, Some(time))
-    }
-}
-
-impl UpBlock {
-    fn forward(
-        &self,
-        mut hidden: Tensor<4>,
-        time: &Tensor<2>,
-        context: &Tensor<3>,
-        skips: &mut Vec<Tensor<4>>,
-    ) -> Tensor<4> {
-        for (index, resnet) in self.resnets.iter().enumerate() {
-            if let Some(skip) = skips.pop() {
-                hidden = Tensor::cat(vec![hidden, skip], 1);
-            }
-            hidden = resnet.forward(hidden, Some(time));
-            if let Some(attention) = self.attentions.get(index) {
-                hidden = attention.forward(hidden, context);
-            }
-        }
-        match (&self.upsampler, skips.last()) {
-            (Some(upsampler), Some(next)) => {
-                let [_, _, height, width] = next.dims();
-                upsampler.forward(hidden, [height, width])
-            }
-            _ => hidden,
-        }
     }
 }
 

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use super::attention::attention;
 use super::config::VaeConfig;
 use super::error::LoadError;
-use super::layers::{Conv2d, GroupNorm, Linear, silu};
+use super::layers::{Conv2d, GroupNorm, Linear};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::weights::WeightsAt;
 
@@ -183,7 +183,7 @@ impl Encoder {
         }
         let hidden = self.mid_block.forward(hidden);
         self.conv_out
-            .forward(silu(self.conv_norm_out.forward(hidden)))
+            .forward(self.conv_norm_out.forward_silu(hidden))
     }
 }
 
@@ -227,7 +227,7 @@ impl Decoder {
             }
         }
         self.conv_out
-            .forward(silu(self.conv_norm_out.forward(hidden)))
+            .forward(self.conv_norm_out.forward_silu(hidden))
     }
 }
 
@@ -291,7 +291,7 @@ impl PixelAttention {
             .reshape([batch, channels, height * width])
             .swap_dims(1, 2); // [batch, pixels, channels]
         let head = |linear: &Linear| linear.forward(tokens.clone()).unsqueeze_dim::<4>(1);
-        let mixed = attention(head(&self.to_q), head(&self.to_k), head(&self.to_v), None);
+        let mixed = attention(head(&self.to_q), head(&self.to_k), head(&self.to_v), false);
         let mixed = self.to_out.forward(mixed.squeeze_dim::<3>(1));
         x + mixed
             .swap_dims(1, 2)

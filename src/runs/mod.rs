@@ -19,7 +19,7 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        PluginChoice, SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings,
-        ValidationSettings,
+        GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings, SaveSettings,
+        TrainLength, TrainSettings, ValidationSettings,
     };
 }

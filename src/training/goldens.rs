@@ -10,8 +10,8 @@ use safetensors::{Dtype, SafeTensors};
 use crate::diffusion::{LoadOptions, Part, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::{
-    Conditioning, LrScheduler, MicroBatch, Optimizer, OptimizerError, ParamUpdate, StateTensor,
-    TrainError, TrainSettings, Trainer,
+    Conditioning, GradientCheckpointing, LrScheduler, MicroBatch, Optimizer, OptimizerError,
+    ParamUpdate, StateTensor, TrainError, TrainSettings, Trainer,
 };
 
 /// The reference's own error, f32 against f64, is 3e-8 to 2.4e-7.
@@ -571,4 +571,37 @@ fn cached_states_train_as_tokens() {
         trainer.optimizer_step(&[batch]).expect("a step")
     };
     assert_eq!(run(true), run(false));
+}
+
+/// Blocks that run again in the backward give the same gradients, and so the same LoRA, to the bit.
+#[test]
+fn checkpointed_blocks_train_the_same_lora() {
+    let inputs = Goldens::read("train_inputs.safetensors");
+    let run = |choice: GradientCheckpointing| {
+        let mut model = tiny_model();
+        let mut network = load_lora(&mut model, "lora_init_conv.safetensors");
+        let mut optimizer = AdamW::default();
+        let settings = TrainSettings {
+            gradient_checkpointing: choice,
+            gradient_accumulation_steps: 2,
+            clip_skip: 2,
+            ..settings()
+        };
+        let mut trainer = Trainer::new(
+            &mut model,
+            &mut network,
+            &mut optimizer,
+            &Constant,
+            &settings,
+        );
+        let outputs: Vec<_> = (0..2)
+            .map(|step| {
+                let batches = [2 * step, 2 * step + 1].map(|index| golden_batch(&inputs, index));
+                trainer.optimizer_step(&batches).expect("a step")
+            })
+            .collect();
+        (outputs, network.tensors().expect("readable"))
+    };
+    let plain = run(GradientCheckpointing::None);
+    assert_eq!(run(GradientCheckpointing::Blocks), plain);
 }

@@ -21,10 +21,10 @@ pub use data::TrainingSet;
 pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
 pub use settings::{
-    PluginChoice, SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength,
-    TrainSettings, ValidationSettings,
+    GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings, SaveSettings,
+    SettingProblem, TrainLength, TrainSettings, ValidationSettings,
 };
-pub use step::{Conditioning, MicroBatch, StepOutput, Trainer};
+pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;

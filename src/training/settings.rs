@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::diffusion::PredictionType;
 use crate::diffusion::samplers::SamplerKind;
+use crate::diffusion::{Keep, PredictionType};
 use crate::networks::{NetworkSettings, SavePrecision};
 
 /// How a LoRA is trained. Where it differs from torch or sd-scripts, the field says so.
@@ -27,6 +27,8 @@ pub struct TrainSettings {
     pub batch_size: usize,
     /// Batches per optimizer step.
     pub gradient_accumulation_steps: usize,
+    /// What is kept between forward and backward.
+    pub gradient_checkpointing: GradientCheckpointing,
     /// Largest L2 norm of all gradients together; longer ones are scaled down to it. 0 switches this off.
     pub max_grad_norm: f64,
     /// What the UNet predicts; the base model's own target when not given.
@@ -51,6 +53,27 @@ pub struct TrainSettings {
     pub optimizer: PluginChoice,
     /// The learning-rate scheduler plugin.
     pub scheduler: PluginChoice,
+}
+
+/// What is kept between forward and backward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientCheckpointing {
+    /// Every activation that a gradient needs.
+    #[default]
+    None,
+    /// The inputs of the UNet's and text encoder's blocks: each runs again in the backward. The gradients are the
+    /// same to the bit on the CPU.
+    Blocks,
+}
+
+impl From<GradientCheckpointing> for Keep {
+    fn from(choice: GradientCheckpointing) -> Self {
+        match choice {
+            GradientCheckpointing::None => Self::Graphs,
+            GradientCheckpointing::Blocks => Self::Inputs,
+        }
+    }
 }
 
 /// How long to train.
@@ -145,6 +168,7 @@ impl Default for TrainSettings {
             length: TrainLength::Steps(1600),
             batch_size: 1,
             gradient_accumulation_steps: 1,
+            gradient_checkpointing: GradientCheckpointing::None,
             max_grad_norm: 1.0,
             prediction: None,
             min_snr_gamma: None,

@@ -1,8 +1,10 @@
 //! One optimizer step: forward, loss, backward, clip, update.
 
-use burn::tensor::{Device, Tensor};
+use std::time::Instant;
 
-use crate::diffusion::{Part, StableDiffusion};
+use burn::tensor::{Device, Gradients, Tensor};
+
+use crate::diffusion::{Keep, Part, StableDiffusion};
 use crate::networks::{Leaves, LoraNetwork};
 use crate::training::TrainError;
 use crate::training::objective::{Objective, weighted_mse};
@@ -48,6 +50,29 @@ pub struct StepOutput {
     pub lr_unet: f64,
     /// Learning rate of the text encoder's adapters.
     pub lr_text_encoder: f64,
+    /// Where the time went.
+    pub times: StepTimes,
+}
+
+/// Seconds of a step by phase. A GPU works on when the host has handed its commands over: exact only on the CPU, and
+/// with [`Trainer::wait_after_phases`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepTimes {
+    /// Text encoder, forward.
+    pub text_encoder_s: f64,
+    /// UNet and loss, forward.
+    pub forward_s: f64,
+    /// Both, backward; with gradient checkpointing also their second forward.
+    pub backward_s: f64,
+    /// Clipping and the optimizer's update.
+    pub optimizer_s: f64,
+}
+
+/// How long a step took says nothing of what it computed.
+impl PartialEq for StepTimes {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// A model, its adapters and what changes them.
@@ -64,6 +89,8 @@ pub struct Trainer<'a> {
     clip_skip: usize,
     max_grad_norm: f64,
     gradient_accumulation_steps: usize,
+    keep: Keep,
+    waits: bool,
     step: u64,
 }
 
@@ -91,6 +118,8 @@ impl<'a> Trainer<'a> {
             clip_skip: settings.clip_skip,
             max_grad_norm: settings.max_grad_norm,
             gradient_accumulation_steps: settings.gradient_accumulation_steps,
+            keep: settings.gradient_checkpointing.into(),
+            waits: false,
             step: 0,
         }
     }
@@ -98,6 +127,11 @@ impl<'a> Trainer<'a> {
     /// The device that computes.
     pub fn device(&self) -> Device {
         self.network.device()
+    }
+
+    /// Waits for the device at the end of each phase, so that [`StepTimes`] are true on a GPU.
+    pub fn wait_after_phases(&mut self) {
+        self.waits = true;
     }
 
     /// Optimizer steps done.
@@ -115,16 +149,13 @@ impl<'a> Trainer<'a> {
     /// Fewer batches than `gradient_accumulation_steps` (the end of an epoch) are still divided by that number, as
     /// accelerate does. The learning rate's factor is that of the steps done before, so a warm-up begins at 0.
     pub fn optimizer_step(&mut self, batches: &[MicroBatch]) -> Result<StepOutput, TrainError> {
-        let leaves = self.network.attach(self.model, true);
-        let mut gradients: Vec<Option<Tensor<4>>> = vec![None; leaves.0.len()];
+        let mut gradients: Vec<Option<Tensor<4>>> = vec![None; self.network.parameters().len()];
         let mut losses = Vec::with_capacity(batches.len());
+        let mut times = StepTimes::default();
         for batch in batches {
-            let loss = self.loss(batch);
-            losses.push(loss.clone().without_autodiff());
-            let share = 1.0 / self.gradient_accumulation_steps as f64;
-            add_gradients(&mut gradients, &leaves, loss.mul_scalar(share));
+            losses.push(self.forward_backward(batch, &mut gradients, &mut times)?);
         }
-        drop(leaves);
+        let started = Instant::now();
         let (loss, grad_norm) = read_loss_and_norm(losses, &gradients)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::NotFinite {
@@ -136,11 +167,12 @@ impl<'a> Trainer<'a> {
         clip(&mut gradients, grad_norm, self.max_grad_norm);
 
         let factor = self.scheduler.factor(self.step)?;
-        let output = StepOutput {
+        let mut output = StepOutput {
             loss,
             grad_norm,
             lr_unet: self.unet_lr * factor,
             lr_text_encoder: self.text_encoder_lr * factor,
+            times,
         };
         let mut updates = Vec::with_capacity(gradients.len());
         let parameters = self.network.parameters_mut().iter_mut();
@@ -163,27 +195,99 @@ impl<'a> Trainer<'a> {
         self.optimizer.step(self.step, &mut updates)?;
         self.step += 1;
         self.network.attach(self.model, false);
+        output.times.optimizer_s = self.seconds_since(started)?;
         Ok(output)
+    }
+
+    /// Adds the gradients of one batch to the sums; the result is its loss.
+    fn forward_backward(
+        &mut self,
+        batch: &MicroBatch,
+        sums: &mut [Option<Tensor<4>>],
+        times: &mut StepTimes,
+    ) -> Result<Tensor<1>, TrainError> {
+        // Only a graph that is kept needs leaves in the forward.
+        let mut leaves = self.network.attach(self.model, self.keep == Keep::Graphs);
+
+        let started = Instant::now();
+        let (context, text) = match &batch.conditioning {
+            Conditioning::Tokens(captions) => {
+                let encoder = &self.model.text_encoder;
+                let (states, trace) =
+                    encoder.encode_chunks_kept(captions, self.clip_skip, self.keep);
+                (
+                    states,
+                    self.network.covers(Part::TextEncoder).then_some(trace),
+                )
+            }
+            Conditioning::States(states) => (states.clone(), None),
+        };
+        times.text_encoder_s += self.seconds_since(started)?;
+
+        let started = Instant::now();
+        let (noisy, target, timesteps) = self.noisy(batch);
+        let unet = &self.model.unet;
+        let (prediction, trace) =
+            unet.forward_kept(noisy, &timesteps, context, text.is_some(), self.keep);
+        let prediction = prediction.autodiff().require_grad();
+        let loss = weighted_mse(prediction.clone(), target, &self.loss_weights(batch));
+        let value = loss.clone().without_autodiff();
+        times.forward_s += self.seconds_since(started)?;
+
+        let started = Instant::now();
+        if self.keep == Keep::Inputs {
+            leaves = self.network.attach(self.model, true);
+        }
+        let share = 1.0 / self.gradient_accumulation_steps as f64;
+        let mut gradients = loss.mul_scalar(share).backward();
+        let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);
+        if let Some(gradient) = prediction.grad_remove(&mut gradients) {
+            let of_context = self.model.unet.backward(trace, gradient, &mut collect);
+            if let (Some(trace), Some(gradient)) = (text, of_context) {
+                let encoder = &self.model.text_encoder;
+                encoder.backward(trace, self.clip_skip, gradient, &mut collect);
+            }
+        }
+        times.backward_s += self.seconds_since(started)?;
+        Ok(value)
+    }
+
+    fn seconds_since(&self, started: Instant) -> Result<f64, TrainError> {
+        if self.waits {
+            self.device()
+                .sync()
+                .map_err(|error| TrainError::Device(error.to_string()))?;
+        }
+        Ok(started.elapsed().as_secs_f64())
     }
 
     /// The loss of one batch: `[1]`.
     pub fn loss(&self, batch: &MicroBatch) -> Tensor<1> {
+        let (noisy, target, timesteps) = self.noisy(batch);
+        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
+        let prediction = self.model.unet.forward(noisy, &timesteps, context);
+        weighted_mse(prediction, target, &self.loss_weights(batch))
+    }
+
+    /// Noisy latents, what to predict from them, and their timesteps.
+    fn noisy(&self, batch: &MicroBatch) -> (Tensor<4>, Tensor<4>, Vec<f32>) {
         let schedule = &self.model.schedule;
         let (latents, noise) = (batch.latents.clone(), batch.noise.clone());
         let noisy = schedule.add_noise(latents.clone(), noise.clone(), &batch.timesteps);
         let target = self
             .objective
             .target(schedule, latents, noise, &batch.timesteps);
-        let timesteps: Vec<f32> = batch.timesteps.iter().map(|&t| t as f32).collect();
-        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
-        let prediction = self.model.unet.forward(noisy, &timesteps, context);
-        let weights: Vec<f64> = batch
+        let timesteps = batch.timesteps.iter().map(|&t| t as f32).collect();
+        (noisy, target, timesteps)
+    }
+
+    fn loss_weights(&self, batch: &MicroBatch) -> Vec<f64> {
+        batch
             .timesteps
             .iter()
             .zip(&batch.loss_weights)
-            .map(|(&t, weight)| weight * self.objective.weight(schedule, t))
-            .collect();
-        weighted_mse(prediction, target, &weights)
+            .map(|(&t, weight)| weight * self.objective.weight(&self.model.schedule, t))
+            .collect()
     }
 
     /// The hidden states that condition the UNet: `[batch, tokens, d]`.
@@ -198,11 +302,10 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Backward, and the leaves' gradients added to those of earlier batches.
-fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, loss: Tensor<1>) {
-    let mut gradients = loss.backward();
+/// The leaves' gradients added to those of earlier batches.
+fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, gradients: &mut Gradients) {
     for (sum, leaf) in sums.iter_mut().zip(&leaves.0) {
-        if let Some(gradient) = leaf.grad_remove(&mut gradients) {
+        if let Some(gradient) = leaf.grad_remove(gradients) {
             *sum = Some(match sum.take() {
                 Some(sum) => sum + gradient,
                 None => gradient,

@@ -1,0 +1,327 @@
+//! Attention by blocks of queries: the score matrix exists for one block at a time, in both directions.
+//!
+//! The backward computes each block's probabilities again from the saved logarithm of the row sums
+//! (Dao et al. 2022, arXiv:2205.14135, without its online softmax: a block sees all keys).
+
+use std::cell::RefCell;
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use super::elementwise;
+use super::gemm::{Matrix, Operand, Size, Start, multiply_into};
+use super::pack::Strides;
+use super::view::{View, tensor};
+
+/// Queries of a block.
+const BLOCK: usize = 128;
+
+/// Heads with their sizes.
+#[derive(Clone, Copy)]
+struct Shape {
+    batch: usize,
+    heads: usize,
+    queries: usize,
+    keys: usize,
+    d: usize,
+}
+
+/// What both directions need.
+struct Inputs {
+    q: View<4>,
+    k: View<4>,
+    v: View<4>,
+    shape: Shape,
+    scale: f32,
+    causal: bool,
+}
+
+thread_local! {
+    /// Scores, and their gradients, of one block.
+    static SCORES: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
+
+/// Result `[batch, heads, queries, d]` (heads are neighbours in memory, as the next layer reads them) and
+/// `ln Σ e^score` per row; none when a tensor is not on the CPU.
+pub fn forward(
+    [q, k, v]: [&Tensor<4>; 3],
+    scale: f32,
+    causal: bool,
+) -> Option<(Tensor<4>, Vec<f32>)> {
+    let inputs = Inputs::new([q, k, v], scale, causal)?;
+    let Shape {
+        batch,
+        heads,
+        queries,
+        d,
+        ..
+    } = inputs.shape;
+    let mut output = vec![0.0; batch * queries * heads * d];
+    let mut sums = vec![0.0; batch * heads * queries];
+    let to = Shared(output.as_mut_ptr());
+    let blocks = queries.div_ceil(BLOCK);
+    sums.par_chunks_mut(queries)
+        .enumerate()
+        .flat_map(|(head, sums)| {
+            sums.par_chunks_mut(BLOCK)
+                .enumerate()
+                .map(move |(block, sums)| (head, block, sums))
+        })
+        .for_each(|(head, block, sums)| {
+            debug_assert!(block < blocks);
+            inputs.forward_block(head, block * BLOCK, sums, to);
+        });
+    let output = tensor(output, [batch, queries, heads, d]).swap_dims(1, 2);
+    Some((output, sums))
+}
+
+/// Gradients of queries, keys and values.
+pub fn backward(
+    [q, k, v]: [&Tensor<4>; 3],
+    sums: &[f32],
+    gradient: &Tensor<4>,
+    scale: f32,
+    causal: bool,
+) -> Option<[Tensor<4>; 3]> {
+    let inputs = Inputs::new([q, k, v], scale, causal)?;
+    let gradient = View::of(gradient).filter(View::is_f32)?;
+    let Shape {
+        batch,
+        heads,
+        queries,
+        keys,
+        d,
+    } = inputs.shape;
+    let room = |rows: usize| vec![0.0_f32; batch * rows * heads * d];
+    let (mut dq, mut dk, mut dv) = (room(queries), room(keys), room(keys));
+    let to = [&mut dq, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
+    (0..batch * heads).into_par_iter().for_each(|head| {
+        for first in (0..queries).step_by(BLOCK) {
+            inputs.backward_block(head, first, &sums[head * queries..], &gradient, to);
+        }
+    });
+    let shaped = |values, rows| tensor(values, [batch, rows, heads, d]).swap_dims(1, 2);
+    Some([shaped(dq, queries), shaped(dk, keys), shaped(dv, keys)])
+}
+
+/// A pointer that tasks write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: each task writes the rows of its own head and block.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Inputs {
+    fn new(tensors: [&Tensor<4>; 3], scale: f32, causal: bool) -> Option<Self> {
+        let [q, k, v] = tensors.map(|tensor| View::of(tensor).filter(View::is_f32));
+        let (q, k, v) = (q?, k?, v?);
+        let [batch, heads, queries, d] = q.dims;
+        let shape = Shape {
+            batch,
+            heads,
+            queries,
+            keys: k.dims[2],
+            d,
+        };
+        Some(Self {
+            q,
+            k,
+            v,
+            shape,
+            scale,
+            causal,
+        })
+    }
+
+    /// Rows (queries or keys) from `first` on of a head.
+    fn rows<'a>(&self, view: &'a View<4>, head: usize, first: usize) -> Rows<'a> {
+        let [batch, heads, row, element] = view.strides;
+        let (image, head) = (head / self.shape.heads, head % self.shape.heads);
+        Rows {
+            data: &view.f32()[image * batch + head * heads + first * row..],
+            row,
+            element,
+        }
+    }
+
+    /// Where row `first` of a head lies in a result of `rows` rows.
+    fn place(&self, to: Shared, head: usize, rows: usize, first: usize) -> *mut f32 {
+        let Shape { heads, d, .. } = self.shape;
+        let (image, head) = (head / heads, head % heads);
+        // SAFETY: inside the result, which has `batch * rows * heads * d` elements.
+        unsafe { to.0.add(((image * rows + first) * heads + head) * d) }
+    }
+
+    fn size(&self, first: usize) -> usize {
+        BLOCK.min(self.shape.queries - first)
+    }
+
+    /// `q kᵀ` of a block, not yet scaled; what a causal mask hides is far below everything else.
+    fn scores(&self, head: usize, first: usize, scores: &mut Vec<f32>) {
+        let Shape { keys, d, .. } = self.shape;
+        let rows = self.size(first);
+        let q = self.rows(&self.q, head, first);
+        let k = self.rows(&self.k, head, 0);
+        into_block(scores, [rows, keys], d, &q.by_row(), &k.by_row());
+        if self.causal {
+            for (query, row) in scores.chunks_exact_mut(keys).enumerate() {
+                let hidden = (first + query + 1).min(keys);
+                row[hidden..].fill(-1e30);
+            }
+        }
+    }
+
+    fn forward_block(&self, head: usize, first: usize, sums: &mut [f32], to: Shared) {
+        let Shape {
+            heads,
+            queries,
+            keys,
+            d,
+            ..
+        } = self.shape;
+        let rows = self.size(first);
+        SCORES.with_borrow_mut(|[scores, _]| {
+            self.scores(head, first, scores);
+            for (row, log_sum) in scores.chunks_exact_mut(keys).zip(sums) {
+                let [max, sum] = elementwise::exponentials(row, self.scale);
+                elementwise::scale(row, 1.0 / sum);
+                *log_sum = max + sum.ln();
+            }
+            let p = Rows::of(scores, keys);
+            let v = self.rows(&self.v, head, 0);
+            let size = Size {
+                rows,
+                columns: d,
+                depth: keys,
+            };
+            // SAFETY: these rows of the result belong to this block alone.
+            unsafe {
+                let to = self.place(to, head, queries, first);
+                add(size, &p.by_row(), &v.by_column(), to, heads * d);
+            }
+        });
+    }
+
+    fn backward_block(
+        &self,
+        head: usize,
+        first: usize,
+        sums: &[f32],
+        gradient: &View<4>,
+        [dq, dk, dv]: [Shared; 3],
+    ) {
+        let Shape {
+            heads,
+            queries,
+            keys,
+            d,
+            ..
+        } = self.shape;
+        let rows = self.size(first);
+        let dy = self.rows(gradient, head, first);
+        SCORES.with_borrow_mut(|[p, ds]| {
+            self.scores(head, first, p);
+            for (row, sum) in p.chunks_exact_mut(keys).zip(&sums[first..]) {
+                elementwise::probabilities(row, self.scale, *sum);
+            }
+            let v = self.rows(&self.v, head, 0);
+            into_block(ds, [rows, keys], d, &dy.by_row(), &v.by_row());
+            for (p, ds) in p.chunks_exact(keys).zip(ds.chunks_exact_mut(keys)) {
+                elementwise::softmax_backward(p, ds, self.scale);
+            }
+            let (p, ds) = (Rows::of(p, keys), Rows::of(ds, keys));
+            let (q, k) = (self.rows(&self.q, head, first), self.rows(&self.k, head, 0));
+            let of_queries = Size {
+                rows,
+                columns: d,
+                depth: keys,
+            };
+            let of_keys = Size {
+                rows: keys,
+                columns: d,
+                depth: rows,
+            };
+            // SAFETY: the task writes the rows of its own head alone.
+            unsafe {
+                let to = self.place(dq, head, queries, first);
+                add(of_queries, &ds.by_row(), &k.by_column(), to, heads * d);
+                let to = self.place(dk, head, keys, 0);
+                add(of_keys, &ds.by_column(), &q.by_column(), to, heads * d);
+                let to = self.place(dv, head, keys, 0);
+                add(of_keys, &p.by_column(), &dy.by_column(), to, heads * d);
+            }
+        });
+    }
+}
+
+/// Rows of a matrix in memory.
+struct Rows<'a> {
+    data: &'a [f32],
+    row: usize,
+    element: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn of(data: &'a [f32], length: usize) -> Self {
+        Self {
+            data,
+            row: length,
+            element: 1,
+        }
+    }
+
+    /// Rows are lanes, their elements are summed over.
+    fn by_row(&self) -> Matrix<'a, f32> {
+        Matrix {
+            data: self.data,
+            strides: Strides {
+                lane: self.row,
+                depth: self.element,
+            },
+        }
+    }
+
+    /// Elements are lanes, rows are summed over.
+    fn by_column(&self) -> Matrix<'a, f32> {
+        Matrix {
+            data: self.data,
+            strides: Strides {
+                lane: self.element,
+                depth: self.row,
+            },
+        }
+    }
+}
+
+/// `a b` in `block`, whose memory is kept from block to block.
+fn into_block(
+    block: &mut Vec<f32>,
+    [rows, columns]: [usize; 2],
+    depth: usize,
+    a: &dyn Operand,
+    b: &dyn Operand,
+) {
+    block.clear();
+    block.reserve(rows * columns);
+    let size = Size {
+        rows,
+        columns,
+        depth,
+    };
+    // SAFETY: all elements are written.
+    unsafe {
+        multiply_into(size, a, b, block.as_mut_ptr(), columns, Start::Zero);
+        block.set_len(rows * columns);
+    }
+}
+
+/// Adds `a b` to the rows at `to`, which are `stride` apart.
+///
+/// # Safety
+/// They are initialised, and no other task touches them.
+unsafe fn add(size: Size, a: &dyn Operand, b: &dyn Operand, to: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply_into(size, a, b, to, stride, Start::Present) }
+}

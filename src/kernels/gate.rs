@@ -1,0 +1,192 @@
+//! Activations between linear layers.
+
+use burn::tensor::{Tensor, activation};
+use rayon::prelude::*;
+
+use super::cpu::{View, elementwise, tensor};
+use super::operation::{Operation, apply};
+
+/// GEGLU (Shazeer 2020, arXiv:2002.05202): `values · gelu(gates)`; keeps its input alone.
+///
+/// # Shapes
+/// - `x`: `[batch, tokens, 2 d]`, values then gates
+/// - output: `[batch, tokens, d]`
+pub fn geglu(x: Tensor<3>) -> Tensor<3> {
+    apply(Geglu, [x])
+}
+
+/// `x · sigmoid(1.702 x)`, CLIP's activation; keeps its input alone.
+///
+/// # Shapes
+/// - `x` and output: `[batch, tokens, d]`
+pub fn quick_gelu(x: Tensor<3>) -> Tensor<3> {
+    apply(QuickGelu, [x])
+}
+
+#[derive(Clone, Debug)]
+struct Geglu;
+
+impl Operation<1, 3> for Geglu {
+    type Saved = Tensor<3>;
+
+    fn forward(&self, [x]: [Tensor<3>; 1]) -> (Tensor<3>, Tensor<3>) {
+        let [batch, tokens, width] = x.dims();
+        let d = width / 2;
+        let y = match View::contiguous(&x).filter(View::is_f32) {
+            Some(view) => {
+                let mut y = vec![0.0; batch * tokens * d];
+                y.par_chunks_exact_mut(d)
+                    .zip(view.f32().par_chunks_exact(width))
+                    .for_each(|(y, row)| elementwise::gate(&row[..d], &row[d..], y));
+                tensor(y, [batch, tokens, d])
+            }
+            None => {
+                let (values, gates) = halves(x.clone());
+                values * activation::gelu(gates)
+            }
+        };
+        (y, x)
+    }
+
+    fn backward(
+        &self,
+        x: Tensor<3>,
+        gradient: Tensor<3>,
+        [wanted]: [bool; 1],
+    ) -> [Option<Tensor<3>>; 1] {
+        if !wanted {
+            return [None];
+        }
+        let [batch, tokens, width] = x.dims();
+        let d = width / 2;
+        let views = (View::contiguous(&x), View::contiguous(&gradient));
+        let (Some(x_view), Some(dy)) = views else {
+            return [Some(geglu_backward(x, gradient))];
+        };
+        if !(x_view.is_f32() && dy.is_f32()) {
+            return [Some(geglu_backward(x, gradient))];
+        }
+        let mut dx = vec![0.0; batch * tokens * width];
+        dx.par_chunks_exact_mut(width)
+            .zip(x_view.f32().par_chunks_exact(width))
+            .zip(dy.f32().par_chunks_exact(d))
+            .for_each(|((dx, row), dy)| {
+                let (dvalues, dgates) = dx.split_at_mut(d);
+                elementwise::gate_backward(&row[..d], &row[d..], dy, dvalues, dgates);
+            });
+        [Some(tensor(dx, [batch, tokens, width]))]
+    }
+}
+
+fn halves(x: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+    let d = x.dims()[2] / 2;
+    (x.clone().narrow(2, 0, d), x.narrow(2, d, d))
+}
+
+/// On other devices: burn's own derivative of the same expression.
+fn geglu_backward(x: Tensor<3>, gradient: Tensor<3>) -> Tensor<3> {
+    derivative(x, gradient, |x| {
+        let (values, gates) = halves(x);
+        values * activation::gelu(gates)
+    })
+}
+
+#[derive(Clone, Debug)]
+struct QuickGelu;
+
+impl Operation<1, 3> for QuickGelu {
+    type Saved = Tensor<3>;
+
+    fn forward(&self, [x]: [Tensor<3>; 1]) -> (Tensor<3>, Tensor<3>) {
+        let y = match View::contiguous(&x).filter(View::is_f32) {
+            Some(view) => {
+                let mut y = vec![0.0; x.shape().num_elements()];
+                let width = x.dims()[2];
+                y.par_chunks_mut(width)
+                    .zip(view.f32().par_chunks(width))
+                    .for_each(|(y, x)| elementwise::quick_gelu(x, y));
+                tensor(y, x.dims())
+            }
+            None => plain_quick_gelu(x.clone()),
+        };
+        (y, x)
+    }
+
+    fn backward(
+        &self,
+        x: Tensor<3>,
+        gradient: Tensor<3>,
+        [wanted]: [bool; 1],
+    ) -> [Option<Tensor<3>>; 1] {
+        if !wanted {
+            return [None];
+        }
+        let views = (View::contiguous(&x), View::contiguous(&gradient));
+        let (Some(x_view), Some(dy)) = views else {
+            return [Some(derivative(x, gradient, plain_quick_gelu))];
+        };
+        if !(x_view.is_f32() && dy.is_f32()) {
+            return [Some(derivative(x, gradient, plain_quick_gelu))];
+        }
+        let width = x.dims()[2];
+        let mut dx = vec![0.0; x.shape().num_elements()];
+        dx.par_chunks_mut(width)
+            .zip(x_view.f32().par_chunks(width))
+            .zip(dy.f32().par_chunks(width))
+            .for_each(|((dx, x), dy)| elementwise::quick_gelu_backward(x, dy, dx));
+        [Some(tensor(dx, x.dims()))]
+    }
+}
+
+fn plain_quick_gelu(x: Tensor<3>) -> Tensor<3> {
+    x.clone() * activation::sigmoid(x.mul_scalar(1.702))
+}
+
+/// The gradient of `function` at `x` in a graph of its own: burn allows a backward inside a backward step as long as
+/// they share no node.
+pub(super) fn derivative<const D: usize>(
+    x: Tensor<D>,
+    gradient: Tensor<D>,
+    function: impl Fn(Tensor<D>) -> Tensor<D>,
+) -> Tensor<D> {
+    let zeros = x.zeros_like();
+    let x = x.autodiff().require_grad();
+    let mut gradients = (function(x.clone()) * gradient).sum().backward();
+    x.grad_remove(&mut gradients).unwrap_or(zeros)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Distribution, Tolerance};
+
+    use super::*;
+
+    type Function = fn(Tensor<3>) -> Tensor<3>;
+
+    #[test]
+    fn results_and_gradients_equal_those_of_plain_operations() {
+        let device = Device::flex();
+        let x = Tensor::<3>::random([2, 5, 34], Distribution::Normal(0.0, 2.0), &device);
+        let pairs: [(Function, Function); 2] = [
+            (geglu, |x| {
+                let (values, gates) = halves(x);
+                values * activation::gelu(gates)
+            }),
+            (quick_gelu, plain_quick_gelu),
+        ];
+        for (ours, plain) in pairs {
+            let run = |function: Function| {
+                let x = x.clone().autodiff().require_grad();
+                let y = function(x.clone());
+                let mut gradients = y.clone().square().sum().backward();
+                (y.without_autodiff(), x.grad_remove(&mut gradients).unwrap())
+            };
+            let ((y, dx), (y_plain, dx_plain)) = (run(ours), run(plain));
+            let tolerance = Tolerance::rel_abs(2e-6, 4e-6);
+            y.into_data()
+                .assert_approx_eq::<f32>(&y_plain.into_data(), tolerance);
+            dx.into_data()
+                .assert_approx_eq::<f32>(&dx_plain.into_data(), tolerance);
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The operations that diffusion models spend their time and memory in, each with a backward of its own.
+//!
+//! Everywhere: frozen weights have no gradient, are widened where they are used and are never copied as a whole;
+//! nothing is kept for the backward that can be had from the input. On the CPU the operations are ours ([`cpu`]), on
+//! other devices they are made of burn's.
+
+pub mod attention;
+pub mod conv;
+mod cpu;
+pub mod gate;
+pub mod linear;
+pub mod norm;
+mod operation;
+mod seed;
+
+pub use attention::attention;
+pub use conv::{Geometry, conv2d, order_by_taps};
+pub use gate::{geglu, quick_gelu};
+pub use linear::linear;
+pub use norm::{group_norm, layer_norm};
+pub use seed::seed;
