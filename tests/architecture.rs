@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 14] = [
+const MAY_USE: [(&str, &[&str]); 15] = [
     ("diffusion", &[]),
     ("networks", &["diffusion"]),
     ("dataloader", &[]),
@@ -41,6 +41,10 @@ const MAY_USE: [(&str, &[&str]); 14] = [
         "verify",
         &["diffusion", "networks", "training", "plugin_host"],
     ),
+    (
+        "bench",
+        &["diffusion", "networks", "training", "plugin_host"],
+    ),
     ("demo", &["app", "config"]),
     ("telemetry", &[]),
     ("config", &[]),
@@ -62,6 +66,7 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
             "src/dataloader/",
             "src/plugin_host/",
             "src/verify/",
+            "src/bench/",
         ],
     ),
     // The one place that maps files, and the C boundary.
