@@ -26,7 +26,7 @@ from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 UNET_LAYERS = r".*attentions\.\d+\.(proj_in|proj_out|.*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2))"
@@ -47,19 +47,28 @@ def arguments():
     return parser.parse_args()
 
 
+def stored(path, prefix):
+    """The file's tensors below a prefix; one part at a time is in memory twice, not the whole model."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+
+
 def load(args):
     """UNet and text encoder as published, with the file's weights, on the device and in the base precision."""
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         text = CLIPTextModel(CLIPTextConfig(
             vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-    stored = load_file(args.model)
-    unet.load_state_dict(convert_ldm_unet_checkpoint(stored, unet.config), assign=True)
-    text_weights = convert_ldm_clip_checkpoint(stored)
-    text_weights.pop("text_model.embeddings.position_ids", None)  # no weights
-    text.load_state_dict(text_weights, assign=True)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    return unet.to(args.device, dtype), text.to(args.device, dtype)
+    weights = convert_ldm_unet_checkpoint(stored(args.model, "model.diffusion_model."), unet.config)
+    unet.load_state_dict(weights, assign=True)
+    del weights
+    unet = unet.to(args.device, dtype)
+    weights = convert_ldm_clip_checkpoint(stored(args.model, "cond_stage_model."))
+    weights.pop("text_model.embeddings.position_ids", None)  # no weights
+    text.load_state_dict(weights, assign=True)
+    del weights
+    return unet, text.to(args.device, dtype)
 
 
 def add_adapters(unet, text, args):
