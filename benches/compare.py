@@ -101,8 +101,8 @@ def table(ours, theirs):
     for label, place, divisor, decimals in ROWS:
         a = [value(report, place) for report in ours]
         b = [value(report, place) for report in theirs]
-        if None in a and None in b:
-            continue
+        if None in a and None in b or place[0] == "phases" and None in a + b:
+            continue  # one side alone is worth a row, but not the parts of a step
         number = lambda values: None if None in values else statistics.median(values) / divisor
         cell = lambda x: "" if x is None else f"{x:.{decimals}f}"
         a_middle, b_middle = number(a), number(b)
