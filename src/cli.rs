@@ -1,12 +1,14 @@
-//! The command line: `serve`, `worker`, `demo`, `verify`, `plugins`, `devices`, `openapi`.
+//! The command line: `serve`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `openapi`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
+use crate::bench::{GradientCheckpointing, ModelSource, Precision};
 use crate::config::Overrides;
+use crate::diffusion::Family;
 
 /// Trains LoRA adapters for Stable Diffusion on any GPU, behind a REST API.
 #[derive(Debug, Parser)]
@@ -31,6 +33,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Compare this build and a device with golden tensors of the reference implementation.
     Verify(VerifyArgs),
+    /// Measure time and memory of training steps on a full-size model, by default one with random weights.
+    Bench(BenchArgs),
     /// Write one output of the UNet with a LoRA, with its inputs, for other programs to compare with.
     LoraOutput(LoraOutputArgs),
     /// List optimizer and scheduler plugins: found, loaded, refused and why.
@@ -109,6 +113,115 @@ pub struct VerifyArgs {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Flags of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Generation of the model.
+    #[arg(long, value_enum, default_value_t = FamilyName::Sd1)]
+    pub family: FamilyName,
+    /// Side of the pictures, a multiple of 64.
+    #[arg(long, value_name = "PIXELS", default_value = "512", value_parser = resolution_px)]
+    pub resolution: u32,
+    /// Steps to time; one more is done before them and told apart.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub steps: u32,
+    /// Pictures per step.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub batch_size: u32,
+    /// Rank of the adapters, of UNet and text encoder.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub rank: u32,
+    /// Whether activations are computed again in the backward pass.
+    #[arg(long, value_enum, default_value_t = CheckpointingName::None)]
+    pub gradient_checkpointing: CheckpointingName,
+    /// Number format of the computation.
+    #[arg(long, value_enum, default_value_t = PrecisionName::Fp32)]
+    pub precision: PrecisionName,
+    /// Device to train on: `auto`, `cpu`, `vulkan:0`.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// A model of your own: a diffusers folder or a single file.
+    #[arg(long, value_name = "PATH", conflicts_with = "model_file")]
+    pub model: Option<PathBuf>,
+    /// Where random weights are kept (2 GB); written when not there. In the folder for temporary files by default.
+    #[arg(long, value_name = "FILE", value_parser = safetensors_file)]
+    pub model_file: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl BenchArgs {
+    /// What is trained on.
+    pub fn model(&self) -> ModelSource {
+        match &self.model {
+            Some(path) => ModelSource::Own(path.clone()),
+            None => ModelSource::Random(self.model_file.clone()),
+        }
+    }
+}
+
+/// Generations of models that can be measured.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FamilyName {
+    /// Stable Diffusion 1.5.
+    Sd1,
+}
+
+impl From<FamilyName> for Family {
+    fn from(name: FamilyName) -> Self {
+        match name {
+            FamilyName::Sd1 => Self::Sd1,
+        }
+    }
+}
+
+/// Kinds of gradient checkpointing.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum CheckpointingName {
+    /// All activations are kept.
+    None,
+}
+
+impl From<CheckpointingName> for GradientCheckpointing {
+    fn from(name: CheckpointingName) -> Self {
+        match name {
+            CheckpointingName::None => Self::None,
+        }
+    }
+}
+
+/// Number formats of the computation.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionName {
+    /// 32-bit floats.
+    Fp32,
+}
+
+impl From<PrecisionName> for Precision {
+    fn from(name: PrecisionName) -> Self {
+        match name {
+            PrecisionName::Fp32 => Self::Fp32,
+        }
+    }
+}
+
+fn resolution_px(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(side @ 64..=4096) if side % 64 == 0 => Ok(side),
+        _ => Err("expected a multiple of 64 from 64 to 4096".to_owned()),
+    }
+}
+
+fn safetensors_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.extension().is_some_and(|end| end == "safetensors") {
+        Ok(path)
+    } else {
+        Err("expected a name that ends with `.safetensors`".to_owned())
+    }
 }
 
 /// Flags of `lora-output`.

@@ -12,6 +12,7 @@ pub mod training;
 pub mod plugin_host;
 pub mod store;
 
+pub mod bench;
 pub mod datasets;
 pub mod models;
 pub mod runs;

@@ -4,9 +4,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
-use lorasmith::cli::{Cli, Command, DemoArgs, VerifyArgs};
+use lorasmith::bench::{self, BenchOptions, Moment};
+use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
 use lorasmith::demo::{self, DemoOptions};
+use lorasmith::plugin_host::PluginHost;
 use lorasmith::runs::WorkerEnd;
 use lorasmith::verify::{self, VerifyOptions};
 use lorasmith::{app, listing, telemetry};
@@ -15,6 +17,7 @@ use lorasmith::{app, listing, telemetry};
 const LEARNED: f64 = 0.5;
 
 fn main() -> Result<ExitCode> {
+    let process_start = Moment::process_start();
     let cli = Cli::parse();
     telemetry::init(match cli.command {
         Command::Serve(_) | Command::Worker(_) => "info",
@@ -38,6 +41,10 @@ fn main() -> Result<ExitCode> {
         }
         Command::Demo(args) => run_demo(args),
         Command::Verify(args) => run_verify(&args),
+        Command::Bench(args) => {
+            let plugins = app::find_plugins(&load(Overrides::default())?);
+            run_bench(&args, &plugins, process_start)
+        }
         Command::LoraOutput(args) => {
             verify::lora_output(&args.base, &args.lora, &args.output)?;
             Ok(ExitCode::SUCCESS)
@@ -97,4 +104,25 @@ fn run_verify(args: &VerifyArgs) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn run_bench(args: &BenchArgs, plugins: &PluginHost, process_start: Moment) -> Result<ExitCode> {
+    let options = BenchOptions {
+        family: args.family.into(),
+        model: args.model(),
+        resolution_px: args.resolution,
+        batch_size: args.batch_size as usize,
+        steps: args.steps as usize,
+        rank: args.rank as usize,
+        gradient_checkpointing: args.gradient_checkpointing.into(),
+        precision: args.precision.into(),
+        device: args.device.parse()?,
+    };
+    let report = bench::run(&options, plugins, process_start)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
     ("networks", &["diffusion"]),
@@ -42,6 +42,10 @@ const MAY_USE: [(&str, &[&str]); 15] = [
         "verify",
         &["diffusion", "networks", "training", "plugin_host"],
     ),
+    (
+        "bench",
+        &["diffusion", "networks", "training", "plugin_host"],
+    ),
     ("demo", &["app", "config"]),
     ("telemetry", &[]),
     ("config", &[]),
@@ -64,6 +68,7 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
             "src/dataloader/",
             "src/plugin_host/",
             "src/verify/",
+            "src/bench/",
         ],
     ),
     // SIMD, the one place that maps files, and the C boundary.
