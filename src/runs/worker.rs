@@ -169,7 +169,10 @@ fn run_training(
 ) -> Result<TrainOutcome, Failure> {
     let unreadable = |error: serde_json::Error| Failure::new("spec_unreadable", error);
     let spec: RunSpec = serde_json::from_str(&run.spec).map_err(unreadable)?;
-    let images: Vec<SnapshotImage> = serde_json::from_str(&run.images).map_err(unreadable)?;
+    let images = runtime
+        .block_on(parts.store.run_images(run.id))
+        .map_err(|error| Failure::new("store_failed", error))?;
+    let images: Vec<SnapshotImage> = serde_json::from_str(&images).map_err(unreadable)?;
     let settings = &spec.settings;
 
     let asked = spec
