@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::sea_query::{Expr, ExprTrait as _};
+use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
 use sea_orm::{
     ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _, QuerySelect as _,
     Set,
@@ -259,23 +259,14 @@ impl Store {
         }
         for metric in report.metrics {
             // A step can have a loss and, a moment later, a validation loss: one row holds both.
-            let validation = metric.validation_loss;
-            let known = run_metric::Entity::find_by_id((id, signed(metric.step)))
-                .one(&transaction)
+            run_metric::Entity::insert(metric_row(id, metric))
+                .on_conflict(
+                    OnConflict::columns([run_metric::Column::RunId, run_metric::Column::Step])
+                        .update_column(run_metric::Column::ValidationLoss)
+                        .to_owned(),
+                )
+                .exec_without_returning(&transaction)
                 .await?;
-            match known {
-                None => {
-                    let row = metric_row(id, metric);
-                    run_metric::Entity::insert(row)
-                        .exec_without_returning(&transaction)
-                        .await?;
-                }
-                Some(known) => {
-                    let mut row: run_metric::ActiveModel = known.into();
-                    row.validation_loss = Set(validation);
-                    row.update(&transaction).await?;
-                }
-            }
         }
         for sample in report.samples {
             run_sample::Entity::insert(sample_row(id, sample))
