@@ -184,10 +184,7 @@ impl Loop {
     }
 
     async fn fail(&self, run: &Run, code: &str, message: &str) -> Result<(), StoreError> {
-        let failure = RunFailure {
-            code: code.to_owned(),
-            message: message.to_owned(),
-        };
+        let failure = RunFailure::new(code, message);
         let from = state::before(RunState::Failed);
         self.store
             .move_run(run.id, from, RunState::Failed, Some(&failure))

@@ -157,6 +157,16 @@ pub struct RunFailure {
     pub message: String,
 }
 
+impl RunFailure {
+    /// The word, and what an error says.
+    pub fn new(code: &str, message: impl ToString) -> Self {
+        Self {
+            code: code.to_owned(),
+            message: message.to_string(),
+        }
+    }
+}
+
 /// Which runs a list is about.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RunFilter {
