@@ -11,7 +11,7 @@ use super::ingest;
 use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
-use super::rules::Checker;
+use super::rules::{Checker, SubsetWords};
 use crate::store::datasets::{Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
 use crate::store::{Store, StoreError};
 
@@ -128,13 +128,13 @@ impl DatasetService {
         settings: &SubsetSettings,
         expected: i64,
     ) -> Result<Subset, DatasetError> {
-        Checker::default()
-            .subset_name("name", &settings.name)
-            .repeats("repeats", settings.repeats)
-            .prompt("instance_prompt", settings.instance_prompt.as_deref())
-            .prompt("class_prompt", settings.class_prompt.as_deref())
-            .finish()
-            .map_err(DatasetError::InvalidSubset)?;
+        let words = SubsetWords {
+            name: Some(("name", &settings.name)),
+            repeats: Some(settings.repeats),
+            instance_prompt: settings.instance_prompt.as_deref(),
+            class_prompt: settings.class_prompt.as_deref(),
+        };
+        words.check().map_err(DatasetError::InvalidSubset)?;
         let updated = self
             .store
             .update_subset(subset_id, settings, expected)
