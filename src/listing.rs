@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::api::plugins::Plugins;
 use crate::diffusion::devices;
 use crate::plugin_host::PluginHost;
 
@@ -14,25 +15,7 @@ use crate::plugin_host::PluginHost;
 /// Never in practice; writing JSON could fail.
 pub fn plugins(host: &PluginHost, as_json: bool) -> Result<String> {
     if as_json {
-        let list: Vec<_> = host
-            .plugins()
-            .iter()
-            .map(|plugin| {
-                json!({
-                    "file": plugin.path.display().to_string(),
-                    "status": if plugin.reason.is_some() { "refused" } else { "loaded" },
-                    "reason": plugin.reason,
-                    "sha256": plugin.sha256,
-                    "id": plugin.id,
-                    "version": plugin.version,
-                    "license": plugin.license,
-                    "abi": plugin.abi.map(|(major, minor)| format!("{major}.{minor}")),
-                    "optimizers": plugin.optimizers,
-                    "schedulers": plugin.schedulers,
-                })
-            })
-            .collect();
-        return Ok(serde_json::to_string_pretty(&json!({"data": list}))? + "\n");
+        return Ok(serde_json::to_string_pretty(&Plugins::from(host))? + "\n");
     }
     let mut text = String::new();
     for plugin in host.plugins() {

@@ -162,11 +162,7 @@ impl Subscription {
     }
 
     async fn run_has_ended(&self) -> Result<bool, Problem> {
-        let run = self
-            .store
-            .run(self.run_id)
-            .await
-            .map_err(Problem::internal)?;
-        Ok(state::has_ended(run.state))
+        let state = self.store.run_state(self.run_id).await;
+        Ok(state::has_ended(state.map_err(Problem::internal)?))
     }
 }

@@ -111,6 +111,14 @@ pub struct Plugins {
     pub data: Vec<Plugin>,
 }
 
+impl From<&PluginHost> for Plugins {
+    fn from(host: &PluginHost) -> Self {
+        Self {
+            data: host.plugins().iter().map(Plugin::from).collect(),
+        }
+    }
+}
+
 /// List the optimizers.
 ///
 /// Each with the JSON Schema of its settings.
@@ -146,6 +154,5 @@ pub async fn list_schedulers(host: Data<PluginHost>) -> web::Json<Components> {
 )]
 #[get("/plugins")]
 pub async fn list_plugins(host: Data<PluginHost>) -> web::Json<Plugins> {
-    let data = host.plugins().iter().map(Plugin::from).collect();
-    web::Json(Plugins { data })
+    web::Json(Plugins::from(host.get_ref()))
 }

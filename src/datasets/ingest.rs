@@ -15,7 +15,7 @@ use super::prepare::{
     Target,
 };
 use super::report::{FileReport, Outcome, Remark};
-use super::rules::Checker;
+use super::rules::SubsetWords;
 use super::service::missing;
 use crate::store::datasets::{AddedImage, ImageName, NewImage, SubsetHints};
 use crate::store::{Store, StoreError, StoredBlob};
@@ -25,18 +25,13 @@ const BATCH: usize = 32;
 
 /// Checks what the upload says about its subset.
 pub fn check_choice(choice: &SubsetChoice) -> Result<(), DatasetError> {
-    let mut checker = Checker::default();
-    if let Some(name) = &choice.name {
-        checker.subset_name("subset", name);
-    }
-    if let Some(repeats) = choice.repeats {
-        checker.repeats("repeats", repeats);
-    }
-    checker
-        .prompt("instance_prompt", choice.instance_prompt.as_deref())
-        .prompt("class_prompt", choice.class_prompt.as_deref())
-        .finish()
-        .map_err(DatasetError::InvalidSubset)
+    let words = SubsetWords {
+        name: choice.name.as_deref().map(|name| ("subset", name)),
+        repeats: choice.repeats,
+        instance_prompt: choice.instance_prompt.as_deref(),
+        class_prompt: choice.class_prompt.as_deref(),
+    };
+    words.check().map_err(DatasetError::InvalidSubset)
 }
 
 /// Takes files in, batch by batch; a later failure leaves the earlier batches in the dataset.
@@ -253,12 +248,13 @@ fn hints(target: &Target) -> SubsetHints {
 }
 
 fn check_target(target: &Target) -> Result<(), Vec<InvalidField>> {
-    Checker::default()
-        .subset_name("subset", &target.name)
-        .repeats("repeats", target.repeats.unwrap_or(1))
-        .prompt("instance_prompt", target.instance_prompt.as_deref())
-        .prompt("class_prompt", target.class_prompt.as_deref())
-        .finish()
+    let words = SubsetWords {
+        name: Some(("subset", &target.name)),
+        repeats: target.repeats,
+        instance_prompt: target.instance_prompt.as_deref(),
+        class_prompt: target.class_prompt.as_deref(),
+    };
+    words.check()
 }
 
 fn describe(wrong: &[InvalidField]) -> Remark {

@@ -6,6 +6,34 @@ pub const MAX_NAME_CHARS: usize = 128;
 pub const MAX_PROMPT_CHARS: usize = 1000;
 pub const MAX_REPEATS: u32 = 10_000;
 
+/// What somebody says about a subset. What is absent is not checked.
+#[derive(Clone, Copy, Debug)]
+pub struct SubsetWords<'a> {
+    /// The field that its name comes from, and the name.
+    pub name: Option<(&'static str, &'a str)>,
+    pub repeats: Option<u32>,
+    pub instance_prompt: Option<&'a str>,
+    pub class_prompt: Option<&'a str>,
+}
+
+impl SubsetWords<'_> {
+    /// # Errors
+    /// Everything that a subset cannot be.
+    pub fn check(&self) -> Result<(), Vec<InvalidField>> {
+        let mut checker = Checker::default();
+        if let Some((field, name)) = self.name {
+            checker.subset_name(field, name);
+        }
+        if let Some(repeats) = self.repeats {
+            checker.repeats("repeats", repeats);
+        }
+        checker
+            .prompt("instance_prompt", self.instance_prompt)
+            .prompt("class_prompt", self.class_prompt)
+            .finish()
+    }
+}
+
 /// Collects wrong values, so that an answer names all of them.
 #[derive(Debug, Default)]
 pub struct Checker(Vec<InvalidField>);

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::state;
 use super::worker::LEASE;
-use crate::store::runs::{Metric, NewLora, NewSample, Progress, RunState, WorkerReport};
+use crate::store::runs::{Lease, Metric, NewLora, NewSample, Progress, RunState, WorkerReport};
 use crate::store::{Store, StoreError};
 use crate::training::{Control, Phase, ProgressSink, Report, StepReport};
 
@@ -411,12 +411,12 @@ impl Writer {
             .renew_lease(self.run_id, &self.owner, LEASE)
             .await
         {
-            Ok(Some(run)) => {
-                if run.cancel_requested {
+            Ok(Lease::Held { cancel_requested }) => {
+                if cancel_requested {
                     self.stop.cancelled.store(true, Ordering::Relaxed);
                 }
             }
-            Ok(None) => self.stop.lost.store(true, Ordering::Relaxed),
+            Ok(Lease::Lost) => self.stop.lost.store(true, Ordering::Relaxed),
             // A missed beat is no harm as long as the lease lasts.
             Err(error) => tracing::warn!(%error, "the lease was not renewed"),
         }

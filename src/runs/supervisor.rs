@@ -184,10 +184,7 @@ impl Loop {
     }
 
     async fn fail(&self, run: &Run, code: &str, message: &str) -> Result<(), StoreError> {
-        let failure = RunFailure {
-            code: code.to_owned(),
-            message: message.to_owned(),
-        };
+        let failure = RunFailure::new(code, message);
         let from = state::before(RunState::Failed);
         self.store
             .move_run(run.id, from, RunState::Failed, Some(&failure))
@@ -196,6 +193,11 @@ impl Loop {
     }
 
     async fn start_queued(&mut self) -> Result<(), StoreError> {
+        let mut waiting = self.store.runs_in(&[RunState::Queued]).await?;
+        waiting.retain(|run| !self.children.contains_key(&run.id));
+        if waiting.is_empty() {
+            return Ok(());
+        }
         let held = self.store.runs_in(&state::HELD).await?;
         // Workers of an earlier service count too: they still use the device.
         let foreign = held
@@ -206,12 +208,9 @@ impl Loop {
             .command
             .max_workers
             .saturating_sub(self.children.len() + foreign);
-        for run in self.store.runs_in(&[RunState::Queued]).await? {
+        for run in waiting {
             if free == 0 {
                 break;
-            }
-            if self.children.contains_key(&run.id) {
-                continue;
             }
             match self.spawn(run.id) {
                 Ok(child) => {

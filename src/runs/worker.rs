@@ -55,22 +55,7 @@ pub enum WorkerEnd {
     Released,
 }
 
-/// A failure as the run's row tells it.
-struct Failure {
-    code: &'static str,
-    message: String,
-}
-
-impl Failure {
-    fn new(code: &'static str, message: impl ToString) -> Self {
-        Self {
-            code,
-            message: message.to_string(),
-        }
-    }
-}
-
-impl From<TrainError> for Failure {
+impl From<TrainError> for RunFailure {
     fn from(error: TrainError) -> Self {
         let code = match &error {
             TrainError::Settings(_) => "invalid_settings",
@@ -111,7 +96,7 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let trained = run_training(runtime, parts, &run, &mut reporter).map_err(|failure| {
             match reporter.failure() {
-                Some(message) => Failure::new("store_failed", message),
+                Some(message) => RunFailure::new("store_failed", message),
                 None => failure,
             }
         });
@@ -120,20 +105,19 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
         }
         trained
     }))
-    .unwrap_or_else(|panic| Err(Failure::new("worker_panicked", panic_text(panic.as_ref()))));
+    .unwrap_or_else(|panic| {
+        Err(RunFailure::new(
+            "worker_panicked",
+            panic_text(panic.as_ref()),
+        ))
+    });
 
     let (to, failure, end) = match outcome {
         Ok(_) => (RunState::Succeeded, None, WorkerEnd::Succeeded),
         Err(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
         Err(_) if stop.is_leaving() => (RunState::Interrupted, None, WorkerEnd::Released),
         Err(_) if stop.is_cancelled() => (RunState::Cancelled, None, WorkerEnd::Cancelled),
-        Err(failure) => {
-            let failure = RunFailure {
-                code: failure.code.to_owned(),
-                message: failure.message,
-            };
-            (RunState::Failed, Some(failure), WorkerEnd::Failed)
-        }
+        Err(failure) => (RunState::Failed, Some(failure), WorkerEnd::Failed),
     };
     runtime.block_on(async {
         let store = &parts.store;
@@ -166,33 +150,36 @@ fn run_training(
     parts: &WorkerParts,
     run: &Run,
     reporter: &mut Reporter,
-) -> Result<TrainOutcome, Failure> {
-    let unreadable = |error: serde_json::Error| Failure::new("spec_unreadable", error);
+) -> Result<TrainOutcome, RunFailure> {
+    let unreadable = |error: serde_json::Error| RunFailure::new("spec_unreadable", error);
     let spec: RunSpec = serde_json::from_str(&run.spec).map_err(unreadable)?;
-    let images: Vec<SnapshotImage> = serde_json::from_str(&run.images).map_err(unreadable)?;
+    let images = runtime
+        .block_on(parts.store.run_images(run.id))
+        .map_err(|error| RunFailure::new("store_failed", error))?;
+    let images: Vec<SnapshotImage> = serde_json::from_str(&images).map_err(unreadable)?;
     let settings = &spec.settings;
 
     let asked = spec
         .device
         .parse()
-        .map_err(|error| Failure::new("device_unusable", error))?;
-    let device = devices::open(asked).map_err(|error| Failure::new("device_unusable", error))?;
+        .map_err(|error| RunFailure::new("device_unusable", error))?;
+    let device = devices::open(asked).map_err(|error| RunFailure::new("device_unusable", error))?;
     let noted = format!("{} ({})", device.info.id, device.info.name);
     runtime
         .block_on(parts.store.set_device(run.id, &noted))
-        .map_err(|error| Failure::new("store_failed", error))?;
+        .map_err(|error| RunFailure::new("store_failed", error))?;
 
     reporter.report(Report::Phase(Phase::Loading));
     let found = parts
         .models
         .find(&spec.base_model_id)
-        .map_err(|error| Failure::new("model_unusable", error))?;
+        .map_err(|error| RunFailure::new("model_unusable", error))?;
     let Some(base) = found else {
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
-        return Err(Failure::new("model_unusable", message));
+        return Err(RunFailure::new("model_unusable", message));
     };
     let mut model = StableDiffusion::load(&base.path, &LoadOptions::new(&device.device))
-        .map_err(|error| Failure::new("model_unusable", error))?;
+        .map_err(|error| RunFailure::new("model_unusable", error))?;
     let trained = TrainParts {
         unet: settings.unet_lr != 0.0,
         text_encoder: settings.text_encoder_lr != 0.0,
@@ -204,10 +191,10 @@ fn run_training(
         settings.seed,
         &device.device,
     )
-    .map_err(|error| Failure::new("training_failed", error))?;
+    .map_err(|error| RunFailure::new("training_failed", error))?;
 
     let data = training_set(&parts.store, images, &spec, &base.path, &parts.latent_cache);
-    let plugin = |error| Failure::new("plugin_failed", error);
+    let plugin = |error| RunFailure::new("plugin_failed", error);
     let mut optimizer = parts
         .plugins
         .create_optimizer(&settings.optimizer.id, &settings.optimizer.settings)
@@ -227,7 +214,7 @@ fn run_training(
         .store
         .blobs()
         .scratch()
-        .map_err(|error| Failure::new("store_failed", error))?;
+        .map_err(|error| RunFailure::new("store_failed", error))?;
     reporter.expect_steps(total_steps);
     Ok(train(
         &mut model,
@@ -275,7 +262,7 @@ fn training_set(
 }
 
 /// The scheduler wants to know the length before the loop does.
-fn total_steps(data: &TrainingSet, spec: &RunSpec) -> Result<u64, Failure> {
+fn total_steps(data: &TrainingSet, spec: &RunSpec) -> Result<u64, RunFailure> {
     match spec.settings.length {
         TrainLength::Steps(steps) => Ok(steps),
         TrainLength::Epochs(_) => Ok(crate::training::planned_steps(data, &spec.settings)?),

@@ -3,11 +3,14 @@
 
 mod claims;
 mod records;
+#[cfg(test)]
+mod tests;
 
 use sea_orm::sea_query::Expr;
 use sea_orm::{
     ActiveModelTrait as _, ColumnTrait as _, DatabaseTransaction, EntityTrait as _,
-    QueryFilter as _, QueryOrder as _, QuerySelect as _, Set,
+    IdenStatic as _, Iterable as _, QueryFilter as _, QueryOrder as _, QuerySelect as _, Select,
+    Set,
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -16,7 +19,7 @@ use uuid::Uuid;
 use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of};
 
-pub use claims::{NewLora, Progress, WorkerReport};
+pub use claims::{Lease, NewLora, Progress, WorkerReport};
 pub use records::{Event, Metric, NewSample, Sample};
 
 /// Where a run is in its life.
@@ -77,7 +80,7 @@ impl RunState {
     }
 }
 
-/// A run as its row has it.
+/// A run as its row has it, but for the images: they can be many, and only its worker needs them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
     /// Its id.
@@ -88,8 +91,6 @@ pub struct Run {
     pub state: RunState,
     /// What was asked for; JSON that `runs` wrote.
     pub spec: String,
-    /// The images as they were when the run was made; JSON that `runs` wrote.
-    pub images: String,
     /// The dataset.
     pub dataset_id: Uuid,
     /// The base model.
@@ -141,7 +142,7 @@ pub struct NewRun {
     pub name: String,
     /// See [`Run::spec`].
     pub spec: String,
-    /// See [`Run::images`].
+    /// The images as they are now; JSON that `runs` wrote.
     pub images: String,
     /// See [`Run::dataset_id`].
     pub dataset_id: Uuid,
@@ -156,6 +157,16 @@ pub struct RunFailure {
     pub code: String,
     /// A sentence.
     pub message: String,
+}
+
+impl RunFailure {
+    /// The word, and what an error says.
+    pub fn new(code: &str, message: impl ToString) -> Self {
+        Self {
+            code: code.to_owned(),
+            message: message.to_string(),
+        }
+    }
 }
 
 /// Which runs a list is about.
@@ -203,8 +214,36 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn run(&self, id: Uuid) -> Result<Run, StoreError> {
-        let row = run::Entity::find_by_id(id).one(&self.db).await?;
+        let row = find().filter(run::Column::Id.eq(id)).one(&self.db).await?;
         read(row.ok_or(StoreError::NotFound)?)
+    }
+
+    /// Where a run is: what those ask who ask often.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn run_state(&self, id: Uuid) -> Result<RunState, StoreError> {
+        let word: Option<String> = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::State)
+            .into_tuple()
+            .one(&self.db)
+            .await?;
+        state_of(id, &word.ok_or(StoreError::NotFound)?)
+    }
+
+    /// The images as they were when the run was made; JSON that `runs` wrote.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn run_images(&self, id: Uuid) -> Result<String, StoreError> {
+        let images: Option<String> = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::Images)
+            .into_tuple()
+            .one(&self.db)
+            .await?;
+        images.ok_or(StoreError::NotFound)
     }
 
     /// Runs in the order in which they were made, after `after`.
@@ -217,9 +256,7 @@ impl Store {
         after: Option<Uuid>,
         limit: u64,
     ) -> Result<Vec<Run>, StoreError> {
-        let mut query = run::Entity::find()
-            .order_by_asc(run::Column::Id)
-            .limit(limit);
+        let mut query = find().order_by_asc(run::Column::Id).limit(limit);
         if let Some(state) = filter.state {
             query = query.filter(run::Column::State.eq(state.as_str()));
         }
@@ -237,7 +274,7 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn runs_in(&self, states: &[RunState]) -> Result<Vec<Run>, StoreError> {
-        let rows = run::Entity::find()
+        let rows = find()
             .filter(run::Column::State.is_in(words(states)))
             .order_by_asc(run::Column::Id)
             .all(&self.db)
@@ -287,11 +324,21 @@ async fn move_in(
     failure: Option<&RunFailure>,
     owner: Option<&str>,
 ) -> Result<bool, StoreError> {
-    let Some(row) = run::Entity::find_by_id(id).one(transaction).await? else {
+    let found: Option<(String, Option<String>, i32)> = run::Entity::find_by_id(id)
+        .select_only()
+        .columns([
+            run::Column::State,
+            run::Column::LeaseOwner,
+            run::Column::Attempt,
+        ])
+        .into_tuple()
+        .one(transaction)
+        .await?;
+    let Some((previous, lease_owner, attempt)) = found else {
         return Ok(false);
     };
-    let allowed = from.iter().any(|state| state.as_str() == row.state);
-    let owned = owner.is_none() || row.lease_owner.as_deref() == owner;
+    let allowed = from.iter().any(|state| state.as_str() == previous);
+    let owned = owner.is_none() || lease_owner.as_deref() == owner;
     if !(allowed && owned) {
         return Ok(false);
     }
@@ -320,8 +367,10 @@ async fn move_in(
         change.error_code = Set(Some(failure.code.clone()));
         change.error_message = Set(Some(failure.message.clone()));
     }
-    change.update(transaction).await?;
-    let mut data = json!({"state": to.as_str(), "previous": row.state, "attempt": row.attempt});
+    run::Entity::update(change)
+        .exec_without_returning(transaction)
+        .await?;
+    let mut data = json!({"state": to.as_str(), "previous": previous, "attempt": attempt});
     if let Some(failure) = failure {
         data["error"] = json!({"code": failure.code, "message": failure.message});
     }
@@ -360,17 +409,28 @@ fn words(states: &[RunState]) -> Vec<&'static str> {
     states.iter().map(|state| state.as_str()).collect()
 }
 
+/// Rows for [`read`]: the images stay in the database.
+fn find() -> Select<run::Entity> {
+    let columns = run::Column::iter().filter(|column| !matches!(column, run::Column::Images));
+    run::Entity::find()
+        .select_only()
+        .columns(columns)
+        .expr_as(Expr::cust("''"), run::Column::Images.as_str())
+}
+
+fn state_of(id: Uuid, word: &str) -> Result<RunState, StoreError> {
+    RunState::parse(word).ok_or_else(|| StoreError::Corrupt {
+        what: format!("runs, {id}, state"),
+        message: format!("found `{word}`"),
+    })
+}
+
 fn read(row: run::Model) -> Result<Run, StoreError> {
-    let state = RunState::parse(&row.state).ok_or_else(|| StoreError::Corrupt {
-        what: format!("runs, {}, state", row.id),
-        message: format!("found `{}`", row.state),
-    })?;
     Ok(Run {
         id: row.id,
         name: row.name,
-        state,
+        state: state_of(row.id, &row.state)?,
         spec: row.spec,
-        images: row.images,
         dataset_id: row.dataset_id,
         base_model_id: row.base_model_id,
         error_code: row.error_code,

@@ -34,13 +34,9 @@ impl Objective {
 
     /// The factor on the loss at a timestep: 1, or `min(snr, γ) / snr` for `ε` and `min(snr, γ) / (snr + 1)` for `v`.
     pub fn weight(&self, schedule: &NoiseSchedule, timestep: usize) -> f64 {
-        let Some(gamma) = self.min_snr_gamma else {
-            return 1.0;
-        };
-        let snr = schedule.snr(timestep);
-        match self.prediction {
-            PredictionType::Epsilon => snr.min(gamma) / snr,
-            PredictionType::VPrediction => snr.min(gamma) / (snr + 1.0),
+        match self.min_snr_gamma {
+            None => 1.0,
+            Some(gamma) => schedule.min_snr_weight(timestep, gamma, self.prediction),
         }
     }
 }

@@ -2,15 +2,9 @@
 
 use std::io::{Cursor, Write as _};
 use std::net::Ipv4Addr;
-use std::sync::mpsc;
-use std::thread::JoinHandle;
 
-use actix_web::dev::ServerHandle;
-use actix_web::web::Data;
-use actix_web::{HttpServer, rt};
-use lorasmith::api::auth::ApiKey;
-use lorasmith::datasets::{DatasetService, Limits};
-use lorasmith::store::Store;
+use lorasmith::app;
+use lorasmith::config::Config;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use ureq::http::{HeaderMap, Request, Response};
@@ -19,8 +13,7 @@ use ureq::http::{HeaderMap, Request, Response};
 pub struct Service {
     base: String,
     agent: ureq::Agent,
-    handle: ServerHandle,
-    thread: Option<JoinHandle<()>>,
+    running: Option<app::Service>,
     _folder: TempDir,
 }
 
@@ -76,44 +69,22 @@ impl Answer {
 impl Service {
     pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let data = folder.path().to_owned();
-        let (ready, started) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let serve = async move {
-                let url = format!("sqlite://{}?mode=rwc", data.join("test.sqlite").display());
-                let store = Store::open(&url, &data).await.expect("a store");
-                let datasets = DatasetService::new(store.clone(), Limits::default());
-                let server = HttpServer::new(move || {
-                    let (store, datasets) = (store.clone(), datasets.clone());
-                    lorasmith::api::app(ApiKey::new(None), move |config| {
-                        config
-                            .app_data(Data::new(store))
-                            .app_data(Data::new(datasets));
-                    })
-                });
-                let server = server
-                    .workers(1)
-                    .disable_signals()
-                    .bind((Ipv4Addr::LOCALHOST, 0))
-                    .expect("a free port");
-                let address = server.addrs()[0];
-                let server = server.run();
-                ready
-                    .send((address, server.handle()))
-                    .expect("a waiting test");
-                server.await.expect("a server");
-            };
-            rt::System::new().block_on(serve);
+        let running = app::Service::start_in_background(Config {
+            bind: (Ipv4Addr::LOCALHOST, 0).into(),
+            data_dir: folder.path().join("data"),
+            models_dir: folder.path().join("models"),
+            http_workers: 1,
+            ..Config::default()
         });
-        let (address, handle) = started.recv().expect("a service that starts");
+        let running = running.expect("a service that starts");
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
+            .max_idle_connections(0) // the service would wait for them at its end
             .build();
         Self {
-            base: format!("http://{address}"),
+            base: format!("http://{}", running.address()),
             agent: config.new_agent(),
-            handle,
-            thread: Some(thread),
+            running: Some(running),
             _folder: folder,
         }
     }
@@ -139,6 +110,10 @@ impl Service {
 
     pub fn delete(&self, path: &str) -> Answer {
         self.send("DELETE", path, &[], &[])
+    }
+
+    pub fn delete_if_match(&self, path: &str, tag: &str) -> Answer {
+        self.send("DELETE", path, &[("if-match", tag)], &[])
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Answer {
@@ -192,13 +167,11 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // The command is sent when `stop` is called; its future only waits for the end.
-        drop(self.handle.stop(false));
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+        if let Some(running) = self.running.take()
+            && let Err(error) = running.stop()
             && !std::thread::panicking()
         {
-            panic!("the service has panicked");
+            panic!("{error:#}");
         }
     }
 }

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use sea_orm::sea_query::{Expr, ExprTrait as _};
-use sea_orm::{ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _, Set};
+use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use sea_orm::{
+    ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _, QuerySelect as _,
+    Set,
+};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -69,6 +72,18 @@ pub struct NewLora {
     pub size_bytes: u64,
 }
 
+/// What a worker learns when it renews its lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// The run is still its own.
+    Held {
+        /// Whether somebody has asked for the run's end.
+        cancel_requested: bool,
+    },
+    /// Somebody else has the run, or it has ended.
+    Lost,
+}
+
 impl Store {
     /// Takes a queued run for the worker `owner`; `None` when it is not queued (any more).
     ///
@@ -128,7 +143,7 @@ impl Store {
         read(row).map(Some)
     }
 
-    /// Renews the lease; the run as it is, or `None` when the worker has lost it.
+    /// Renews the lease.
     ///
     /// # Errors
     /// When the database fails.
@@ -137,7 +152,7 @@ impl Store {
         id: Uuid,
         owner: &str,
         lease: Duration,
-    ) -> Result<Option<Run>, StoreError> {
+    ) -> Result<Lease, StoreError> {
         let renewed = run::Entity::update_many()
             .col_expr(
                 run::Column::LeaseUntilMs,
@@ -148,9 +163,16 @@ impl Store {
             .exec(&self.db)
             .await?;
         if renewed.rows_affected == 0 {
-            return Ok(None);
+            return Ok(Lease::Lost);
         }
-        self.run(id).await.map(Some)
+        let cancel_requested = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::CancelRequested)
+            .into_tuple()
+            .one(&self.db)
+            .await?;
+        let cancel_requested = cancel_requested.ok_or(StoreError::NotFound)?;
+        Ok(Lease::Held { cancel_requested })
     }
 
     /// Moves a run that `owner` works on; `false` when it has lost the run or the state is another.
@@ -209,12 +231,7 @@ impl Store {
         report: WorkerReport,
     ) -> Result<bool, StoreError> {
         let transaction = self.begin().await?;
-        let row = run::Entity::find_by_id(id).one(&transaction).await?;
-        if row.and_then(|row| row.lease_owner).as_deref() != Some(owner) {
-            return Ok(false);
-        }
         let mut change = run::ActiveModel {
-            id: Set(id),
             updated_at_ms: Set(now_ms()),
             ..Default::default()
         };
@@ -231,26 +248,25 @@ impl Store {
         if report.phase.is_some() {
             change.phase = Set(report.phase);
         }
-        change.update(&transaction).await?;
+        let changed = run::Entity::update_many()
+            .set(change)
+            .filter(run::Column::Id.eq(id))
+            .filter(run::Column::LeaseOwner.eq(owner))
+            .exec(&transaction)
+            .await?;
+        if changed.rows_affected == 0 {
+            return Ok(false);
+        }
         for metric in report.metrics {
             // A step can have a loss and, a moment later, a validation loss: one row holds both.
-            let validation = metric.validation_loss;
-            let known = run_metric::Entity::find_by_id((id, signed(metric.step)))
-                .one(&transaction)
+            run_metric::Entity::insert(metric_row(id, metric))
+                .on_conflict(
+                    OnConflict::columns([run_metric::Column::RunId, run_metric::Column::Step])
+                        .update_column(run_metric::Column::ValidationLoss)
+                        .to_owned(),
+                )
+                .exec_without_returning(&transaction)
                 .await?;
-            match known {
-                None => {
-                    let row = metric_row(id, metric);
-                    run_metric::Entity::insert(row)
-                        .exec_without_returning(&transaction)
-                        .await?;
-                }
-                Some(known) => {
-                    let mut row: run_metric::ActiveModel = known.into();
-                    row.validation_loss = Set(validation);
-                    row.update(&transaction).await?;
-                }
-            }
         }
         for sample in report.samples {
             run_sample::Entity::insert(sample_row(id, sample))

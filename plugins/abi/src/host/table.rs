@@ -145,6 +145,19 @@ fn slot<T>(tensor: Result<T, String>, shape: Shape) -> Result<Slot<T>, Fault> {
     })
 }
 
+/// What is done under the name of a state.
+///
+/// # Safety
+/// The bytes of `name` are readable.
+unsafe fn of_state<T>(
+    name: LsStr,
+    body: impl FnOnce(&str) -> Result<T, Fault>,
+) -> Result<T, Fault> {
+    // SAFETY: the caller vouches for `name`.
+    let name = unsafe { text_from_plugin(name, "state name") }?;
+    body(&name)
+}
+
 // SAFETY, for all functions below: the header asks the plugin for the conditions of `enter` and `make`, and for
 // pointers that are good for as many values as it says.
 
@@ -441,17 +454,18 @@ unsafe extern "C" fn state<B: Tensors>(
     // SAFETY: see above.
     unsafe {
         make::<B>(ctx, out, |s| {
-            let name = text_from_plugin(name, "state name")?;
-            let shape = match kind {
-                STATE_LIKE_PARAM => s.param_shape(param)?,
-                STATE_SHAPE => shape_from_plugin(dims, rank)?,
-                STATE_SCALAR => Shape::SCALAR,
-                kind => {
-                    let message = format!("state `{name}`: unknown kind {kind}");
-                    return Err(Fault::new(BAD_ARGUMENT, message));
-                }
-            };
-            s.state(param, &name, shape)
+            of_state(name, |name| {
+                let shape = match kind {
+                    STATE_LIKE_PARAM => s.param_shape(param)?,
+                    STATE_SHAPE => shape_from_plugin(dims, rank)?,
+                    STATE_SCALAR => Shape::SCALAR,
+                    kind => {
+                        let message = format!("state `{name}`: unknown kind {kind}");
+                        return Err(Fault::new(BAD_ARGUMENT, message));
+                    }
+                };
+                s.state(param, name, shape)
+            })
         })
     }
 }
@@ -465,8 +479,7 @@ unsafe extern "C" fn assign_state<B: Tensors>(
     // SAFETY: see above.
     unsafe {
         enter::<B>(ctx, |s| {
-            let name = text_from_plugin(name, "state name")?;
-            s.assign_state(param, &name, a)
+            of_state(name, |name| s.assign_state(param, name, a))
         })
     }
 }
@@ -480,8 +493,7 @@ unsafe extern "C" fn counter<B: Tensors>(
     // SAFETY: see above.
     unsafe {
         enter::<B>(ctx, |s| {
-            let name = text_from_plugin(name, "state name")?;
-            write_out(out, s.counter(param, &name)?)
+            of_state(name, |name| write_out(out, s.counter(param, name)?))
         })
     }
 }
@@ -495,8 +507,7 @@ unsafe extern "C" fn set_counter<B: Tensors>(
     // SAFETY: see above.
     unsafe {
         enter::<B>(ctx, |s| {
-            let name = text_from_plugin(name, "state name")?;
-            s.set_counter(param, &name, value)
+            of_state(name, |name| s.set_counter(param, name, value))
         })
     }
 }
