@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
-use crate::bench::{GradientCheckpointing, ModelSource, Precision};
+use crate::bench::{ModelSource, Precision};
 use crate::config::Overrides;
 use crate::diffusion::Family;
+use crate::training::GradientCheckpointing;
 
 /// Trains LoRA adapters for Stable Diffusion on any GPU, behind a REST API.
 #[derive(Debug, Parser)]
@@ -183,12 +184,15 @@ impl From<FamilyName> for Family {
 pub enum CheckpointingName {
     /// All activations are kept.
     None,
+    /// What goes into each block is kept, and the block runs again.
+    Blocks,
 }
 
 impl From<CheckpointingName> for GradientCheckpointing {
     fn from(name: CheckpointingName) -> Self {
         match name {
             CheckpointingName::None => Self::None,
+            CheckpointingName::Blocks => Self::Blocks,
         }
     }
 }

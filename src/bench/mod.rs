@@ -19,7 +19,9 @@ use crate::diffusion::{Family, LoadError, LoadOptions, StableDiffusion};
 use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
 use crate::plugin_host::PluginHost;
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
-use crate::training::{Conditioning, MicroBatch, TrainLength, TrainSettings, Trainer};
+use crate::training::{
+    Conditioning, GradientCheckpointing, MicroBatch, TrainLength, TrainSettings, Trainer,
+};
 
 pub use report::{BenchReport, DeviceMemory, PhaseTimes, Summary};
 pub use usage::{Moment, Spent};
@@ -33,14 +35,6 @@ const VAE_FACTOR: usize = 8;
 const LATENT_CHANNELS: usize = 4;
 /// Tokens between begin and end of a caption.
 const CAPTION_TOKENS: usize = 75;
-
-/// Whether activations are kept for the backward pass or computed again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GradientCheckpointing {
-    /// They are kept.
-    None,
-}
 
 /// The number format that is computed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -184,6 +178,7 @@ pub fn run(
         scheduler.as_ref(),
         &settings,
     );
+    trainer.wait_after_phases();
     let start = process_start.elapsed().without(writing);
     let mut measured = Measured::new(start, trainer.network.parameter_count());
     for step in 0..=options.steps {
@@ -199,7 +194,9 @@ fn timed_step(
     step: usize,
 ) -> Result<StepMeasure, BenchError> {
     let start = Moment::now();
-    let output = trainer.optimizer_step(&[source.batch(step)])?;
+    let batch = source.batch(step);
+    let data_s = start.elapsed().wall_s;
+    let output = trainer.optimizer_step(&[batch])?;
     // The loss has been read, but the update may still be under way.
     trainer.device().sync().map_err(|error| BenchError::Step {
         step,
@@ -207,7 +204,13 @@ fn timed_step(
     })?;
     Ok(StepMeasure {
         spent: start.elapsed(),
-        phases: None, // the trainer does not tell them apart
+        phases: PhaseTimes {
+            data_s,
+            text_encoder_s: output.times.text_encoder_s,
+            forward_s: output.times.forward_s,
+            backward_s: output.times.backward_s,
+            optimizer_s: output.times.optimizer_s,
+        },
         loss: output.loss,
     })
 }
@@ -246,6 +249,7 @@ fn settings(options: &BenchOptions) -> TrainSettings {
         },
         length: TrainLength::Steps(1 + options.steps as u64),
         batch_size: options.batch_size,
+        gradient_checkpointing: options.gradient_checkpointing,
         ..TrainSettings::default()
     }
 }

@@ -6,9 +6,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::usage::{Spent, peak_rss_bytes};
-use super::{BenchOptions, GradientCheckpointing, Precision};
+use super::{BenchOptions, Precision};
 use crate::diffusion::Family;
 use crate::diffusion::devices::DeviceInfo;
+use crate::training::GradientCheckpointing;
 
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -91,7 +92,7 @@ impl DeviceMemory {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StepMeasure {
     pub spent: Spent,
-    pub phases: Option<PhaseTimes>,
+    pub phases: PhaseTimes,
     pub loss: f64,
 }
 
@@ -188,7 +189,7 @@ impl BenchReport {
         };
         let wall: Vec<f64> = timed.iter().map(|step| step.spent.wall_s).collect();
         let cpu: Vec<f64> = timed.iter().filter_map(|step| step.spent.cpu_s).collect();
-        let phases: Vec<PhaseTimes> = timed.iter().filter_map(|step| step.phases).collect();
+        let phases: Vec<PhaseTimes> = timed.iter().map(|step| step.phases).collect();
         Self {
             program: env!("CARGO_PKG_NAME"),
             version: env!("CARGO_PKG_VERSION"),
