@@ -13,7 +13,7 @@ use super::codes::Code;
 use super::extract::{Json, Query};
 use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
-use super::patch::{MergePatch, check_if_match, etag};
+use super::patch::{MergePatch, check_if_match, etag, insisted_revision};
 use super::problem::{FieldError, Problem, ProblemBody};
 use crate::datasets::{DatasetError, DatasetService, InvalidField};
 use crate::store::datasets as rows;
@@ -189,19 +189,26 @@ pub async fn get_dataset(
 /// Its subsets, images and captions go with it. A dataset that a run refers to stays: delete the runs first.
 #[utoipa::path(
     tag = "datasets",
-    params(("dataset_id" = Uuid, Path, description = "The dataset's id")),
+    params(
+        ("dataset_id" = Uuid, Path, description = "The dataset's id"),
+        ("If-Match" = Option<String>, Header, description = "The ETag of what is to be deleted"),
+    ),
     responses(
         (status = 204, description = "Deleted"),
         (status = 404, description = "`dataset_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 409, description = "`dataset_in_use`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 #[delete("/datasets/{dataset_id}")]
 pub async fn delete_dataset(
+    request: HttpRequest,
     datasets: Data<DatasetService>,
     dataset_id: web::Path<Uuid>,
 ) -> Result<HttpResponse, Problem> {
-    datasets.delete(*dataset_id).await?;
+    let (dataset, _) = datasets.get(*dataset_id).await?;
+    let expected = insisted_revision(&request, dataset.revision)?;
+    datasets.delete(*dataset_id, expected).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::download::{self, Download};
 use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
-use super::patch::{MergePatch, check_if_match, etag};
+use super::patch::{MergePatch, check_if_match, etag, insisted_revision};
 use super::problem::{Problem, ProblemBody};
 use crate::datasets::DatasetService;
 use crate::store::datasets as rows;
@@ -179,19 +179,24 @@ pub async fn update_image(
     params(
         ("dataset_id" = Uuid, Path, description = "The dataset's id"),
         ("image_id" = Uuid, Path, description = "The image's id"),
+        ("If-Match" = Option<String>, Header, description = "The ETag of what is to be deleted"),
     ),
     responses(
         (status = 204, description = "Deleted"),
         (status = 404, description = "`dataset_not_found`, `image_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 #[delete("/datasets/{dataset_id}/images/{image_id}")]
 pub async fn delete_image(
+    request: HttpRequest,
     datasets: Data<DatasetService>,
     path: web::Path<(Uuid, Uuid)>,
 ) -> Result<HttpResponse, Problem> {
     let (dataset_id, image_id) = path.into_inner();
-    datasets.delete_image(dataset_id, image_id).await?;
+    let image = datasets.image(dataset_id, image_id).await?;
+    let expected = insisted_revision(&request, image.revision)?;
+    datasets.delete_image(image.id, expected).await?;
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -113,6 +113,16 @@ pub fn check_if_match(request: &HttpRequest, current: &str) -> Result<(), Proble
     Err(Problem::new(Code::PreconditionFailed, detail))
 }
 
+/// As [`check_if_match`]; also tells the revision that a request with `If-Match` insists on.
+///
+/// # Errors
+/// 412 that names both tags.
+pub fn insisted_revision(request: &HttpRequest, current: i64) -> Result<Option<i64>, Problem> {
+    check_if_match(request, &etag(current))?;
+    let given = request.headers().contains_key(header::IF_MATCH);
+    Ok(given.then_some(current))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -74,12 +74,12 @@ impl DatasetService {
         Ok(counted.collect())
     }
 
-    /// Deletes a dataset with everything in it.
+    /// Deletes a dataset with everything in it; with an expected revision only at that revision.
     ///
     /// # Errors
-    /// [`DatasetError::DatasetNotFound`], [`DatasetError::InUse`].
-    pub async fn delete(&self, id: Uuid) -> Result<(), DatasetError> {
-        let deleted = self.store.delete_dataset(id).await;
+    /// [`DatasetError::DatasetNotFound`], [`DatasetError::InUse`], [`DatasetError::Changed`].
+    pub async fn delete(&self, id: Uuid, expected: Option<i64>) -> Result<(), DatasetError> {
+        let deleted = self.store.delete_dataset(id, expected).await;
         deleted.map_err(|error| missing(error, DatasetError::DatasetNotFound(id)))
     }
 
@@ -192,13 +192,16 @@ impl DatasetService {
         updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
     }
 
-    /// Deletes one image of a dataset.
+    /// Deletes an image; with an expected revision only at that revision.
     ///
     /// # Errors
-    /// [`DatasetError::DatasetNotFound`], [`DatasetError::ImageNotFound`].
-    pub async fn delete_image(&self, dataset_id: Uuid, image_id: Uuid) -> Result<(), DatasetError> {
-        let image = self.image(dataset_id, image_id).await?;
-        let deleted = self.store.delete_image(image.id).await;
+    /// [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
+    pub async fn delete_image(
+        &self,
+        image_id: Uuid,
+        expected: Option<i64>,
+    ) -> Result<(), DatasetError> {
+        let deleted = self.store.delete_image(image_id, expected).await;
         deleted.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
     }
 

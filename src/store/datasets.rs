@@ -181,12 +181,21 @@ impl Store {
         Ok(counts.collect())
     }
 
-    /// Deletes a dataset with its subsets and images. The files stay: other rows may name the same content.
+    /// Deletes a dataset with its subsets and images; with an expected revision only at that revision.
+    ///
+    /// The files stay: other rows may name the same content.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]; [`StoreError::InUse`] when a run refers to it; or when the database fails.
-    pub async fn delete_dataset(&self, id: Uuid) -> Result<(), StoreError> {
+    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; [`StoreError::InUse`] when a run refers to it; or when the
+    /// database fails.
+    pub async fn delete_dataset(
+        &self,
+        id: Uuid,
+        expected_revision: Option<i64>,
+    ) -> Result<(), StoreError> {
         let write = self.begin().await?;
+        let row = dataset::Entity::find_by_id(id).one(&write).await?;
+        check_revision(expected_revision, row.ok_or(StoreError::NotFound)?.revision)?;
         // SQLite reports a restricting key as a failed trigger, so it is asked beforehand; the write lock is ours.
         let used = run::Entity::find()
             .select_only()

@@ -50,6 +50,30 @@ fn datasets_are_made_listed_and_deleted() {
 }
 
 #[test]
+fn what_has_changed_meanwhile_is_not_deleted() {
+    let service = Service::start();
+    let path = service.dataset("lumo");
+    let images = format!("{path}/images");
+    let upload = service.upload(&images, &[], &[("a.png", &png(1))]);
+    let id = upload.expect(201)["files"][0]["image_id"].clone();
+    let image = format!("{images}/{}", id.as_str().expect("an id"));
+    service
+        .delete_if_match(&path, "\"1\"")
+        .problem(412, "precondition_failed");
+    let seen = service.get(&image).header("etag").to_owned();
+    let caption = service.patch(&image, None, &json!({"caption": "lumo"}));
+    assert_ne!(caption.header("etag"), seen);
+    service
+        .delete_if_match(&image, &seen)
+        .problem(412, "precondition_failed");
+    for path in [&image, &path] {
+        let current = service.get(path).header("etag").to_owned();
+        assert_eq!(service.delete_if_match(path, &current).status, 204);
+        service.delete_if_match(path, "*").expect(404);
+    }
+}
+
+#[test]
 fn wrong_values_are_named() {
     let service = Service::start();
     let post = |body| service.post("/v1/datasets", &body);

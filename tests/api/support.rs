@@ -112,6 +112,10 @@ impl Service {
         self.send("DELETE", path, &[], &[])
     }
 
+    pub fn delete_if_match(&self, path: &str, tag: &str) -> Answer {
+        self.send("DELETE", path, &[("if-match", tag)], &[])
+    }
+
     pub fn post(&self, path: &str, body: &Value) -> Answer {
         self.post_with(path, &[], body)
     }

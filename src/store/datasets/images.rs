@@ -230,14 +230,21 @@ impl Store {
         Ok(write.commit().await?)
     }
 
-    /// Deletes an image. Its file stays: another subset, or a run that has begun, may name the same content.
+    /// Deletes an image; with an expected revision only at that revision.
+    ///
+    /// Its file stays: another subset, or a run that has begun, may name the same content.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], or when the database fails.
-    pub async fn delete_image(&self, id: Uuid) -> Result<(), StoreError> {
+    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
+    pub async fn delete_image(
+        &self,
+        id: Uuid,
+        expected_revision: Option<i64>,
+    ) -> Result<(), StoreError> {
         let write = self.begin().await?;
         let row = image::Entity::find_by_id(id).one(&write).await?;
         let row = row.ok_or(StoreError::NotFound)?;
+        check_revision(expected_revision, row.revision)?;
         touch(&write, row.dataset_id).await?;
         image::Entity::delete_many()
             .filter(image::Column::Id.eq(id))

@@ -51,8 +51,11 @@ async fn datasets_are_listed_in_pages_and_deleted() {
         .expect("a page");
     assert_eq!(rest, made[2..]);
     assert_eq!(store.dataset(made[1].id).await.expect("there"), made[1]);
-    store.delete_dataset(made[1].id).await.expect("deleted");
-    let again = store.delete_dataset(made[1].id).await;
+    store
+        .delete_dataset(made[1].id, None)
+        .await
+        .expect("deleted");
+    let again = store.delete_dataset(made[1].id, None).await;
     assert!(matches!(again, Err(StoreError::NotFound)));
     assert!(matches!(
         store.dataset(made[1].id).await,
@@ -255,13 +258,13 @@ async fn captions_change_at_their_revision() {
         Some("many")
     );
     assert!(store.dataset(dataset.id).await.expect("there").revision > dataset.revision);
-    store.delete_image(image).await.expect("deleted");
+    store.delete_image(image, None).await.expect("deleted");
     assert!(matches!(
         store.image(image).await,
         Err(StoreError::NotFound)
     ));
     assert!(matches!(
-        store.delete_image(image).await,
+        store.delete_image(image, None).await,
         Err(StoreError::NotFound)
     ));
 }
@@ -272,7 +275,7 @@ async fn a_dataset_that_a_run_refers_to_stays() {
     let dataset = store.create_dataset("a").await.expect("made").id;
     run(dataset).insert(&store.db).await.expect("a run");
     assert!(matches!(
-        store.delete_dataset(dataset).await,
+        store.delete_dataset(dataset, None).await,
         Err(StoreError::InUse)
     ));
     store.dataset(dataset).await.expect("still there");
@@ -280,7 +283,7 @@ async fn a_dataset_that_a_run_refers_to_stays() {
         .exec(&store.db)
         .await
         .expect("no run");
-    store.delete_dataset(dataset).await.expect("deleted");
+    store.delete_dataset(dataset, None).await.expect("deleted");
 }
 
 fn run(dataset_id: Uuid) -> run::ActiveModel {
