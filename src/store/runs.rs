@@ -3,6 +3,8 @@
 
 mod claims;
 mod records;
+#[cfg(test)]
+mod tests;
 
 use sea_orm::sea_query::Expr;
 use sea_orm::{
