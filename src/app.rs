@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::Notify;
@@ -18,7 +19,12 @@ use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
-use crate::store::Store;
+use crate::store::{Store, Swept};
+
+/// How often blobs that no row names are removed, after the first time at the start.
+const SWEEP_PERIOD: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long a blob stays without a row. An upload, a worker's report and a run that is being made take far less.
+const NAMELESS: Duration = Duration::from_secs(60 * 60);
 
 /// A service on a thread of its own; for the demo and for tests.
 pub struct Service {
@@ -117,11 +123,28 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let key = ApiKey::new(config.api_key.as_deref());
     let http = HttpService::listen(config.bind, config.http_workers, key, services)
         .with_context(|| format!("listening on {}", config.bind))?;
-    let supervisor = Supervisor::start(store, command, wake);
+    let supervisor = Supervisor::start(store.clone(), command, wake);
+    let sweeper = tokio::spawn(sweep_blobs(store));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
+    sweeper.abort();
     supervisor.stop().await;
     Ok(ended?)
+}
+
+/// Removes what deleted datasets, images and earlier attempts of runs have left, in the background.
+async fn sweep_blobs(store: Store) {
+    let mut period = tokio::time::interval(SWEEP_PERIOD);
+    loop {
+        period.tick().await; // the first one is now
+        match store.sweep_blobs(NAMELESS).await {
+            Ok(Swept { blobs: 0, .. }) => {}
+            Ok(Swept { blobs, size_bytes }) => {
+                tracing::info!(blobs, size_bytes, "removed blobs that no row names");
+            }
+            Err(error) => tracing::error!(%error, "removing blobs that no row names"),
+        }
+    }
 }
 
 /// Trains one run in this process.

@@ -183,7 +183,7 @@ impl Store {
 
     /// Deletes a dataset with its subsets and images; with an expected revision only at that revision.
     ///
-    /// The files stay: other rows may name the same content.
+    /// The files stay until a sweep: other rows may name the same content.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; [`StoreError::InUse`] when a run refers to it; or when the

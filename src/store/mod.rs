@@ -9,6 +9,7 @@ pub mod idempotency;
 pub mod loras;
 mod rows;
 pub mod runs;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,7 +22,7 @@ use sea_orm::{
 };
 use time::OffsetDateTime;
 
-pub use blobs::{Blobs, StoredBlob};
+pub use blobs::{Blobs, StoredBlob, Swept};
 
 /// How long a statement waits for another process's write.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
@@ -57,6 +58,9 @@ pub enum StoreError {
         /// The row's revision.
         found: i64,
     },
+    /// A background task has failed.
+    #[error("a background task has failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
     /// A row holds what this build cannot read.
     #[error("{what}: {message}")]
     Corrupt {

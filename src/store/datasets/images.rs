@@ -8,6 +8,7 @@ use sea_orm::{
     QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
+use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use super::{Subset, check_revision, row_count, row_int, touch};
@@ -232,7 +233,8 @@ impl Store {
 
     /// Deletes an image; with an expected revision only at that revision.
     ///
-    /// Its file stays: another subset, or a run that has begun, may name the same content.
+    /// Its file stays for now: another subset may name the same content, and so may a run, even one that is just
+    /// being made from what the dataset held.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
@@ -246,6 +248,8 @@ impl Store {
         let row = row.ok_or(StoreError::NotFound)?;
         check_revision(expected_revision, row.revision)?;
         touch(&write, row.dataset_id).await?;
+        let blobs = self.blobs.clone();
+        spawn_blocking(move || blobs.touch(&row.sha256)).await??;
         image::Entity::delete_many()
             .filter(image::Column::Id.eq(id))
             .exec(&write)
