@@ -2,8 +2,10 @@
 //!
 //! Modules in the order of their dependencies; `ARCHITECTURE.md` says who may use whom.
 
-pub mod diffusion;
+pub mod allocator;
 pub mod kernels;
+
+pub mod diffusion;
 pub mod networks;
 
 pub mod dataloader;

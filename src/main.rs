@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
+use lorasmith::allocator::LargeBlocks;
 use lorasmith::bench::{self, BenchOptions, Moment};
 use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
@@ -15,6 +16,9 @@ use lorasmith::{app, listing, telemetry};
 
 /// The mascot counts as learned when the held-out loss has fallen to at most this part of the base's.
 const LEARNED: f64 = 0.5;
+
+#[global_allocator]
+static ALLOCATOR: LargeBlocks = LargeBlocks::new();
 
 fn main() -> Result<ExitCode> {
     let process_start = Moment::process_start();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const MAY_USE: [(&str, &[&str]); 16] = [
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
-    ("networks", &["diffusion"]),
+    ("networks", &["diffusion", "kernels"]),
     ("dataloader", &[]),
     ("training", &["networks", "diffusion", "dataloader"]),
     ("plugin_host", &["training"]),
@@ -75,6 +75,7 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
     (
         "unsafe",
         &[
+            "src/allocator.rs",
             "src/kernels/cpu/",
             "src/diffusion/mapping.rs",
             "src/plugin_host/",

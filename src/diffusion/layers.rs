@@ -11,17 +11,15 @@ use burn::tensor::activation;
 
 use super::error::LoadError;
 use super::weights::WeightsAt;
-use crate::kernels::{self, Geometry};
+use crate::kernels::{self, Geometry, LowRank};
 
 /// A trainable addition to a frozen layer.
-///
-/// Both methods get the layer, its input `x` and its output `y`, and return the output that takes `y`'s place.
 pub trait Adapter: Send + Sync + Debug {
-    /// # Shapes
-    /// - `x`: `[batch, tokens, d_in]`
-    /// - `y` and the result: `[batch, tokens, d_out]`
-    fn linear(&self, layer: &Linear, x: Tensor<3>, y: Tensor<3>) -> Tensor<3>;
+    /// What is computed beside a linear layer, and together with it.
+    fn branch(&self) -> LowRank;
 
+    /// The output that takes the place of the layer's own, `y`.
+    ///
     /// # Shapes
     /// - `x`: `[batch, c_in, height, width]`
     /// - `y` and the result: `[batch, c_out, height', width']`
@@ -107,18 +105,11 @@ impl Linear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let mut shape = x.dims();
         let rows = x.shape().num_elements() / self.d_in();
-        let plain = x.clone().reshape([rows, self.d_in()]);
-        let y = kernels::linear(plain, &self.weight, self.bias.as_ref());
+        let x = x.reshape([rows, self.d_in()]);
+        let (weight, bias) = (&self.weight, self.bias.as_ref());
         let y = match &self.adapter {
-            None => y,
-            Some(adapter) => {
-                // [batch, tokens, d]; a plain row is a batch of one token
-                let batch = if D > 1 { shape[0] } else { 1 };
-                let tokens = rows / batch;
-                let x = x.reshape([batch, tokens, self.d_in()]);
-                let y = y.reshape([batch, tokens, self.d_out()]);
-                adapter.linear(self, x, y).reshape([rows, self.d_out()])
-            }
+            None => kernels::linear(x, weight, bias),
+            Some(adapter) => kernels::linear_with_branch(x, weight, bias, adapter.branch()),
         };
         shape[D - 1] = self.d_out();
         y.reshape(shape)

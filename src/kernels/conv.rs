@@ -107,6 +107,8 @@ mod tests {
             (1, [9, 9], 3, 2, 0),
             (2, [5, 6], 1, 1, 0),
             (3, [4, 4], 3, 1, 1),
+            (1, [33, 31], 3, 1, 1), // in tiles, with an odd edge
+            (3, [16, 48], 3, 1, 1),
         ] {
             let geometry = Geometry {
                 kernel: [kernel; 2],

@@ -1,9 +1,8 @@
 //! Activations between linear layers.
 
 use burn::tensor::{Tensor, activation};
-use rayon::prelude::*;
 
-use super::cpu::{View, elementwise, tensor};
+use super::cpu::{View, elementwise, rows, tensor};
 use super::operation::{Operation, apply};
 
 /// GEGLU (Shazeer 2020, arXiv:2002.05202): `values · gelu(gates)`; keeps its input alone.
@@ -34,10 +33,10 @@ impl Operation<1, 3> for Geglu {
         let d = width / 2;
         let y = match View::contiguous(&x).filter(View::is_f32) {
             Some(view) => {
-                let mut y = vec![0.0; batch * tokens * d];
-                y.par_chunks_exact_mut(d)
-                    .zip(view.f32().par_chunks_exact(width))
-                    .for_each(|(y, row)| elementwise::gate(&row[..d], &row[d..], y));
+                let y = rows(batch * tokens, d, |index, y| {
+                    let row = &view.f32()[index * width..][..width];
+                    elementwise::gate(&row[..d], &row[d..], y);
+                });
                 tensor(y, [batch, tokens, d])
             }
             None => {
@@ -66,14 +65,12 @@ impl Operation<1, 3> for Geglu {
         if !(x_view.is_f32() && dy.is_f32()) {
             return [Some(geglu_backward(x, gradient))];
         }
-        let mut dx = vec![0.0; batch * tokens * width];
-        dx.par_chunks_exact_mut(width)
-            .zip(x_view.f32().par_chunks_exact(width))
-            .zip(dy.f32().par_chunks_exact(d))
-            .for_each(|((dx, row), dy)| {
-                let (dvalues, dgates) = dx.split_at_mut(d);
-                elementwise::gate_backward(&row[..d], &row[d..], dy, dvalues, dgates);
-            });
+        let dx = rows(batch * tokens, width, |index, dx| {
+            let row = &x_view.f32()[index * width..][..width];
+            let dy = &dy.f32()[index * d..][..d];
+            let (dvalues, dgates) = dx.split_at_mut(d);
+            elementwise::gate_backward(&row[..d], &row[d..], dy, dvalues, dgates);
+        });
         [Some(tensor(dx, [batch, tokens, width]))]
     }
 }
@@ -100,11 +97,10 @@ impl Operation<1, 3> for QuickGelu {
     fn forward(&self, [x]: [Tensor<3>; 1]) -> (Tensor<3>, Tensor<3>) {
         let y = match View::contiguous(&x).filter(View::is_f32) {
             Some(view) => {
-                let mut y = vec![0.0; x.shape().num_elements()];
-                let width = x.dims()[2];
-                y.par_chunks_mut(width)
-                    .zip(view.f32().par_chunks(width))
-                    .for_each(|(y, x)| elementwise::quick_gelu(x, y));
+                let [batch, tokens, width] = x.dims();
+                let y = rows(batch * tokens, width, |index, y| {
+                    elementwise::quick_gelu(&view.f32()[index * width..][..width], y);
+                });
                 tensor(y, x.dims())
             }
             None => plain_quick_gelu(x.clone()),
@@ -128,12 +124,11 @@ impl Operation<1, 3> for QuickGelu {
         if !(x_view.is_f32() && dy.is_f32()) {
             return [Some(derivative(x, gradient, plain_quick_gelu))];
         }
-        let width = x.dims()[2];
-        let mut dx = vec![0.0; x.shape().num_elements()];
-        dx.par_chunks_mut(width)
-            .zip(x_view.f32().par_chunks(width))
-            .zip(dy.f32().par_chunks(width))
-            .for_each(|((dx, x), dy)| elementwise::quick_gelu_backward(x, dy, dx));
+        let [batch, tokens, width] = x.dims();
+        let dx = rows(batch * tokens, width, |index, dx| {
+            let range = index * width..(index + 1) * width;
+            elementwise::quick_gelu_backward(&x_view.f32()[range.clone()], &dy.f32()[range], dx);
+        });
         [Some(tensor(dx, x.dims()))]
     }
 }

@@ -16,6 +16,6 @@ mod seed;
 pub use attention::attention;
 pub use conv::{Geometry, conv2d, order_by_taps};
 pub use gate::{geglu, quick_gelu};
-pub use linear::linear;
+pub use linear::{LowRank, linear, linear_with_branch};
 pub use norm::{group_norm, layer_norm};
 pub use seed::seed;

@@ -1,9 +1,8 @@
 //! Normalisations with frozen scale and shift.
 
 use burn::tensor::{DType, FloatDType, Tensor, activation};
-use rayon::prelude::*;
 
-use super::cpu::{View, elementwise, tensor};
+use super::cpu::{View, elementwise, rows, tensor};
 use super::gate::derivative;
 use super::operation::{Operation, apply};
 
@@ -108,22 +107,18 @@ impl GroupNorm {
         let x = View::contiguous(x).filter(View::is_f32)?;
         let (weight, bias) = self.affine()?;
         let (pixels, group_size) = self.sizes(x.dims);
-        let mut y = vec![0.0; x.dims.iter().product()];
         let per_group = group_size / pixels;
-        let count = y.len();
-        y.par_chunks_exact_mut(group_size)
-            .zip(x.f32()[..count].par_chunks_exact(group_size))
-            .enumerate()
-            .for_each(|(group, (y, x))| {
-                let [mean, rstd] = elementwise::moments(x, self.eps as f32);
-                let first = group % self.groups * per_group;
-                let channels = y.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels));
-                for (channel, (y, x)) in (first..).zip(channels) {
-                    let scale = rstd * weight.f32()[channel];
-                    let shift = bias.f32()[channel] - mean * scale;
-                    elementwise::affine(x, y, scale, shift, self.silu);
-                }
-            });
+        let y = rows(x.dims[0] * self.groups, group_size, |group, y| {
+            let x = &x.f32()[group * group_size..][..group_size];
+            let [mean, rstd] = elementwise::moments(x, self.eps as f32);
+            let first = group % self.groups * per_group;
+            let channels = y.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels));
+            for (channel, (y, x)) in (first..).zip(channels) {
+                let scale = rstd * weight.f32()[channel];
+                let shift = bias.f32()[channel] - mean * scale;
+                elementwise::affine(x, y, scale, shift, self.silu);
+            }
+        });
         Some(tensor(y, x.dims))
     }
 
@@ -133,28 +128,24 @@ impl GroupNorm {
         let (weight, bias) = self.affine()?;
         let (pixels, group_size) = self.sizes(x.dims);
         let per_group = group_size / pixels;
-        let mut dx = vec![0.0; x.dims.iter().product()];
-        let count = dx.len();
-        dx.par_chunks_exact_mut(group_size)
-            .zip(x.f32()[..count].par_chunks_exact(group_size))
-            .zip(dy.f32()[..count].par_chunks_exact(group_size))
-            .enumerate()
-            .for_each(|(group, ((dx, x), dy))| {
-                let moments = elementwise::moments(x, self.eps as f32);
-                let first = group % self.groups * per_group;
-                let mut sums = [0.0_f32; 2];
-                let channels = dx
-                    .chunks_exact_mut(pixels)
-                    .zip(x.chunks_exact(pixels))
-                    .zip(dy.chunks_exact(pixels));
-                for (channel, ((dx, x), dy)) in (first..).zip(channels) {
-                    let affine = [weight.f32()[channel], bias.f32()[channel]];
-                    let part = elementwise::affine_backward(x, dy, dx, moments, affine, self.silu);
-                    sums = [sums[0] + part[0], sums[1] + part[1]];
-                }
-                let means = sums.map(|sum| sum / group_size as f32);
-                elementwise::standardize_backward(x, dx, moments, means);
-            });
+        let dx = rows(x.dims[0] * self.groups, group_size, |group, dx| {
+            let x = &x.f32()[group * group_size..][..group_size];
+            let dy = &dy.f32()[group * group_size..][..group_size];
+            let moments = elementwise::moments(x, self.eps as f32);
+            let first = group % self.groups * per_group;
+            let mut sums = [0.0_f32; 2];
+            let channels = dx
+                .chunks_exact_mut(pixels)
+                .zip(x.chunks_exact(pixels))
+                .zip(dy.chunks_exact(pixels));
+            for (channel, ((dx, x), dy)) in (first..).zip(channels) {
+                let affine = [weight.f32()[channel], bias.f32()[channel]];
+                let part = elementwise::affine_backward(x, dy, dx, moments, affine, self.silu);
+                sums = [sums[0] + part[0], sums[1] + part[1]];
+            }
+            let means = sums.map(|sum| sum / group_size as f32);
+            elementwise::standardize_backward(x, dx, moments, means);
+        });
         Some(tensor(dx, x.dims))
     }
 }
@@ -203,15 +194,12 @@ impl LayerNorm {
         let x = View::contiguous(x).filter(View::is_f32)?;
         let weight = View::contiguous(&self.weight).filter(View::is_f32)?;
         let bias = View::contiguous(&self.bias).filter(View::is_f32)?;
-        let d = x.dims[2];
-        let mut y = vec![0.0; x.dims.iter().product()];
-        let count = y.len();
-        y.par_chunks_exact_mut(d)
-            .zip(x.f32()[..count].par_chunks_exact(d))
-            .for_each(|(y, x)| {
-                let moments = elementwise::moments(x, self.eps as f32);
-                elementwise::norm_row(x, y, moments, weight.f32(), bias.f32());
-            });
+        let [batch, tokens, d] = x.dims;
+        let y = rows(batch * tokens, d, |index, y| {
+            let x = &x.f32()[index * d..][..d];
+            let moments = elementwise::moments(x, self.eps as f32);
+            elementwise::norm_row(x, y, moments, weight.f32(), bias.f32());
+        });
         Some(tensor(y, x.dims))
     }
 
@@ -219,16 +207,13 @@ impl LayerNorm {
         let x = View::contiguous(x).filter(View::is_f32)?;
         let dy = View::contiguous(dy).filter(View::is_f32)?;
         let weight = View::contiguous(&self.weight).filter(View::is_f32)?;
-        let d = x.dims[2];
-        let mut dx = vec![0.0; x.dims.iter().product()];
-        let count = dx.len();
-        dx.par_chunks_exact_mut(d)
-            .zip(x.f32()[..count].par_chunks_exact(d))
-            .zip(dy.f32()[..count].par_chunks_exact(d))
-            .for_each(|((dx, x), dy)| {
-                let moments = elementwise::moments(x, self.eps as f32);
-                elementwise::norm_row_backward(x, dy, dx, moments, &weight.f32()[..d]);
-            });
+        let [batch, tokens, d] = x.dims;
+        let dx = rows(batch * tokens, d, |index, dx| {
+            let x = &x.f32()[index * d..][..d];
+            let dy = &dy.f32()[index * d..][..d];
+            let moments = elementwise::moments(x, self.eps as f32);
+            elementwise::norm_row_backward(x, dy, dx, moments, &weight.f32()[..d]);
+        });
         Some(tensor(dx, x.dims))
     }
 }

@@ -4,7 +4,8 @@ use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Tensor};
 
-use crate::diffusion::layers::{Adapter, Conv2d, Linear};
+use crate::diffusion::layers::{Adapter, Conv2d};
+use crate::kernels::LowRank;
 
 /// LoRA: `y + scale · up(down(x))` with a frozen layer's output `y`.
 ///
@@ -21,19 +22,14 @@ pub struct LoraAdapter {
 }
 
 impl Adapter for LoraAdapter {
-    /// # Shapes
-    /// - `x`: `[batch, tokens, in]`
-    /// - `y`: `[batch, tokens, out]`, the output of the layer
-    fn linear(&self, _layer: &Linear, x: Tensor<3>, y: Tensor<3>) -> Tensor<3> {
-        let [batch, tokens, d_in] = x.dims();
-        let [_, _, d_out, rank] = self.up.dims();
-        let dtype = y.dtype();
-        let down = self.down.clone().reshape([rank, d_in]).transpose(); // [in, rank]
-        let up = self.up.clone().reshape([d_out, rank]).transpose(); // [rank, out]
-        let rows = widen(x).reshape([batch * tokens, d_in]); // one large product instead of `batch` small ones
-        // Scaling the narrow middle is cheaper than scaling the output.
-        let delta = rows.matmul(down).mul_scalar(self.scale).matmul(up);
-        y + narrow(delta.reshape([batch, tokens, d_out]), dtype)
+    fn branch(&self) -> LowRank {
+        let [_, _, rank, d_in] = self.down.dims();
+        let [_, _, d_out, _] = self.up.dims();
+        LowRank {
+            down: self.down.clone().reshape([rank, d_in]),
+            up: self.up.clone().reshape([d_out, rank]),
+            scale: self.scale,
+        }
     }
 
     /// # Shapes

@@ -56,7 +56,7 @@ pub fn forward(
         d,
         ..
     } = inputs.shape;
-    let mut output = vec![0.0; batch * queries * heads * d];
+    let mut output = Vec::<f32>::with_capacity(batch * queries * heads * d);
     let mut sums = vec![0.0; batch * heads * queries];
     let to = Shared(output.as_mut_ptr());
     let blocks = queries.div_ceil(BLOCK);
@@ -71,6 +71,8 @@ pub fn forward(
             debug_assert!(block < blocks);
             inputs.forward_block(head, block * BLOCK, sums, to);
         });
+    // SAFETY: the blocks have written every row of every head.
+    unsafe { output.set_len(batch * queries * heads * d) };
     let output = tensor(output, [batch, queries, heads, d]).swap_dims(1, 2);
     Some((output, sums))
 }
@@ -92,7 +94,8 @@ pub fn backward(
         keys,
         d,
     } = inputs.shape;
-    let room = |rows: usize| vec![0.0_f32; batch * rows * heads * d];
+    let size = |rows: usize| batch * rows * heads * d;
+    let room = |rows: usize| Vec::<f32>::with_capacity(size(rows));
     let (mut dq, mut dk, mut dv) = (room(queries), room(keys), room(keys));
     let to = [&mut dq, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
     (0..batch * heads).into_par_iter().for_each(|head| {
@@ -100,6 +103,12 @@ pub fn backward(
             inputs.backward_block(head, first, &sums[head * queries..], &gradient, to);
         }
     });
+    // SAFETY: the first block of a head writes all its keys, and each block its queries.
+    unsafe {
+        dq.set_len(size(queries));
+        dk.set_len(size(keys));
+        dv.set_len(size(keys));
+    }
     let shaped = |values, rows| tensor(values, [batch, rows, heads, d]).swap_dims(1, 2);
     Some([shaped(dq, queries), shaped(dk, keys), shaped(dv, keys)])
 }
@@ -199,7 +208,8 @@ impl Inputs {
             // SAFETY: these rows of the result belong to this block alone.
             unsafe {
                 let to = self.place(to, head, queries, first);
-                add(size, &p.by_row(), &v.by_column(), to, heads * d);
+                let (p, v) = (p.by_row(), v.by_column());
+                multiply_into(size, &p, &v, to, heads * d, Start::Zero);
             }
         });
     }
@@ -243,14 +253,27 @@ impl Inputs {
                 columns: d,
                 depth: rows,
             };
-            // SAFETY: the task writes the rows of its own head alone.
+            let start = if first == 0 {
+                Start::Zero
+            } else {
+                Start::Present
+            };
+            let stride = heads * d;
+            // SAFETY: the task writes the rows of its own head alone, block after block.
             unsafe {
                 let to = self.place(dq, head, queries, first);
-                add(of_queries, &ds.by_row(), &k.by_column(), to, heads * d);
+                multiply_into(
+                    of_queries,
+                    &ds.by_row(),
+                    &k.by_column(),
+                    to,
+                    stride,
+                    Start::Zero,
+                );
                 let to = self.place(dk, head, keys, 0);
-                add(of_keys, &ds.by_column(), &q.by_column(), to, heads * d);
+                multiply_into(of_keys, &ds.by_column(), &q.by_column(), to, stride, start);
                 let to = self.place(dv, head, keys, 0);
-                add(of_keys, &p.by_column(), &dy.by_column(), to, heads * d);
+                multiply_into(of_keys, &p.by_column(), &dy.by_column(), to, stride, start);
             }
         });
     }
@@ -315,13 +338,4 @@ fn into_block(
         multiply_into(size, a, b, block.as_mut_ptr(), columns, Start::Zero);
         block.set_len(rows * columns);
     }
-}
-
-/// Adds `a b` to the rows at `to`, which are `stride` apart.
-///
-/// # Safety
-/// They are initialised, and no other task touches them.
-unsafe fn add(size: Size, a: &dyn Operand, b: &dyn Operand, to: *mut f32, stride: usize) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_into(size, a, b, to, stride, Start::Present) }
 }

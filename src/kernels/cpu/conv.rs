@@ -10,6 +10,7 @@ use super::pack::Strides;
 pub use super::patches::Window;
 use super::patches::{Direction, Patches, Taps};
 use super::view::{View, tensor};
+use super::winograd;
 
 /// `y = conv(x, w) + b`; none when a tensor is not on the CPU.
 ///
@@ -80,10 +81,37 @@ pub fn backward(
         direction: Direction::ToImage,
     };
     let [depth, lane, ..] = weight.strides;
-    let taps = taps(&weight, Strides { lane, depth }, c_out);
+    let strides = Strides { lane, depth };
+    if winograd::applies(window, images, image) {
+        // The gradient is a convolution with the kernel turned by half a circle.
+        let dx = by_tiles(&gradient, &weight, strides, c_in, None, |tap| 8 - tap);
+        return Some(tensor(dx, [images, c_in, image[0], image[1]]));
+    }
+    let taps = taps(&weight, strides, c_out);
     let depth = window.taps() * c_out;
     let dx = by_channel(&*taps, &patches, [c_in, depth], images, Start::Zero);
     Some(to_images(dx, [images, c_in, image[0], image[1]]))
+}
+
+/// A 3×3 convolution that keeps the size: `[images, channels_out, height, width]`
+fn by_tiles(
+    x: &View<4>,
+    weight: &View<4>,
+    strides: Strides,
+    channels_out: usize,
+    bias: Option<&[f32]>,
+    order: impl Fn(usize) -> usize,
+) -> Vec<f32> {
+    let taps: [_; 9] =
+        std::array::from_fn(|tap| weight.operand(order(tap) * weight.strides[3], strides));
+    winograd::Convolution {
+        pixels: x.f32(),
+        shape: x.dims,
+        taps: taps.each_ref().map(|tap| &**tap),
+        channels_out,
+        bias,
+    }
+    .compute()
 }
 
 /// The product of weights and patches: `[channels, images * pixels]`

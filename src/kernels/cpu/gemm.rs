@@ -10,11 +10,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::pack::{Stored, Strides, pack};
+use super::pack::{Panels, Stored, Strides, pack};
 use super::tile::{MAX_TILE, Tile};
 
 /// Depth of a packed block: a panel of `b` of this depth stays in the first-level cache.
-const BLOCK_DEPTH: usize = 256;
+pub const BLOCK_DEPTH: usize = 256;
 /// Rows of a packed block.
 const BLOCK_ROWS: usize = 224;
 /// Columns of a packed block.
@@ -24,8 +24,8 @@ const SERIAL: usize = 1 << 18;
 
 /// One side of a product: lanes (rows of the left side, columns of the right one) by depth.
 pub trait Operand: Sync {
-    /// Writes `panel[d * width + lane]` for the given lanes and depths; lanes behind the range are zero.
-    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, panel: &mut [f32]);
+    /// Writes the given lanes and depths into panels; lanes that fill up the last panel are zero.
+    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, to: &mut Panels<'_>);
 }
 
 /// A strided matrix.
@@ -38,10 +38,10 @@ pub struct Matrix<'a, T> {
 }
 
 impl<T: Stored> Operand for Matrix<'_, T> {
-    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, panel: &mut [f32]) {
+    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, to: &mut Panels<'_>) {
         let begin = lanes.start * self.strides.lane + depth.start * self.strides.depth;
         let data = self.data.get(begin..).unwrap_or_default();
-        pack(data, self.strides, lanes.len(), depth.len(), width, panel);
+        pack(data, self.strides, lanes.len(), depth.len(), to);
     }
 }
 
@@ -73,39 +73,51 @@ pub struct Size {
 ///
 /// The order of the sums depends on the depth alone: the result is the same on any number of threads.
 pub fn product(size: Size, a: &dyn Operand, b: &dyn Operand, start: Start<'_>) -> Vec<f32> {
-    let Size {
-        rows,
-        columns,
-        depth,
-    } = size;
-    let mut c = Vec::<f32>::with_capacity(rows * columns);
+    let count = size.rows * size.columns;
+    let mut c = Vec::<f32>::with_capacity(count);
+    let start = match start {
+        Start::Present => Start::Zero, // there is nothing yet
+        start => start,
+    };
+    // SAFETY: the memory is reserved, and all of it written.
+    unsafe {
+        in_parallel(size, a, b, c.as_mut_ptr(), start);
+        c.set_len(count);
+    }
+    c
+}
+
+/// Adds the product to a row-major matrix; otherwise as [`product`].
+pub fn add_product(size: Size, a: &dyn Operand, b: &dyn Operand, c: &mut [f32]) {
+    assert_eq!(c.len(), size.rows * size.columns);
+    // SAFETY: the matrix has this size and is ours.
+    unsafe { in_parallel(size, a, b, c.as_mut_ptr(), Start::Present) }
+}
+
+/// # Safety
+/// `c` points to `rows * columns` elements that nobody else uses; with [`Start::Present`] they are initialised.
+unsafe fn in_parallel(size: Size, a: &dyn Operand, b: &dyn Operand, c: *mut f32, start: Start<'_>) {
     let product = Product {
         size,
         a,
         b,
-        c: SharedOutput(c.as_mut_ptr()),
-        ldc: columns,
-        start: match start {
-            Start::Present => Start::Zero, // there is nothing yet
-            start => start,
-        },
+        c: SharedOutput(c),
+        ldc: size.columns,
+        start,
         tile: Tile::best(),
     };
-    if rows * columns * depth < SERIAL {
+    if size.rows * size.columns * size.depth < SERIAL {
         product.blocks(1).for_each(|block| {
-            // SAFETY: one block at a time, inside the memory that was reserved.
+            // SAFETY: the caller's promise; one block at a time.
             unsafe { product.compute(&block) };
         });
     } else {
         let blocks: Vec<Block> = product.blocks(2 * rayon::current_num_threads()).collect();
         blocks.par_iter().for_each(|block| {
-            // SAFETY: blocks do not overlap and lie inside the memory that was reserved.
+            // SAFETY: the caller's promise; blocks do not overlap.
             unsafe { product.compute(block) };
         });
     }
-    // SAFETY: the blocks cover the matrix, and each was written from its beginning.
-    unsafe { c.set_len(rows * columns) };
-    c
 }
 
 /// `c = start + a b` on the calling thread, in rows that are `ldc` apart.
@@ -230,8 +242,18 @@ impl Product<'_> {
 
     unsafe fn add_depths(&self, block: &Block, depth: Range<usize>, a: &mut [f32], b: &mut [f32]) {
         let (rows, columns) = (self.tile.rows, self.tile.columns);
-        pack_panels(self.a, &block.rows, &depth, rows, a);
-        pack_panels(self.b, &block.columns, &depth, columns, b);
+        for (operand, lanes, width, data) in [
+            (self.a, &block.rows, rows, &mut *a),
+            (self.b, &block.columns, columns, &mut *b),
+        ] {
+            let stride = depth.len() * width;
+            let mut to = Panels {
+                data,
+                width,
+                stride,
+            };
+            operand.pack(lanes.clone(), depth.clone(), &mut to);
+        }
         let depth = depth.len();
         for (b, column) in b
             .chunks_exact(depth * columns)
@@ -279,23 +301,6 @@ impl Product<'_> {
 fn step(length: usize, most: usize, unit: usize) -> usize {
     let parts = length.div_ceil(most.max(unit)).max(1);
     length.div_ceil(parts).next_multiple_of(unit).max(unit)
-}
-
-fn pack_panels(
-    operand: &dyn Operand,
-    lanes: &Range<usize>,
-    depth: &Range<usize>,
-    width: usize,
-    panels: &mut [f32],
-) {
-    let size = depth.len() * width;
-    for (panel, lane) in panels
-        .chunks_exact_mut(size)
-        .zip(lanes.clone().step_by(width))
-    {
-        let some = lane..lanes.end.min(lane + width);
-        operand.pack(some, depth.clone(), width, panel);
-    }
 }
 
 #[cfg(test)]

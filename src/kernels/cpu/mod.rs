@@ -6,14 +6,18 @@
 
 pub mod attention;
 pub mod conv;
+#[macro_use]
 pub mod elementwise;
 pub mod gemm;
 mod pack;
 mod patches;
+mod rows;
 mod tile;
 mod view;
+mod winograd;
 
 pub use pack::Strides;
+pub use rows::rows;
 pub use view::{View, is_cpu, tensor};
 
 /// Whether the AVX-512 parts that the kernels use are there.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::gemm::Operand;
-use super::pack::{Stored, Strides, pack};
+use super::pack::{Panels, Stored, Strides, copy_run, pack};
 
 /// Most lanes that are packed at a time.
 const MAX_LANES: usize = 32;
@@ -117,24 +117,27 @@ impl Patches<'_> {
 }
 
 impl Operand for Patches<'_> {
-    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, panel: &mut [f32]) {
-        debug_assert!(lanes.len() <= MAX_LANES);
+    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, to: &mut Panels<'_>) {
+        let width = to.width;
+        debug_assert!(width <= MAX_LANES);
         let plane = self.size[0] * self.size[1];
-        by_tap(depth, self.channels, |tap, channels, at| {
-            let (runs, count) = self.runs(&lanes, tap);
-            let runs = &runs[..count];
-            let whole = matches!(runs, [run] if run.length == width);
-            let rows = panel[at * width..][..channels.len() * width].chunks_exact_mut(width);
-            for (row, channel) in rows.zip(channels) {
-                let from = &self.pixels[channel * plane..];
-                if !whole {
-                    row.fill(0.0);
+        for (panel, first) in lanes.clone().step_by(width).enumerate() {
+            let lanes = first..lanes.end.min(first + width);
+            let panel = &mut to.data[panel * to.stride..];
+            by_tap(depth.clone(), self.channels, |tap, channels, at| {
+                let (runs, count) = self.runs(&lanes, tap);
+                let runs = &runs[..count];
+                let depth = channels.len();
+                let panel = &mut panel[at * width..][..depth * width];
+                if runs.iter().map(|run| run.length).sum::<usize>() < width {
+                    panel.fill(0.0);
                 }
                 for run in runs {
-                    row[run.to..][..run.length].copy_from_slice(&from[run.from..][..run.length]);
+                    let from = &self.pixels[channels.start * plane + run.from..];
+                    copy_run(from, plane, run.length, depth, &mut panel[run.to..], width);
                 }
-            }
-        });
+            });
+        }
     }
 }
 
@@ -151,21 +154,18 @@ pub struct Taps<'a, T> {
 }
 
 impl<T: Stored> Operand for Taps<'_, T> {
-    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, panel: &mut [f32]) {
+    fn pack(&self, lanes: Range<usize>, depth: Range<usize>, to: &mut Panels<'_>) {
         by_tap(depth, self.channels, |tap, channels, at| {
             let begin = lanes.start * self.strides.lane
                 + channels.start * self.strides.depth
                 + tap * self.tap_stride;
-            let panel = &mut panel[at * width..][..channels.len() * width];
             let data = &self.data[begin..];
-            pack(
-                data,
-                self.strides,
-                lanes.len(),
-                channels.len(),
-                width,
-                panel,
-            );
+            let mut to = Panels {
+                data: &mut to.data[at * to.width..],
+                width: to.width,
+                stride: to.stride,
+            };
+            pack(data, self.strides, lanes.len(), channels.len(), &mut to);
         });
     }
 }
