@@ -13,7 +13,7 @@ const STEPS: usize = 8;
 /// Room for blocks of up to 2^43 bytes.
 const CLASSES: usize = 24 * STEPS;
 /// Free blocks that are kept, in bytes.
-const MOST_KEPT_BYTES: usize = 512 << 20;
+const MOST_KEPT_BYTES: usize = 1 << 30;
 
 /// The system's allocator with two habits for large blocks.
 ///
@@ -105,8 +105,9 @@ struct Class {
 }
 
 impl Class {
-    /// Alignment of all large blocks; what asks for more goes to the system.
-    const ALIGN: usize = 64;
+    /// Alignment of all large blocks; what asks for more goes to the system. With this one the system knows of fresh
+    /// pages that they are zero.
+    const ALIGN: usize = 16;
 
     fn of(layout: Layout) -> Option<Self> {
         let size = layout.size();

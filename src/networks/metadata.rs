@@ -50,6 +50,8 @@ pub struct TrainingRecord {
     pub batch_size: usize,
     /// Batches per optimizer step.
     pub gradient_accumulation_steps: usize,
+    /// Whether blocks run again in the backward.
+    pub gradient_checkpointing: bool,
     /// Limit of the gradient's norm; 0 when there is none.
     pub max_grad_norm: f64,
     /// Whether the target is the velocity.
@@ -172,6 +174,10 @@ impl TrainingRecord {
         put("lr_warmup_steps", self.lr_warmup_steps.to_string());
         let accumulation = self.gradient_accumulation_steps;
         put("gradient_accumulation_steps", accumulation.to_string());
+        put(
+            "gradient_checkpointing",
+            boolean(self.gradient_checkpointing),
+        );
         put("max_grad_norm", float(self.max_grad_norm));
         put("min_snr_gamma", optional(self.min_snr_gamma, float));
         put("prior_loss_weight", float(self.prior_loss_weight));
@@ -346,7 +352,6 @@ const OFF: &[(&str, &str)] = &[
     ("fp8_base", "False"),
     ("fp8_base_unet", "False"),
     ("full_fp16", "False"),
-    ("gradient_checkpointing", "False"),
     ("huber_c", "0.1"),
     ("huber_scale", "1.0"),
     ("huber_schedule", "snr"),
@@ -495,6 +500,7 @@ mod tests {
             num_batches_per_epoch: 40,
             batch_size: 1,
             gradient_accumulation_steps: 1,
+            gradient_checkpointing: false,
             max_grad_norm: 1.0,
             v_prediction: false,
             min_snr_gamma: None,

@@ -11,7 +11,7 @@ use crate::networks::metadata::{
     BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
 };
 use crate::training::data::TrainingSet;
-use crate::training::settings::{PluginChoice, TrainSettings};
+use crate::training::settings::{GradientCheckpointing, PluginChoice, TrainSettings};
 
 /// What the loop knows besides its settings.
 pub struct RunFacts<'a> {
@@ -54,6 +54,7 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         num_batches_per_epoch: facts.plan.batches_per_epoch(),
         batch_size: settings.batch_size,
         gradient_accumulation_steps: settings.gradient_accumulation_steps,
+        gradient_checkpointing: settings.gradient_checkpointing == GradientCheckpointing::Blocks,
         max_grad_norm: settings.max_grad_norm,
         v_prediction: facts.prediction == PredictionType::VPrediction,
         min_snr_gamma: settings.min_snr_gamma,

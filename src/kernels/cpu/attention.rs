@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use super::Shared;
 use super::elementwise;
 use super::gemm::{Matrix, Operand, Size, Start, multiply_into};
 use super::pack::Strides;
@@ -113,15 +114,6 @@ pub fn backward(
     Some([shaped(dq, queries), shaped(dk, keys), shaped(dv, keys)])
 }
 
-/// A pointer that tasks write disjoint parts of.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-
-// SAFETY: each task writes the rows of its own head and block.
-unsafe impl Sync for Shared {}
-// SAFETY: as above.
-unsafe impl Send for Shared {}
-
 impl Inputs {
     fn new(tensors: [&Tensor<4>; 3], scale: f32, causal: bool) -> Option<Self> {
         let [q, k, v] = tensors.map(|tensor| View::of(tensor).filter(View::is_f32));
@@ -156,11 +148,10 @@ impl Inputs {
     }
 
     /// Where row `first` of a head lies in a result of `rows` rows.
-    fn place(&self, to: Shared, head: usize, rows: usize, first: usize) -> *mut f32 {
+    fn place(&self, to: Shared<f32>, head: usize, rows: usize, first: usize) -> *mut f32 {
         let Shape { heads, d, .. } = self.shape;
         let (image, head) = (head / heads, head % heads);
-        // SAFETY: inside the result, which has `batch * rows * heads * d` elements.
-        unsafe { to.0.add(((image * rows + first) * heads + head) * d) }
+        to.at(((image * rows + first) * heads + head) * d)
     }
 
     fn size(&self, first: usize) -> usize {
@@ -182,7 +173,7 @@ impl Inputs {
         }
     }
 
-    fn forward_block(&self, head: usize, first: usize, sums: &mut [f32], to: Shared) {
+    fn forward_block(&self, head: usize, first: usize, sums: &mut [f32], to: Shared<f32>) {
         let Shape {
             heads,
             queries,
@@ -220,7 +211,7 @@ impl Inputs {
         first: usize,
         sums: &[f32],
         gradient: &View<4>,
-        [dq, dk, dv]: [Shared; 3],
+        [dq, dk, dv]: [Shared<f32>; 3],
     ) {
         let Shape {
             heads,

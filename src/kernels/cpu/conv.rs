@@ -5,6 +5,7 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::Shared;
 use super::gemm::{Operand, Size, Start, product};
 use super::pack::Strides;
 pub use super::patches::Window;
@@ -187,16 +188,21 @@ fn ordered<T: Element + Pod>(weight: &View<4>) -> TensorData {
     let [c_out, c_in, kernel_height, kernel_width] = weight.dims;
     let taps = kernel_height * kernel_width;
     let from = &weight.stored::<T>()[..c_out * c_in * taps];
-    let mut to = vec![T::zeroed(); from.len()];
-    to.par_chunks_exact_mut(c_in)
+    let mut to = Vec::<T>::with_capacity(from.len());
+    let place = Shared(to.as_mut_ptr());
+    from.par_chunks_exact(c_in * taps)
         .enumerate()
-        .for_each(|(row, to)| {
-            let (tap, channel) = (row / c_out, row % c_out);
-            let from = from[channel * c_in * taps + tap..].iter().step_by(taps);
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = *from;
+        .for_each(|(channel, from)| {
+            for tap in 0..taps {
+                let row = place.at((tap * c_out + channel) * c_in);
+                for (i, value) in from[tap..].iter().step_by(taps).enumerate() {
+                    // SAFETY: a row of `c_in` values inside the reserved memory, of this channel alone.
+                    unsafe { row.add(i).write(*value) };
+                }
             }
         });
+    // SAFETY: every row of every tap is written.
+    unsafe { to.set_len(from.len()) };
     TensorData::new(to, [kernel_height, kernel_width, c_out, c_in])
 }
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::Shared;
 use super::pack::{Panels, Stored, Strides, pack};
 use super::tile::{MAX_TILE, Tile};
 
@@ -101,7 +102,7 @@ unsafe fn in_parallel(size: Size, a: &dyn Operand, b: &dyn Operand, c: *mut f32,
         size,
         a,
         b,
-        c: SharedOutput(c),
+        c: Shared(c),
         ldc: size.columns,
         start,
         tile: Tile::best(),
@@ -136,7 +137,7 @@ pub unsafe fn multiply_into(
         size,
         a,
         b,
-        c: SharedOutput(c),
+        c: Shared(c),
         ldc,
         start,
         tile: Tile::best(),
@@ -147,18 +148,11 @@ pub unsafe fn multiply_into(
     }
 }
 
-/// A pointer that tasks write disjoint parts of.
-#[derive(Clone, Copy)]
-struct SharedOutput(*mut f32);
-
-// SAFETY: each task writes its own block only.
-unsafe impl Sync for SharedOutput {}
-
 struct Product<'a> {
     size: Size,
     a: &'a dyn Operand,
     b: &'a dyn Operand,
-    c: SharedOutput,
+    c: Shared<f32>,
     ldc: usize,
     start: Start<'a>,
     tile: &'static Tile,
@@ -226,7 +220,7 @@ impl Product<'_> {
         for row in block.rows.clone() {
             // SAFETY: the row is inside `c`, and this task's own.
             let to = unsafe {
-                let at = self.c.0.add(row * self.ldc + block.columns.start);
+                let at = self.c.at(row * self.ldc + block.columns.start);
                 std::slice::from_raw_parts_mut(at.cast::<MaybeUninit<f32>>(), block.columns.len())
             };
             match self.start {
@@ -267,7 +261,7 @@ impl Product<'_> {
                 let high = rows.min(block.rows.end - row);
                 // SAFETY: the tile lies inside the block, which this task alone writes and has initialised.
                 unsafe {
-                    let c = self.c.0.add(row * self.ldc + column);
+                    let c = self.c.at(row * self.ldc + column);
                     if high == rows && wide == columns {
                         self.tile
                             .accumulate(depth, a.as_ptr(), b.as_ptr(), c, self.ldc);

@@ -20,6 +20,29 @@ pub use pack::Strides;
 pub use rows::rows;
 pub use view::{View, is_cpu, tensor};
 
+/// A pointer to memory that tasks write disjoint parts of.
+#[derive(Debug)]
+struct Shared<T>(*mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
+// SAFETY: whoever writes through it says why nobody else writes there.
+unsafe impl<T: Send> Sync for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn at(self, place: usize) -> *mut T {
+        self.0.wrapping_add(place)
+    }
+}
+
 /// Whether the AVX-512 parts that the kernels use are there.
 #[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {

@@ -8,6 +8,7 @@
 
 use rayon::prelude::*;
 
+use super::Shared;
 use super::gemm::{BLOCK_DEPTH, Operand};
 use super::pack::Panels;
 use super::patches::Window;
@@ -43,21 +44,6 @@ pub fn applies(window: Window, images: usize, [height, width]: [usize; 2]) -> bo
         && window.stride == [1, 1]
         && window.padding == [1, 1]
         && tiles >= FEWEST_TILES
-}
-
-/// A pointer that tasks write disjoint parts of.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-
-// SAFETY: each task writes its own channels only.
-unsafe impl Sync for Shared {}
-// SAFETY: as above.
-unsafe impl Send for Shared {}
-
-impl Shared {
-    fn at(self, place: usize) -> *mut f32 {
-        self.0.wrapping_add(place)
-    }
 }
 
 /// Some tiles, counted through all images.
@@ -135,10 +121,7 @@ impl Convolution<'_> {
                             + (panel * BLOCK_DEPTH + d) * columns
                             + lane;
                         // SAFETY: inside the panels, and of this channel alone.
-                        unsafe {
-                            to.at(place)
-                                .copy_from_nonoverlapping(run.as_ptr(), run.len());
-                        };
+                        unsafe { copy_short(run, to.at(place)) };
                         at += run.len();
                         from = rest;
                     }
@@ -174,7 +157,13 @@ impl Convolution<'_> {
     }
 
     /// Some channels of the result, for the tiles of a group.
-    fn channels(&self, channels: std::ops::Range<usize>, image: &[f32], group: Group, to: Shared) {
+    fn channels(
+        &self,
+        channels: std::ops::Range<usize>,
+        image: &[f32],
+        group: Group,
+        to: Shared<f32>,
+    ) {
         let tile = Tile::best();
         let depth = self.shape[1];
         let size = Self::block_size(group);
@@ -216,7 +205,7 @@ impl Convolution<'_> {
         channel: usize,
         sums: impl Fn(usize) -> &'s [f32],
         group: Group,
-        to: Shared,
+        to: Shared<f32>,
     ) {
         let [_, _, height, width] = self.shape;
         let bias = self.bias.map_or(0.0, |bias| bias[channel]);
@@ -242,6 +231,23 @@ impl Convolution<'_> {
                 }
             }
         });
+    }
+}
+
+/// Copies a few values: by eights, which the compiler makes registers of, where a call would take longer.
+///
+/// # Safety
+/// As many values can be written at `to`.
+#[inline(always)]
+unsafe fn copy_short(from: &[f32], to: *mut f32) {
+    let (eights, rest) = from.as_chunks::<8>();
+    for (index, eight) in eights.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { to.add(8 * index).cast::<[f32; 8]>().write(*eight) };
+    }
+    for (index, value) in rest.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { to.add(8 * eights.len() + index).write(*value) };
     }
 }
 
