@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Blocks from this size on are large.
@@ -12,8 +13,15 @@ const LARGE_BYTES: usize = 1 << 20;
 const STEPS: usize = 8;
 /// Room for blocks of up to 2^43 bytes.
 const CLASSES: usize = 24 * STEPS;
-/// Free blocks that are kept, in bytes.
-const MOST_KEPT_BYTES: usize = 1 << 30;
+/// Free blocks that are kept, in bytes, until [`keep_all`] is called.
+const MOST_KEPT_BYTES: usize = 256 << 20;
+
+static MOST_KEPT: AtomicUsize = AtomicUsize::new(MOST_KEPT_BYTES);
+
+/// From now on keeps every large block: for a process that trains and ends.
+pub fn keep_all() {
+    MOST_KEPT.store(usize::MAX, Ordering::Relaxed);
+}
 
 /// The system's allocator with two habits for large blocks.
 ///
@@ -21,9 +29,7 @@ const MOST_KEPT_BYTES: usize = 1 << 30;
 /// pages up takes longer than the reading. And it keeps freed ones: a training step allocates the same sizes again
 /// and again, and the kernel would clear every page of them each time.
 #[derive(Debug)]
-pub struct LargeBlocks {
-    kept: Mutex<Kept>,
-}
+pub struct LargeBlocks;
 
 /// Free blocks by size; each holds the address of the next.
 #[derive(Debug)]
@@ -32,37 +38,47 @@ struct Kept {
     bytes: usize,
 }
 
-impl LargeBlocks {
-    /// Nothing kept yet.
-    #[expect(
-        clippy::new_without_default,
-        reason = "a static needs a const function"
-    )]
-    pub const fn new() -> Self {
-        let kept = Kept {
-            first: [0; CLASSES],
-            bytes: 0,
-        };
-        Self {
-            kept: Mutex::new(kept),
+static KEPT: Mutex<Kept> = Mutex::new(Kept {
+    first: [0; CLASSES],
+    bytes: 0,
+});
+
+fn kept() -> MutexGuard<'static, Kept> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives every kept block back to the system: between parts of a run that need blocks of different sizes.
+pub fn release() {
+    for index in 0..CLASSES {
+        while let Some((block, class)) = kept().pop(index) {
+            if let Some(layout) = class.layout() {
+                // SAFETY: the block came from the system with this layout, and nobody owns it.
+                unsafe { System.dealloc(block, layout) };
+            }
         }
     }
+}
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+impl Kept {
+    fn pop(&mut self, index: usize) -> Option<(*mut u8, Class)> {
+        let block = self.first[index] as *mut u8;
+        if block.is_null() {
+            return None;
+        }
+        let class = Class::at(index);
+        // SAFETY: a kept block begins with the address of the next.
+        self.first[index] = unsafe { block.cast::<usize>().read() };
+        self.bytes -= class.bytes;
+        Some((block, class))
     }
+}
 
+impl LargeBlocks {
     /// A block of this class, and whether it is fresh from the system.
-    unsafe fn take(&self, class: Class, zeroed: bool) -> (*mut u8, bool) {
-        {
-            let mut kept = self.kept();
-            let block = kept.first[class.index] as *mut u8;
-            if !block.is_null() {
-                // SAFETY: a kept block begins with the address of the next.
-                kept.first[class.index] = unsafe { block.cast::<usize>().read() };
-                kept.bytes -= class.bytes;
-                return (block, false);
-            }
+    unsafe fn take(class: Class, zeroed: bool) -> (*mut u8, bool) {
+        let found = kept().pop(class.index);
+        if let Some((block, _)) = found {
+            return (block, false);
         }
         let Some(layout) = class.layout() else {
             return (null_mut(), true);
@@ -79,10 +95,10 @@ impl LargeBlocks {
         (block, true)
     }
 
-    unsafe fn give(&self, block: *mut u8, class: Class) {
+    unsafe fn give(block: *mut u8, class: Class) {
         {
-            let mut kept = self.kept();
-            if kept.bytes + class.bytes <= MOST_KEPT_BYTES {
+            let mut kept = kept();
+            if kept.bytes + class.bytes <= MOST_KEPT.load(Ordering::Relaxed) {
                 // SAFETY: the block is free and large enough for an address.
                 unsafe { block.cast::<usize>().write(kept.first[class.index]) };
                 kept.first[class.index] = block as usize;
@@ -122,6 +138,12 @@ impl Class {
         (index < CLASSES).then_some(Self { index, bytes })
     }
 
+    fn at(index: usize) -> Self {
+        let power = LARGE_BYTES.ilog2() as usize + index / STEPS;
+        let bytes = (1 << power) + (index % STEPS) * (1 << (power - STEPS.ilog2() as usize));
+        Self { index, bytes }
+    }
+
     fn layout(self) -> Option<Layout> {
         Layout::from_size_align(self.bytes, Self::ALIGN).ok()
     }
@@ -134,7 +156,7 @@ unsafe impl GlobalAlloc for LargeBlocks {
         // SAFETY: the caller's promise.
         unsafe {
             match Class::of(layout) {
-                Some(class) => self.take(class, false).0,
+                Some(class) => Self::take(class, false).0,
                 None => System.alloc(layout),
             }
         }
@@ -145,7 +167,7 @@ unsafe impl GlobalAlloc for LargeBlocks {
         unsafe {
             match Class::of(layout) {
                 Some(class) => {
-                    let (block, fresh) = self.take(class, true);
+                    let (block, fresh) = Self::take(class, true);
                     if !fresh {
                         block.write_bytes(0, layout.size());
                     }
@@ -160,7 +182,7 @@ unsafe impl GlobalAlloc for LargeBlocks {
         // SAFETY: the caller's promise.
         unsafe {
             match Class::of(layout) {
-                Some(class) => self.give(block, class),
+                Some(class) => Self::give(block, class),
                 None => System.dealloc(block, layout),
             }
         }
@@ -222,44 +244,42 @@ mod tests {
             assert!(class.bytes >= bytes && class.bytes <= bytes + bytes / 8);
             assert!(class.index >= last);
             assert_eq!(Class::of(layout(class.bytes)), Some(class));
+            assert_eq!(Class::at(class.index), class);
             last = class.index;
         }
     }
 
+    /// One test: the free blocks are the process's.
     #[test]
-    fn a_freed_block_is_the_next_of_its_size_and_zeroed_when_asked() {
-        let blocks = LargeBlocks::new();
-        let layout = layout(3 << 20);
+    fn freed_blocks_are_used_again_up_to_a_limit_and_given_back() {
+        let three = layout(3 << 20);
         // SAFETY: blocks are written within their layout and freed once.
         unsafe {
-            let first = blocks.alloc(layout);
-            first.write_bytes(7, layout.size());
-            blocks.dealloc(first, layout);
-            let second = blocks.alloc_zeroed(layout);
+            let first = LargeBlocks.alloc(three);
+            first.write_bytes(7, three.size());
+            LargeBlocks.dealloc(first, three);
+            let second = LargeBlocks.alloc_zeroed(three);
             assert_eq!(first, second);
             assert!(
-                std::slice::from_raw_parts(second, layout.size())
+                std::slice::from_raw_parts(second, three.size())
                     .iter()
                     .all(|b| *b == 0)
             );
             second.write(9);
-            let grown = blocks.realloc(second, layout, 5 << 20);
+            let grown = LargeBlocks.realloc(second, three, 5 << 20);
             assert_eq!(grown.read(), 9);
-            blocks.dealloc(grown, self::layout(5 << 20));
-        }
-    }
+            LargeBlocks.dealloc(grown, layout(5 << 20));
+            assert!(kept().bytes > 0);
+            release();
+            assert_eq!(kept().bytes, 0);
 
-    #[test]
-    fn no_more_than_the_limit_is_kept() {
-        let blocks = LargeBlocks::new();
-        let layout = layout(MOST_KEPT_BYTES / 2);
-        // SAFETY: each block is freed once.
-        unsafe {
-            let taken = [(); 3].map(|()| blocks.alloc(layout));
+            let half = layout(MOST_KEPT_BYTES / 2);
+            let taken = [(); 3].map(|()| LargeBlocks.alloc(half));
             for block in taken {
-                blocks.dealloc(block, layout);
+                LargeBlocks.dealloc(block, half);
             }
+            assert_eq!(kept().bytes, MOST_KEPT_BYTES);
+            release();
         }
-        assert_eq!(blocks.kept().bytes, MOST_KEPT_BYTES);
     }
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
-use lorasmith::allocator::LargeBlocks;
+use lorasmith::allocator::{self, LargeBlocks};
 use lorasmith::bench::{self, BenchOptions, Moment};
 use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
@@ -18,7 +18,7 @@ use lorasmith::{app, listing, telemetry};
 const LEARNED: f64 = 0.5;
 
 #[global_allocator]
-static ALLOCATOR: LargeBlocks = LargeBlocks::new();
+static ALLOCATOR: LargeBlocks = LargeBlocks;
 
 fn main() -> Result<ExitCode> {
     let process_start = Moment::process_start();
@@ -34,6 +34,7 @@ fn main() -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Worker(args) => {
+            allocator::keep_all();
             let end = app::work(load(Overrides::default())?, args.run)?;
             Ok(match end {
                 WorkerEnd::Failed => ExitCode::FAILURE,
@@ -46,6 +47,7 @@ fn main() -> Result<ExitCode> {
         Command::Demo(args) => run_demo(args),
         Command::Verify(args) => run_verify(&args),
         Command::Bench(args) => {
+            allocator::keep_all();
             let plugins = app::find_plugins(&load(Overrides::default())?);
             run_bench(&args, &plugins, process_start)
         }
