@@ -5,6 +5,7 @@
 pub mod diffusion;
 pub mod kernels;
 pub mod networks;
+pub mod selfcheck;
 
 pub mod dataloader;
 pub mod training;
