@@ -24,5 +24,6 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod demo;
+pub mod doctor;
 pub mod listing;
 pub mod telemetry;
