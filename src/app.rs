@@ -19,6 +19,7 @@ use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
+use crate::selfcheck::Remembered;
 use crate::store::{Store, Swept};
 
 /// How often blobs that no row names are removed, after the first time at the start.
@@ -119,6 +120,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         models,
         runs,
         plugins,
+        self_checks: Remembered::new(&config.data_dir),
     };
     let key = ApiKey::new(config.api_key.as_deref());
     let http = HttpService::listen(config.bind, config.http_workers, key, services)
@@ -163,6 +165,8 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
         models: ModelCatalog::new(&config.models_dir),
         plugins: find_plugins(&config),
         latent_cache: config.data_dir.join("cache").join("latents"),
+        self_checks: Remembered::new(&config.data_dir),
+        force_devices: config.force_devices,
     };
     let end = crate::runs::work(&runtime, &parts, run)?;
     runtime.shutdown_background(); // the thread that reads standard input never ends by itself
@@ -208,6 +212,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("DATA_DIR", &text(&config.data_dir)?),
         setting("MODELS_DIR", &text(&config.models_dir)?),
         setting("DEVICE", &config.device),
+        setting("FORCE_DEVICES", &config.force_devices.to_string()),
         setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
         setting("DATABASE_URL", &config.database_url()),
     ];

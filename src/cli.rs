@@ -1,4 +1,4 @@
-//! The command line: `serve`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `openapi`.
+//! The command line: `serve`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `doctor`, `openapi`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -42,6 +42,8 @@ pub enum Command {
     Plugins(JsonArgs),
     /// List the compute devices of this machine.
     Devices(JsonArgs),
+    /// Tell what this binary holds and which devices there are, and check GPUs against the CPU.
+    Doctor(DoctorArgs),
     /// Print the OpenAPI document.
     Openapi,
 }
@@ -240,6 +242,23 @@ pub struct LoraOutputArgs {
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
+}
+
+/// Flags of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// A device to check besides the hardware GPUs, such as a software one: `vulkan:0`.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Check again what was checked before: after a system update on macOS or Windows, whose drivers have no version.
+    #[arg(long)]
+    pub again: bool,
+    /// Where the service keeps its files: results are remembered there.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Flags of the listing commands.

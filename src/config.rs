@@ -31,6 +31,8 @@ pub struct Config {
     pub plugin_sha256: Option<Vec<String>>,
     /// Device of runs that name none: `auto`, `cpu`, `vulkan:0`.
     pub device: String,
+    /// Use devices that fail the comparison with the CPU, and compare no others.
+    pub force_devices: bool,
     /// Bearer key that requests must carry; required as soon as `bind` is not a loopback address.
     pub api_key: Option<String>,
     /// Threads that answer requests.
@@ -49,6 +51,7 @@ impl Default for Config {
             plugin_dirs: Vec::new(),
             plugin_sha256: None,
             device: "auto".to_owned(),
+            force_devices: false,
             api_key: None,
             http_workers: 2,
             max_concurrent_runs: 1,

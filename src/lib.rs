@@ -7,6 +7,7 @@ pub mod kernels;
 
 pub mod diffusion;
 pub mod networks;
+pub mod selfcheck;
 
 pub mod dataloader;
 pub mod training;
@@ -25,5 +26,6 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod demo;
+pub mod doctor;
 pub mod listing;
 pub mod telemetry;

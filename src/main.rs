@@ -6,11 +6,13 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use lorasmith::allocator::{self, LargeBlocks};
 use lorasmith::bench::{self, BenchOptions, Moment};
-use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, VerifyArgs};
+use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, DoctorArgs, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
 use lorasmith::demo::{self, DemoOptions};
+use lorasmith::doctor::{self, DoctorOptions};
 use lorasmith::plugin_host::PluginHost;
 use lorasmith::runs::WorkerEnd;
+use lorasmith::selfcheck::Remembered;
 use lorasmith::verify::{self, VerifyOptions};
 use lorasmith::{app, listing, telemetry};
 
@@ -64,6 +66,13 @@ fn main() -> Result<ExitCode> {
             print!("{}", listing::devices(args.json)?);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Doctor(args) => {
+            let overrides = Overrides {
+                data_dir: args.data_dir.clone(),
+                ..Overrides::default()
+            };
+            run_doctor(&args, &load(overrides)?)
+        }
         Command::Openapi => {
             println!("{}", lorasmith::api::openapi().to_pretty_json()?);
             Ok(ExitCode::SUCCESS)
@@ -106,6 +115,30 @@ fn run_verify(args: &VerifyArgs) -> Result<ExitCode> {
         print!("{report}");
     }
     Ok(if report.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_doctor(args: &DoctorArgs, config: &Config) -> Result<ExitCode> {
+    let options = DoctorOptions {
+        device: args.device.as_deref().map(str::parse).transpose()?,
+        again: args.again,
+    };
+    let self_checks = Remembered::new(&config.data_dir);
+    let found = doctor::examine(&options, &self_checks, |device, checks| {
+        eprintln!(
+            "checking {} ({}): {checks} checks …",
+            device.id, device.name
+        );
+    })?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        print!("{found}");
+    }
+    Ok(if found.passed() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

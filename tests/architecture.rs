@@ -4,10 +4,11 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 16] = [
+const MAY_USE: [(&str, &[&str]); 17] = [
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
     ("networks", &["diffusion", "kernels"]),
+    ("selfcheck", &["kernels", "diffusion", "networks"]),
     ("dataloader", &[]),
     ("training", &["networks", "diffusion", "dataloader"]),
     ("plugin_host", &["training"]),
@@ -24,6 +25,7 @@ const MAY_USE: [(&str, &[&str]); 16] = [
             "dataloader",
             "plugin_host",
             "models",
+            "selfcheck",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -36,6 +38,7 @@ const MAY_USE: [(&str, &[&str]); 16] = [
             "plugin_host",
             "store",
             "diffusion",
+            "selfcheck",
         ],
     ),
     (
@@ -64,6 +67,7 @@ const KNOWN_IN: [(&str, &[&str]); 8] = [
             "src/kernels/",
             "src/diffusion/",
             "src/networks/",
+            "src/selfcheck/",
             "src/training/",
             "src/dataloader/",
             "src/plugin_host/",

@@ -3,12 +3,14 @@
 use actix_web::get;
 use actix_web::web::{self, Data};
 use serde::Serialize;
+use time::OffsetDateTime;
 use utoipa::ToSchema;
 use utoipa_actix_web::service_config::ServiceConfig;
 
 use super::codes::Code;
 use super::problem::{Problem, ProblemBody};
 use crate::diffusion::devices::{self, AdapterClass, DeviceInfo};
+use crate::selfcheck::{CheckResult, Remembered, SelfCheck};
 use crate::store::Store;
 
 /// The routes of this file, outside of `/v1`.
@@ -97,7 +99,8 @@ pub async fn get_version() -> web::Json<Version> {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "vulkan:0", "name": "AMD Radeon RX 7900 XTX", "class": "discrete", "driver": "radv Mesa 24.2",
-    "supports_f16": true, "default": true
+    "supports_f16": true, "default": true,
+    "self_check": {"status": "passed", "checked_at": "2026-05-04T09:30:00Z", "failed_checks": []}
 }))]
 pub struct Device {
     /// What `device` of a run takes.
@@ -111,11 +114,82 @@ pub struct Device {
     pub supports_f16: bool,
     /// Whether `auto` takes it.
     pub default: bool,
+    pub self_check: DeviceSelfCheck,
 }
 
-impl From<DeviceInfo> for Device {
-    fn from(info: DeviceInfo) -> Self {
+/// Whether the device computes what the CPU computes.
+///
+/// It is found out at the first use of an adapter and driver, by a run or by `lorasmith doctor`.
+#[derive(Serialize, ToSchema)]
+pub struct DeviceSelfCheck {
+    pub status: SelfCheckStatus,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub checked_at: Option<OffsetDateTime>,
+    /// A device with any is not used, unless the setting `force_devices` says so.
+    pub failed_checks: Vec<FailedCheck>,
+}
+
+/// What the self-check said.
+#[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SelfCheckStatus {
+    /// Every check is right.
+    Passed,
+    /// A check is wrong.
+    Failed,
+    /// The device was not used yet; or it is the CPU, which others are compared with.
+    NotRun,
+}
+
+/// A check that is not right.
+#[derive(Serialize, ToSchema)]
+pub struct FailedCheck {
+    pub name: String,
+    /// Largest difference from the CPU, in units of the CPU's largest value; `null` when values are not finite or the
+    /// computation broke off.
+    pub error: Option<f64>,
+    /// Largest error that is allowed.
+    pub tolerance: f64,
+    /// The tensor that is furthest off, or how the computation broke off.
+    pub detail: String,
+}
+
+impl From<Option<SelfCheck>> for DeviceSelfCheck {
+    fn from(found: Option<SelfCheck>) -> Self {
+        let Some(found) = found else {
+            return Self {
+                status: SelfCheckStatus::NotRun,
+                checked_at: None,
+                failed_checks: Vec::new(),
+            };
+        };
         Self {
+            status: if found.passed() {
+                SelfCheckStatus::Passed
+            } else {
+                SelfCheckStatus::Failed
+            },
+            checked_at: Some(found.checked_at),
+            failed_checks: found.failed().map(FailedCheck::from).collect(),
+        }
+    }
+}
+
+impl From<&CheckResult> for FailedCheck {
+    fn from(check: &CheckResult) -> Self {
+        Self {
+            name: check.name.clone(),
+            error: check.error,
+            tolerance: check.tolerance,
+            detail: check.detail.clone(),
+        }
+    }
+}
+
+impl Device {
+    fn of(info: DeviceInfo, self_checks: &Remembered) -> Self {
+        Self {
+            self_check: self_checks.find(&info).into(),
             id: info.id,
             name: info.name,
             class: info.class,
@@ -134,14 +208,61 @@ pub struct Devices {
 
 /// List the compute devices.
 ///
-/// GPUs that Vulkan, Metal or DX12 reach, software rasterisers among them, and the CPU.
+/// GPUs that Vulkan, Metal or DX12 reach, software rasterisers among them, and the CPU. `self_check` is what is
+/// remembered; nothing is computed for this answer.
 #[utoipa::path(
     tag = "operations",
     responses((status = 200, description = "The devices", body = Devices)),
 )]
 #[get("/devices")]
-pub async fn list_devices() -> Result<web::Json<Devices>, Problem> {
-    let found = web::block(devices::list).await.map_err(Problem::internal)?;
-    let data = found.into_iter().map(Device::from).collect();
+pub async fn list_devices(self_checks: Data<Remembered>) -> Result<web::Json<Devices>, Problem> {
+    let list = move || {
+        let found = devices::list();
+        let described = found.into_iter().map(|info| Device::of(info, &self_checks));
+        described.collect()
+    };
+    let data = web::block(list).await.map_err(Problem::internal)?;
     Ok(web::Json(Devices { data }))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_self_check_names_what_failed() {
+        let check = |name: &str, error: Option<f64>, passed| CheckResult {
+            name: name.to_owned(),
+            error,
+            tolerance: 1e-4,
+            passed,
+            detail: "output".to_owned(),
+        };
+        let mut found = SelfCheck {
+            checked_at: OffsetDateTime::UNIX_EPOCH,
+            duration_s: 2.0,
+            checks: vec![check("linear", Some(1e-6), true)],
+        };
+        let wire = |found: &SelfCheck| {
+            serde_json::to_value(DeviceSelfCheck::from(Some(found.clone()))).unwrap()
+        };
+        assert_eq!(
+            wire(&found),
+            json!({"status": "passed", "checked_at": "1970-01-01T00:00:00Z", "failed_checks": []})
+        );
+        found.checks.push(check("attention", None, false));
+        assert_eq!(
+            wire(&found),
+            json!({"status": "failed", "checked_at": "1970-01-01T00:00:00Z", "failed_checks": [
+                {"name": "attention", "error": null, "tolerance": 1e-4, "detail": "output"}
+            ]})
+        );
+        let unknown = serde_json::to_value(DeviceSelfCheck::from(None)).unwrap();
+        assert_eq!(
+            unknown,
+            json!({"status": "not_run", "checked_at": null, "failed_checks": []})
+        );
+    }
 }

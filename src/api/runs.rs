@@ -87,7 +87,8 @@ pub struct Run {
     pub device: Option<String>,
     /// How many workers have begun it: 2 after a crash.
     pub attempt: u32,
-    /// What the worker does: `loading`, `caching_latents`, `caching_text`, `training`, `validating`, `sampling`, `saving`.
+    /// What the worker does: `checking_device`, `loading`, `caching_latents`, `caching_text`, `training`, `validating`,
+    /// `sampling`, `saving`.
     pub phase: Option<String>,
     pub progress: RunProgress,
     /// Why it failed.
@@ -125,8 +126,8 @@ pub struct RunProgress {
 /// Why a run failed.
 #[derive(Serialize, ToSchema)]
 pub struct RunFailure {
-    /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `plugin_failed`, `image_unusable`,
-    /// `worker_lost` and others.
+    /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `device_failed_self_check`,
+    /// `plugin_failed`, `image_unusable`, `worker_lost` and others.
     pub code: String,
     pub message: String,
 }

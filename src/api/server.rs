@@ -14,6 +14,7 @@ use crate::datasets::DatasetService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::PluginHost;
 use crate::runs::RunService;
+use crate::selfcheck::Remembered;
 use crate::store::Store;
 
 /// How long open connections have to finish when the service ends, in seconds.
@@ -32,6 +33,8 @@ pub struct Services {
     pub runs: RunService,
     /// Plugins.
     pub plugins: Arc<PluginHost>,
+    /// What is known of devices.
+    pub self_checks: Remembered,
 }
 
 /// A server that listens, and answers once it is awaited.
@@ -70,7 +73,8 @@ impl HttpService {
                     .app_data(Data::new(services.datasets))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))
-                    .app_data(Data::from(services.plugins));
+                    .app_data(Data::from(services.plugins))
+                    .app_data(Data::new(services.self_checks));
             })
         })
         .workers(threads)

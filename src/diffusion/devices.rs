@@ -26,7 +26,8 @@ pub enum GraphicsApi {
 impl GraphicsApi {
     const ALL: [Self; 3] = [Self::Vulkan, Self::Metal, Self::Dx12];
 
-    fn name(self) -> &'static str {
+    /// Its name, as device names have it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Vulkan => "vulkan",
             Self::Metal => "metal",
@@ -122,6 +123,8 @@ pub struct DeviceInfo {
     pub driver: String,
     /// Whether shaders can compute in half precision.
     pub supports_f16: bool,
+    /// Largest buffer that the driver makes. The whole memory is not told by graphics APIs in common.
+    pub max_buffer_bytes: Option<u64>,
     /// Whether `auto` would choose it.
     pub is_default: bool,
 }
@@ -168,6 +171,15 @@ struct Adapter {
     api: GraphicsApi,
     /// Counts adapters of the same class only: that is how burn addresses them.
     kind: Option<DeviceKind>,
+}
+
+/// The graphics APIs that this build reaches.
+pub fn graphics_apis() -> Vec<GraphicsApi> {
+    let compiled = wgpu::Instance::enabled_backend_features();
+    GraphicsApi::ALL
+        .into_iter()
+        .filter(|api| compiled.contains(api.wgpu_backends()))
+        .collect()
 }
 
 /// Every device of this machine; the CPU is always there and comes last.
@@ -261,6 +273,7 @@ fn cpu_info(is_default: bool) -> DeviceInfo {
         class: AdapterClass::Cpu,
         driver: String::new(),
         supports_f16: false,
+        max_buffer_bytes: None,
         is_default,
     }
 }
@@ -312,6 +325,7 @@ fn adapters_of(api: GraphicsApi) -> Vec<Adapter> {
                         .trim()
                         .to_owned(),
                     supports_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+                    max_buffer_bytes: Some(adapter.limits().max_buffer_size),
                     is_default: false,
                 },
                 api,

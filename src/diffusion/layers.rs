@@ -49,6 +49,15 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// A layer of weights that are there already.
+    pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        Self {
+            weight,
+            bias,
+            adapter: None,
+        }
+    }
+
     /// Reads `weight` and, where there is one, `bias`; the sizes are those of the file.
     ///
     /// # Errors
@@ -72,11 +81,8 @@ impl Linear {
         d_in: usize,
         d_out: usize,
     ) -> Result<Self, LoadError> {
-        Ok(Self {
-            weight: weights.tensor("weight", [d_out, d_in])?,
-            bias: optional_bias(weights, d_out)?,
-            adapter: None,
-        })
+        let weight = weights.tensor("weight", [d_out, d_in])?;
+        Ok(Self::new(weight, optional_bias(weights, d_out)?))
     }
 
     /// Length of an input row.
@@ -131,6 +137,17 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
+    /// A convolution of weights that are there already.
+    pub fn new(weight: Tensor<4>, bias: Option<Tensor<1>>, stride: usize, padding: usize) -> Self {
+        Self {
+            weight: kernels::order_by_taps(weight),
+            bias,
+            stride: [stride, stride],
+            padding: [padding, padding],
+            adapter: None,
+        }
+    }
+
     /// Reads a convolution with a square kernel, padded so that stride 1 keeps the size.
     ///
     /// # Errors
@@ -141,15 +158,9 @@ impl Conv2d {
         c_out: usize,
         kernel: usize,
     ) -> Result<Self, LoadError> {
-        Ok(Self {
-            weight: kernels::order_by_taps(
-                weights.tensor("weight", [c_out, c_in, kernel, kernel])?,
-            ),
-            bias: optional_bias(weights, c_out)?,
-            stride: [1, 1],
-            padding: [kernel / 2, kernel / 2],
-            adapter: None,
-        })
+        let weight = weights.tensor("weight", [c_out, c_in, kernel, kernel])?;
+        let bias = optional_bias(weights, c_out)?;
+        Ok(Self::new(weight, bias, 1, kernel / 2))
     }
 
     /// The same with another stride and padding.

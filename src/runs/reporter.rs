@@ -147,7 +147,11 @@ impl Reporter {
             self.send(Message::State(RunState::Saving));
         }
         let (name, data) = describe(phase);
-        if matches!(phase, Phase::CachingLatents { .. }) || self.phase != name {
+        let counts = matches!(
+            phase,
+            Phase::CheckingDevice { .. } | Phase::CachingLatents { .. }
+        );
+        if counts || self.phase != name {
             self.phase = name.to_owned();
             self.write(WorkerReport {
                 phase: Some(name.to_owned()),
@@ -456,12 +460,14 @@ fn thin(events: &mut Vec<(String, serde_json::Value)>) {
 }
 
 fn describe(phase: Phase) -> (&'static str, serde_json::Value) {
+    let counted = |name, done: usize, total: usize| {
+        let data = json!({"phase": name, "done": done, "total": total});
+        (name, data)
+    };
     let name = match phase {
+        Phase::CheckingDevice { done, total } => return counted("checking_device", done, total),
         Phase::Loading => "loading",
-        Phase::CachingLatents { done, total } => {
-            let name = "caching_latents";
-            return (name, json!({"phase": name, "done": done, "total": total}));
-        }
+        Phase::CachingLatents { done, total } => return counted("caching_latents", done, total),
         Phase::CachingText => "caching_text",
         Phase::Training => "training",
         Phase::Validating => "validating",

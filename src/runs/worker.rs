@@ -14,15 +14,17 @@ use super::reporter::{Reporter, Stop};
 use super::spec::{RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::TrainingImage;
-use crate::diffusion::devices;
+use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
 use crate::networks::{LoraNetwork, TrainParts};
 use crate::plugin_host::PluginHost;
+use crate::selfcheck::{self, Remembered, SelfCheck};
 use crate::store::runs::{Run, RunFailure, RunState};
 use crate::store::{Store, StoreError};
 use crate::training::{
-    Phase, ProgressSink as _, Report, TrainError, TrainLength, TrainOutcome, TrainingSet, train,
+    Control, Phase, ProgressSink as _, Report, TrainError, TrainLength, TrainOutcome, TrainingSet,
+    train,
 };
 
 /// How long a worker is believed to be alive after its last sign of life.
@@ -38,6 +40,10 @@ pub struct WorkerParts {
     pub plugins: PluginHost,
     /// Folder for latents that outlive a run.
     pub latent_cache: std::path::PathBuf,
+    /// What is known of devices.
+    pub self_checks: Remembered,
+    /// Whether devices are used unchecked.
+    pub force_devices: bool,
 }
 
 /// How a worker has ended.
@@ -169,6 +175,10 @@ fn run_training(
         .block_on(parts.store.set_device(run.id, &noted))
         .map_err(|error| RunFailure::new("store_failed", error))?;
 
+    if !parts.force_devices {
+        check_device(&parts.self_checks, &device, reporter)?;
+    }
+
     reporter.report(Report::Phase(Phase::Loading));
     let found = parts
         .models
@@ -228,6 +238,45 @@ fn run_training(
     )?)
 }
 
+/// Lets a run pass whose device computes what the CPU computes; finds that out at the device's first use.
+fn check_device(
+    self_checks: &Remembered,
+    device: &ComputeDevice,
+    reporter: &mut Reporter,
+) -> Result<(), RunFailure> {
+    if !selfcheck::applies_to(&device.info) {
+        return Ok(());
+    }
+    let go_on = |done, total| {
+        let phase = Report::Phase(Phase::CheckingDevice { done, total });
+        reporter.report(phase) == Control::Continue
+    };
+    let found = self_checks
+        .find(&device.info)
+        .or_else(|| self_checks.run(device, go_on));
+    match found {
+        Some(found) if found.passed() => Ok(()),
+        Some(found) => Err(failed_self_check(device, &found)),
+        None => Err(RunFailure::new("training_failed", "stopped by request")),
+    }
+}
+
+fn failed_self_check(device: &ComputeDevice, found: &SelfCheck) -> RunFailure {
+    let names: Vec<&str> = found.failed().map(|check| check.name.as_str()).collect();
+    let message = format!(
+        "device `{}` ({}, {}) computes other results than the CPU: {} of {} checks failed ({}). Choose another \
+         device, or update the driver; `lorasmith doctor --device {0} --again` shows details. `force_devices = true` \
+         (LORASMITH_FORCE_DEVICES) uses it nevertheless.",
+        device.info.id,
+        device.info.name,
+        device.info.driver,
+        names.len(),
+        found.checks.len(),
+        names.join(", "),
+    );
+    RunFailure::new("device_failed_self_check", message)
+}
+
 fn training_set(
     store: &Store,
     images: Vec<SnapshotImage>,
@@ -266,5 +315,42 @@ fn total_steps(data: &TrainingSet, spec: &RunSpec) -> Result<u64, RunFailure> {
     match spec.settings.length {
         TrainLength::Steps(steps) => Ok(steps),
         TrainLength::Epochs(_) => Ok(crate::training::planned_steps(data, &spec.settings)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::diffusion::devices::DeviceSpec;
+    use crate::selfcheck::CheckResult;
+
+    #[test]
+    fn a_failed_self_check_names_what_failed_and_what_to_do() {
+        let mut device = devices::open(DeviceSpec::Cpu).unwrap();
+        device.info.id = "vulkan:1".to_owned();
+        let check = |name: &str, passed| CheckResult {
+            name: name.to_owned(),
+            error: None,
+            tolerance: 1e-4,
+            passed,
+            detail: String::new(),
+        };
+        let found = SelfCheck {
+            checked_at: OffsetDateTime::UNIX_EPOCH,
+            duration_s: 1.0,
+            checks: vec![check("linear", true), check("lora_conv", false)],
+        };
+        let failure = failed_self_check(&device, &found);
+        assert_eq!(failure.code, "device_failed_self_check");
+        let message = failure.message;
+        for part in [
+            "1 of 2 checks failed (lora_conv)",
+            "doctor --device vulkan:1",
+            "LORASMITH_FORCE_DEVICES",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
     }
 }

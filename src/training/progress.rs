@@ -64,6 +64,13 @@ pub enum Report<'a> {
 /// Kinds of work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
+    /// Comparing the device with the CPU, at its first use.
+    CheckingDevice {
+        /// Checks done.
+        done: usize,
+        /// Checks in all.
+        total: usize,
+    },
     /// Reading the base model.
     Loading,
     /// Encoding images.

@@ -3,5 +3,6 @@
 mod datasets;
 mod images;
 mod openapi;
+mod operations;
 mod support;
 mod uploads;

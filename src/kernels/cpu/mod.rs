@@ -43,6 +43,11 @@ impl<T> Shared<T> {
     }
 }
 
+/// The instruction set that matrix products on the CPU are computed with: `avx512`, `avx2` or `portable`.
+pub fn instruction_set() -> &'static str {
+    tile::Tile::best().isa
+}
+
 /// Whether the AVX-512 parts that the kernels use are there.
 #[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
