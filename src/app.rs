@@ -18,7 +18,7 @@ use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
-use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
+use crate::runs::{CacheFolder, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
 use crate::store::{Store, Swept};
 
 /// How often blobs that no row names are removed, after the first time at the start.
@@ -162,7 +162,10 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
         store,
         models: ModelCatalog::new(&config.models_dir),
         plugins: find_plugins(&config),
-        latent_cache: config.data_dir.join("cache").join("latents"),
+        cache: (config.cache_max_bytes > 0).then(|| CacheFolder {
+            path: config.data_dir.join("cache"),
+            max_bytes: config.cache_max_bytes,
+        }),
     };
     let end = crate::runs::work(&runtime, &parts, run)?;
     runtime.shutdown_background(); // the thread that reads standard input never ends by itself
@@ -210,6 +213,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("DEVICE", &config.device),
         setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
         setting("DATABASE_URL", &config.database_url()),
+        setting("CACHE_MAX_BYTES", &config.cache_max_bytes.to_string()),
     ];
     let folders: Vec<String> = config
         .plugin_dirs

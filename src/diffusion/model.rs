@@ -1,8 +1,11 @@
 //! A whole Stable Diffusion model: found in a diffusers folder or a single `.safetensors` file, and loaded.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::PredictionType;
 use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig, read_json};
@@ -83,12 +86,32 @@ pub struct StableDiffusion {
     pub text_encoder: TextEncoder,
     /// Noisy latents and states to noise.
     pub unet: UNet,
-    /// Pictures to latents and back.
-    pub vae: Vae,
     /// Noise levels of the timesteps.
     pub schedule: NoiseSchedule,
     /// What the UNet predicts.
     pub prediction: PredictionType,
+    /// Pictures to latents and back; loaded when it is first asked for.
+    vae: OnceLock<Vae>,
+    stored_vae: Stored<VaeConfig>,
+    stored_text_encoder: Stored<TextEncoderConfig>,
+}
+
+/// A component as its files have it. They stay open: what is read later is what was there when the model was loaded,
+/// even if the file has been replaced by another.
+#[derive(Debug)]
+struct Stored<C> {
+    weights: Weights,
+    config: C,
+}
+
+impl<C: fmt::Debug> Stored<C> {
+    /// Tells the component apart from all that compute something else.
+    fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        digest.update(format!("{:?} {:?}\n", self.config, self.weights.dtype()));
+        digest.update(self.weights.digest());
+        hex::encode(digest.finalize())
+    }
 }
 
 impl StableDiffusion {
@@ -136,10 +159,51 @@ impl StableDiffusion {
             tokenizer,
             text_encoder: TextEncoder::load(&text_weights.at(""), &text_config)?,
             unet: UNet::load(&unet_weights.at(""), &unet_config)?,
-            vae: Vae::load(&vae_weights.at(""), &vae_config)?,
             schedule,
             prediction,
+            vae: OnceLock::new(),
+            stored_vae: Stored {
+                weights: vae_weights,
+                config: vae_config,
+            },
+            stored_text_encoder: Stored {
+                weights: text_weights,
+                config: text_config,
+            },
         })
+    }
+
+    /// Pictures to latents and back.
+    ///
+    /// # Errors
+    /// At the first call, when a tensor is missing or has another shape than it must have.
+    pub fn vae(&self) -> Result<&Vae, LoadError> {
+        if let Some(vae) = self.vae.get() {
+            return Ok(vae);
+        }
+        let Stored { weights, config } = &self.stored_vae;
+        let vae = Vae::load(&weights.at(""), config)?;
+        Ok(self.vae.get_or_init(|| vae))
+    }
+
+    /// Gives the VAE's memory back until it is asked for again.
+    pub fn unload_vae(&mut self) {
+        self.vae.take();
+    }
+
+    /// Sizes of the VAE, known without loading it.
+    pub fn vae_config(&self) -> &VaeConfig {
+        &self.stored_vae.config
+    }
+
+    /// Tells the VAE apart by its sizes and stored weights, in hex. Reads them all.
+    pub fn vae_digest(&self) -> String {
+        self.stored_vae.digest()
+    }
+
+    /// Tells the text encoder apart by its sizes and stored weights, in hex. Reads them all.
+    pub fn text_encoder_digest(&self) -> String {
+        self.stored_text_encoder.digest()
     }
 
     /// Reads only headers and configurations.

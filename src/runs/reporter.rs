@@ -147,7 +147,11 @@ impl Reporter {
             self.send(Message::State(RunState::Saving));
         }
         let (name, data) = describe(phase);
-        if matches!(phase, Phase::CachingLatents { .. }) || self.phase != name {
+        let counts = matches!(
+            phase,
+            Phase::CachingLatents { .. } | Phase::CachingText { .. }
+        );
+        if counts || self.phase != name {
             self.phase = name.to_owned();
             self.write(WorkerReport {
                 phase: Some(name.to_owned()),
@@ -441,28 +445,42 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
     into.events.extend(report.events);
 }
 
-/// Of several progress events at once only the last says something.
+/// Of several progress events at once only the last says something, and of several of one phase.
 fn thin(events: &mut Vec<(String, serde_json::Value)>) {
+    let subject = |kind: &str, data: &serde_json::Value| {
+        let phase = data["phase"].as_str().unwrap_or_default();
+        (kind.to_owned(), phase.to_owned())
+    };
     let mut last = HashMap::new();
-    for (index, (kind, _)) in events.iter().enumerate() {
-        last.insert(kind.clone(), index);
+    for (index, (kind, data)) in events.iter().enumerate() {
+        last.insert(subject(kind, data), index);
     }
     let mut index = 0;
-    events.retain(|(kind, _)| {
-        let keep = !matches!(kind.as_str(), "progress" | "phase") || last[kind] == index;
+    events.retain(|(kind, data)| {
+        let thinned = matches!(kind.as_str(), "progress" | "phase");
+        let keep = !thinned || last[&subject(kind, data)] == index;
         index += 1;
         keep
     });
 }
 
 fn describe(phase: Phase) -> (&'static str, serde_json::Value) {
+    let counts = |name, done, total, cached| {
+        let data = json!({"phase": name, "done": done, "total": total, "cached": cached});
+        (name, data)
+    };
     let name = match phase {
         Phase::Loading => "loading",
-        Phase::CachingLatents { done, total } => {
-            let name = "caching_latents";
-            return (name, json!({"phase": name, "done": done, "total": total}));
-        }
-        Phase::CachingText => "caching_text",
+        Phase::CachingLatents {
+            done,
+            total,
+            cached,
+        } => return counts("caching_latents", done, total, cached),
+        Phase::CachingText {
+            done,
+            total,
+            cached,
+        } => return counts("caching_text", done, total, cached),
         Phase::Training => "training",
         Phase::Validating => "validating",
         Phase::Sampling => "sampling",

@@ -3,7 +3,7 @@
 //! It needs the settings, the database, the blobs and the run's id, and nothing from whoever started it. It takes the
 //! run, trains it on this thread, and writes what happens from another one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RunSpec, SnapshotImage};
 use super::state;
-use crate::dataloader::TrainingImage;
+use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices;
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
@@ -36,8 +36,27 @@ pub struct WorkerParts {
     pub models: ModelCatalog,
     /// Optimizers and schedulers.
     pub plugins: PluginHost,
-    /// Folder for latents that outlive a run.
-    pub latent_cache: std::path::PathBuf,
+    /// Where latents and states of captions outlive a run, if they do.
+    pub cache: Option<CacheFolder>,
+}
+
+/// The folder of the cache.
+#[derive(Clone, Debug)]
+pub struct CacheFolder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The most that it takes when a run begins.
+    pub max_bytes: u64,
+}
+
+impl CacheFolder {
+    /// A run does without a cache that cannot be used.
+    fn open(&self) -> Option<TensorCache> {
+        let opened = TensorCache::open(&self.path, self.max_bytes);
+        opened
+            .inspect_err(|error| tracing::warn!(%error, "this run goes without the cache"))
+            .ok()
+    }
 }
 
 /// How a worker has ended.
@@ -63,7 +82,7 @@ impl From<TrainError> for RunFailure {
             TrainError::NoImages | TrainError::UnknownImage { .. } => "no_images",
             TrainError::NotFinite { .. } => "loss_not_finite",
             TrainError::Optimizer(_) => "plugin_failed",
-            TrainError::BaseModel { .. } => "model_unusable",
+            TrainError::BaseModel { .. } | TrainError::Model(_) => "model_unusable",
             TrainError::Network(_)
             | TrainError::NothingToTrain
             | TrainError::Device(_)
@@ -193,7 +212,8 @@ fn run_training(
     )
     .map_err(|error| RunFailure::new("training_failed", error))?;
 
-    let data = training_set(&parts.store, images, &spec, &base.path, &parts.latent_cache);
+    let cache = parts.cache.as_ref().and_then(CacheFolder::open);
+    let data = training_set(&parts.store, images, &spec, &base.path, cache);
     let plugin = |error| RunFailure::new("plugin_failed", error);
     let mut optimizer = parts
         .plugins
@@ -233,7 +253,7 @@ fn training_set(
     images: Vec<SnapshotImage>,
     spec: &RunSpec,
     base_model: &Path,
-    latent_cache: &Path,
+    cache: Option<TensorCache>,
 ) -> TrainingSet {
     let subsets = images
         .iter()
@@ -256,7 +276,7 @@ fn training_set(
         images,
         subsets,
         buckets: spec.buckets.clone(),
-        latent_cache: Some(latent_cache.to_owned()),
+        cache,
         base_model: base_model.to_owned(),
     }
 }

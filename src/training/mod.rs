@@ -1,5 +1,7 @@
 //! Training of a LoRA: the loop written out, and the parts that it is made of.
 
+#[cfg(test)]
+mod cache_tests;
 pub mod data;
 #[cfg(test)]
 mod goldens;
@@ -28,6 +30,7 @@ pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;
+use crate::diffusion::LoadError;
 use crate::networks::NetworkError;
 
 /// Why a training ended without a result.
@@ -36,7 +39,10 @@ pub enum TrainError {
     /// A setting is out of range.
     #[error(transparent)]
     Settings(#[from] SettingProblem),
-    /// An image or the latent cache cannot be used.
+    /// A part of the base model cannot be loaded.
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    /// An image cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),
     /// The adapters or their files cannot be used.
