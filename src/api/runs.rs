@@ -126,7 +126,8 @@ pub struct RunProgress {
 #[derive(Serialize, ToSchema)]
 pub struct RunFailure {
     /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `plugin_failed`, `image_unusable`,
-    /// `worker_lost` and others.
+    /// `memory_budget` (the run would not fit into memory; the message says what to change), `memory_limit` (it has
+    /// outgrown it), `worker_lost` and others.
     pub code: String,
     pub message: String,
 }

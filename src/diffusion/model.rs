@@ -77,6 +77,34 @@ pub struct ModelInfo {
     pub unsupported: Option<String>,
 }
 
+/// One tensor of a model's files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name in diffusers.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// What it takes as it is stored.
+    pub size_bytes: u64,
+}
+
+/// What a model consists of, known without loading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Tensors of the UNet.
+    pub unet: Vec<StoredTensor>,
+    /// Tensors of the text encoder.
+    pub text_encoder: Vec<StoredTensor>,
+    /// Tensors of the VAE.
+    pub vae: Vec<StoredTensor>,
+    /// Channels of the UNet at the latents' own size.
+    pub unet_channels: usize,
+    /// Channels of the VAE at the pictures' own size.
+    pub vae_channels: usize,
+    /// Pixels of a picture's side for each element of its latents'.
+    pub vae_factor: usize,
+}
+
 /// The parts of a Stable Diffusion 1.x model.
 #[derive(Debug)]
 pub struct StableDiffusion {
@@ -128,14 +156,8 @@ impl StableDiffusion {
         let vae_weights = source.vae()?.with_options(options);
         let text_weights = source.text_encoder()?.with_options(options);
 
-        let unet_config = match source.config_file("unet") {
-            Some(file) => UNetConfig::from_json(&file)?,
-            None => UNetConfig::infer(&unet_weights.at(""), &hints)?,
-        };
-        let vae_config = match source.config_file("vae") {
-            Some(file) => VaeConfig::from_json(&file)?,
-            None => VaeConfig::infer(&vae_weights.at(""), &hints)?,
-        };
+        let unet_config = source.unet_config(&unet_weights, &hints)?;
+        let vae_config = source.vae_config(&vae_weights, &hints)?;
         let text_config = match source.config_file("text_encoder") {
             Some(file) => TextEncoderConfig::from_json(&file)?,
             None => TextEncoderConfig::infer(&text_weights.at(""), &hints)?,
@@ -227,6 +249,35 @@ impl StableDiffusion {
             size_bytes,
             dtype: main_dtype(&unet),
             unsupported: source.check_family().err().map(|error| error.to_string()),
+        })
+    }
+
+    /// What loading a model would take; reads only headers and configurations.
+    ///
+    /// # Errors
+    /// When the path is no model, a file is broken, or the model is of a kind that is not handled.
+    pub fn measure(path: &Path) -> Result<Footprint, LoadError> {
+        let source = Source::find(path, None)?;
+        source.check_family()?;
+        let (unet, vae, text) = (source.unet()?, source.vae()?, source.text_encoder()?);
+        let unet_config = source.unet_config(&unet, &Hints::SD1)?;
+        let vae_config = source.vae_config(&vae, &Hints::SD1)?;
+        let tensors = |weights: &Weights| -> Vec<StoredTensor> {
+            let seen = weights.seen();
+            seen.map(|(name, shape, size_bytes)| StoredTensor {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                size_bytes: size_bytes as u64,
+            })
+            .collect()
+        };
+        Ok(Footprint {
+            unet: tensors(&unet),
+            text_encoder: tensors(&text),
+            vae: tensors(&vae),
+            unet_channels: unet_config.block_out_channels[0],
+            vae_channels: vae_config.block_out_channels[0],
+            vae_factor: vae_config.factor(),
         })
     }
 
@@ -378,6 +429,20 @@ impl Source {
             Layout::SingleFile => ldm::text_encoder(&files),
         };
         Ok(files.with_key_map(map))
+    }
+
+    fn unet_config(&self, weights: &Weights, hints: &Hints) -> Result<UNetConfig, LoadError> {
+        match self.config_file("unet") {
+            Some(file) => UNetConfig::from_json(&file),
+            None => UNetConfig::infer(&weights.at(""), hints),
+        }
+    }
+
+    fn vae_config(&self, weights: &Weights, hints: &Hints) -> Result<VaeConfig, LoadError> {
+        match self.config_file("vae") {
+            Some(file) => VaeConfig::from_json(&file),
+            None => VaeConfig::infer(&weights.at(""), hints),
+        }
     }
 
     fn schedule(&self) -> Result<(NoiseSchedule, PredictionType), LoadError> {

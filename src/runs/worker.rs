@@ -10,11 +10,12 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
+use super::memory::MemoryPlan;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::{TensorCache, TrainingImage};
-use crate::diffusion::devices;
+use crate::diffusion::devices::{self, AdapterClass};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
 use crate::networks::{LoraNetwork, TrainParts};
@@ -197,6 +198,18 @@ fn run_training(
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
         return Err(RunFailure::new("model_unusable", message));
     };
+    let cache = parts.cache.as_ref().and_then(CacheFolder::open);
+    let data = training_set(&parts.store, images, &spec, &base.path, cache);
+    // What a GPU has left its driver does not tell.
+    let plan = match device.info.class {
+        AdapterClass::Cpu => Some(MemoryPlan::new(&data, settings)?),
+        _ => None,
+    };
+    if let Some(plan) = &plan {
+        reporter.memory(plan);
+        plan.check()?;
+    }
+
     let mut model = StableDiffusion::load(&base.path, &LoadOptions::new(&device.device))
         .map_err(|error| RunFailure::new("model_unusable", error))?;
     let trained = TrainParts {
@@ -212,8 +225,6 @@ fn run_training(
     )
     .map_err(|error| RunFailure::new("training_failed", error))?;
 
-    let cache = parts.cache.as_ref().and_then(CacheFolder::open);
-    let data = training_set(&parts.store, images, &spec, &base.path, cache);
     let plugin = |error| RunFailure::new("plugin_failed", error);
     let mut optimizer = parts
         .plugins
@@ -236,7 +247,7 @@ fn run_training(
         .scratch()
         .map_err(|error| RunFailure::new("store_failed", error))?;
     reporter.expect_steps(total_steps);
-    Ok(train(
+    let trained = train(
         &mut model,
         &mut network,
         &data,
@@ -245,7 +256,11 @@ fn run_training(
         scheduler.as_ref(),
         reporter,
         scratch.path(),
-    )?)
+    );
+    trained.map_err(|error| match reporter.outgrown(plan.as_ref()) {
+        Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure,
+        _ => error.into(),
+    })
 }
 
 fn training_set(

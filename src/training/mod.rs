@@ -5,6 +5,7 @@ mod cache_tests;
 pub mod data;
 #[cfg(test)]
 mod goldens;
+pub mod memory;
 pub mod objective;
 pub mod optimizer;
 pub mod previews;
@@ -20,6 +21,7 @@ mod train_tests;
 pub mod validation;
 
 pub use data::TrainingSet;
+pub use memory::Workload;
 pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
 pub use settings::{
