@@ -18,7 +18,7 @@ use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
-use crate::runs::{RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
+use crate::runs::{CacheFolder, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
 use crate::selfcheck::Remembered;
 use crate::store::{Store, Swept};
 
@@ -164,9 +164,12 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
         store,
         models: ModelCatalog::new(&config.models_dir),
         plugins: find_plugins(&config),
-        latent_cache: config.data_dir.join("cache").join("latents"),
         self_checks: Remembered::new(&config.data_dir),
         force_devices: config.force_devices,
+        cache: (config.cache_max_bytes > 0).then(|| CacheFolder {
+            path: config.data_dir.join("cache"),
+            max_bytes: config.cache_max_bytes,
+        }),
     };
     let end = crate::runs::work(&runtime, &parts, run)?;
     runtime.shutdown_background(); // the thread that reads standard input never ends by itself
@@ -215,6 +218,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("FORCE_DEVICES", &config.force_devices.to_string()),
         setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
         setting("DATABASE_URL", &config.database_url()),
+        setting("CACHE_MAX_BYTES", &config.cache_max_bytes.to_string()),
     ];
     let folders: Vec<String> = config
         .plugin_dirs

@@ -39,6 +39,9 @@ pub struct Config {
     pub http_workers: usize,
     /// How many runs may train at the same time.
     pub max_concurrent_runs: usize,
+    /// Most bytes that latents and states of captions take in `data_dir/cache`, so that later runs need not compute
+    /// them again; checked when a run begins. 0 switches the cache off.
+    pub cache_max_bytes: u64,
 }
 
 impl Default for Config {
@@ -55,6 +58,7 @@ impl Default for Config {
             api_key: None,
             http_workers: 2,
             max_concurrent_runs: 1,
+            cache_max_bytes: 10 << 30,
         }
     }
 }

@@ -4,13 +4,17 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 17] = [
+const MAY_USE: [(&str, &[&str]); 18] = [
+    ("allocator", &[]),
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
     ("networks", &["diffusion", "kernels"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
     ("dataloader", &[]),
-    ("training", &["networks", "diffusion", "dataloader"]),
+    (
+        "training",
+        &["networks", "diffusion", "dataloader", "allocator"],
+    ),
     ("plugin_host", &["training"]),
     ("store", &[]),
     ("datasets", &["store"]),

@@ -45,9 +45,14 @@ pub struct EventQuery {
 
 /// Follow a run.
 ///
-/// Server-sent events: `state`, `phase`, `progress`, `validation`, `sample`, `lora`, each with JSON data and a number
-/// as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that comes
-/// back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
+/// Server-sent events: `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, each with JSON data and a
+/// number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
+/// comes back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
+///
+/// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
+/// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
+/// phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in `total`,
+/// and how many of them were `cached` by an earlier run.
 #[utoipa::path(
     tag = "runs",
     params(

@@ -127,7 +127,8 @@ pub struct RunProgress {
 #[derive(Serialize, ToSchema)]
 pub struct RunFailure {
     /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `device_failed_self_check`,
-    /// `plugin_failed`, `image_unusable`, `worker_lost` and others.
+    /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
+    /// change), `memory_limit` (it has outgrown it), `worker_lost` and others.
     pub code: String,
     pub message: String,
 }

@@ -295,7 +295,7 @@ mod tests {
     use crate::bench::ModelSource;
     use crate::diffusion::devices::DeviceSpec;
 
-    fn report(phases: Option<PhaseTimes>) -> BenchReport {
+    fn report(phases: PhaseTimes) -> BenchReport {
         let options = BenchOptions {
             family: Family::Sd1,
             model: ModelSource::Random(None),
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn the_first_step_is_none_of_the_timed_ones() {
-        let report = report(None);
+        let report = report(PHASES);
         let expected = |median, min| Some(Summary { median, min });
         assert_eq!(report.steps, 3);
         assert_eq!(report.first_step.wall_s, 9.0);
@@ -340,27 +340,25 @@ mod tests {
         assert_eq!(report.loss, 1.3);
     }
 
+    const PHASES: PhaseTimes = PhaseTimes {
+        data_s: 0.125,
+        text_encoder_s: 0.25,
+        forward_s: 0.5,
+        backward_s: 1.0,
+        optimizer_s: 0.25,
+    };
+
     #[test]
-    fn what_was_not_measured_is_not_told() {
-        let without = report(None);
-        assert!(!without.to_string().contains("backward"), "{without}");
-        let json = serde_json::to_value(&without).unwrap();
-        assert!(json.get("phases").is_none() && json.get("device_memory").is_none());
+    fn what_was_measured_is_told() {
+        let report = report(PHASES);
+        assert_eq!(report.phases, Some(PHASES));
+        assert!(report.to_string().contains("  backward"), "{report}");
+        let json = serde_json::to_value(&report).unwrap();
+        assert!(json.get("device_memory").is_none());
         assert_eq!(
             (&json["family"], &json["precision"]),
             (&"sd1".into(), &"fp32".into())
         );
-
-        let phases = PhaseTimes {
-            data_s: 0.125,
-            text_encoder_s: 0.25,
-            forward_s: 0.5,
-            backward_s: 1.0,
-            optimizer_s: 0.25,
-        };
-        let with = report(Some(phases));
-        assert_eq!(with.phases, Some(phases));
-        assert!(with.to_string().contains("  backward"), "{with}");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! From files and captions to batches: buckets, pixels, the order of an epoch, and a cache of latents.
+//! From files and captions to batches: buckets, pixels, the order of an epoch, and a cache of what pictures and
+//! captions were encoded to.
 //!
 //! Sizes and order follow sd-scripts, so that a run here sees its pictures as a run there would. Nothing in this
 //! folder knows a model.
@@ -6,15 +7,15 @@
 mod area;
 mod buckets;
 mod epoch;
-mod latent_cache;
 mod pixels;
+mod tensor_cache;
 
 use std::path::PathBuf;
 
 pub use buckets::{BucketSettings, Placement};
 pub use epoch::{Batch, EpochPlan};
-pub use latent_cache::{CachedLatent, LatentCache};
 pub use pixels::{Pixels, load_pixels};
+pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};
 
 /// One picture to train on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -252,6 +252,11 @@ fn sd1_scaling() -> f64 {
 }
 
 impl VaeConfig {
+    /// Pixels of a picture's side for each element of its latent's: 8 for Stable Diffusion.
+    pub fn factor(&self) -> usize {
+        1 << self.block_out_channels.len().saturating_sub(1)
+    }
+
     /// Reads and checks a `config.json`.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ pub mod vae;
 pub mod weights;
 
 pub use error::LoadError;
-pub use model::{Family, Layout, ModelInfo, Part, StableDiffusion};
+pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, StoredTensor};
 pub use samplers::SamplerKind;
 pub use schedule::NoiseSchedule;
 pub use segments::Keep;

@@ -1,8 +1,11 @@
 //! A whole Stable Diffusion model: found in a diffusers folder or a single `.safetensors` file, and loaded.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::PredictionType;
 use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig, read_json};
@@ -74,6 +77,34 @@ pub struct ModelInfo {
     pub unsupported: Option<String>,
 }
 
+/// One tensor of a model's files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name in diffusers.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// What it takes as it is stored.
+    pub size_bytes: u64,
+}
+
+/// What a model consists of, known without loading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Tensors of the UNet.
+    pub unet: Vec<StoredTensor>,
+    /// Tensors of the text encoder.
+    pub text_encoder: Vec<StoredTensor>,
+    /// Tensors of the VAE.
+    pub vae: Vec<StoredTensor>,
+    /// Channels of the UNet at the latents' own size.
+    pub unet_channels: usize,
+    /// Channels of the VAE at the pictures' own size.
+    pub vae_channels: usize,
+    /// Pixels of a picture's side for each element of its latents'.
+    pub vae_factor: usize,
+}
+
 /// The parts of a Stable Diffusion 1.x model.
 #[derive(Debug)]
 pub struct StableDiffusion {
@@ -83,12 +114,32 @@ pub struct StableDiffusion {
     pub text_encoder: TextEncoder,
     /// Noisy latents and states to noise.
     pub unet: UNet,
-    /// Pictures to latents and back.
-    pub vae: Vae,
     /// Noise levels of the timesteps.
     pub schedule: NoiseSchedule,
     /// What the UNet predicts.
     pub prediction: PredictionType,
+    /// Pictures to latents and back; loaded when it is first asked for.
+    vae: OnceLock<Vae>,
+    stored_vae: Stored<VaeConfig>,
+    stored_text_encoder: Stored<TextEncoderConfig>,
+}
+
+/// A component as its files have it. They stay open: what is read later is what was there when the model was loaded,
+/// even if the file has been replaced by another.
+#[derive(Debug)]
+struct Stored<C> {
+    weights: Weights,
+    config: C,
+}
+
+impl<C: fmt::Debug> Stored<C> {
+    /// Tells the component apart from all that compute something else.
+    fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        digest.update(format!("{:?} {:?}\n", self.config, self.weights.dtype()));
+        digest.update(self.weights.digest());
+        hex::encode(digest.finalize())
+    }
 }
 
 impl StableDiffusion {
@@ -105,14 +156,8 @@ impl StableDiffusion {
         let vae_weights = source.vae()?.with_options(options);
         let text_weights = source.text_encoder()?.with_options(options);
 
-        let unet_config = match source.config_file("unet") {
-            Some(file) => UNetConfig::from_json(&file)?,
-            None => UNetConfig::infer(&unet_weights.at(""), &hints)?,
-        };
-        let vae_config = match source.config_file("vae") {
-            Some(file) => VaeConfig::from_json(&file)?,
-            None => VaeConfig::infer(&vae_weights.at(""), &hints)?,
-        };
+        let unet_config = source.unet_config(&unet_weights, &hints)?;
+        let vae_config = source.vae_config(&vae_weights, &hints)?;
         let text_config = match source.config_file("text_encoder") {
             Some(file) => TextEncoderConfig::from_json(&file)?,
             None => TextEncoderConfig::infer(&text_weights.at(""), &hints)?,
@@ -136,10 +181,51 @@ impl StableDiffusion {
             tokenizer,
             text_encoder: TextEncoder::load(&text_weights.at(""), &text_config)?,
             unet: UNet::load(&unet_weights.at(""), &unet_config)?,
-            vae: Vae::load(&vae_weights.at(""), &vae_config)?,
             schedule,
             prediction,
+            vae: OnceLock::new(),
+            stored_vae: Stored {
+                weights: vae_weights,
+                config: vae_config,
+            },
+            stored_text_encoder: Stored {
+                weights: text_weights,
+                config: text_config,
+            },
         })
+    }
+
+    /// Pictures to latents and back.
+    ///
+    /// # Errors
+    /// At the first call, when a tensor is missing or has another shape than it must have.
+    pub fn vae(&self) -> Result<&Vae, LoadError> {
+        if let Some(vae) = self.vae.get() {
+            return Ok(vae);
+        }
+        let Stored { weights, config } = &self.stored_vae;
+        let vae = Vae::load(&weights.at(""), config)?;
+        Ok(self.vae.get_or_init(|| vae))
+    }
+
+    /// Gives the VAE's memory back until it is asked for again.
+    pub fn unload_vae(&mut self) {
+        self.vae.take();
+    }
+
+    /// Sizes of the VAE, known without loading it.
+    pub fn vae_config(&self) -> &VaeConfig {
+        &self.stored_vae.config
+    }
+
+    /// Tells the VAE apart by its sizes and stored weights, in hex. Reads them all.
+    pub fn vae_digest(&self) -> String {
+        self.stored_vae.digest()
+    }
+
+    /// Tells the text encoder apart by its sizes and stored weights, in hex. Reads them all.
+    pub fn text_encoder_digest(&self) -> String {
+        self.stored_text_encoder.digest()
     }
 
     /// Reads only headers and configurations.
@@ -163,6 +249,35 @@ impl StableDiffusion {
             size_bytes,
             dtype: main_dtype(&unet),
             unsupported: source.check_family().err().map(|error| error.to_string()),
+        })
+    }
+
+    /// What loading a model would take; reads only headers and configurations.
+    ///
+    /// # Errors
+    /// When the path is no model, a file is broken, or the model is of a kind that is not handled.
+    pub fn measure(path: &Path) -> Result<Footprint, LoadError> {
+        let source = Source::find(path, None)?;
+        source.check_family()?;
+        let (unet, vae, text) = (source.unet()?, source.vae()?, source.text_encoder()?);
+        let unet_config = source.unet_config(&unet, &Hints::SD1)?;
+        let vae_config = source.vae_config(&vae, &Hints::SD1)?;
+        let tensors = |weights: &Weights| -> Vec<StoredTensor> {
+            let seen = weights.seen();
+            seen.map(|(name, shape, size_bytes)| StoredTensor {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                size_bytes: size_bytes as u64,
+            })
+            .collect()
+        };
+        Ok(Footprint {
+            unet: tensors(&unet),
+            text_encoder: tensors(&text),
+            vae: tensors(&vae),
+            unet_channels: unet_config.block_out_channels[0],
+            vae_channels: vae_config.block_out_channels[0],
+            vae_factor: vae_config.factor(),
         })
     }
 
@@ -314,6 +429,20 @@ impl Source {
             Layout::SingleFile => ldm::text_encoder(&files),
         };
         Ok(files.with_key_map(map))
+    }
+
+    fn unet_config(&self, weights: &Weights, hints: &Hints) -> Result<UNetConfig, LoadError> {
+        match self.config_file("unet") {
+            Some(file) => UNetConfig::from_json(&file),
+            None => UNetConfig::infer(&weights.at(""), hints),
+        }
+    }
+
+    fn vae_config(&self, weights: &Weights, hints: &Hints) -> Result<VaeConfig, LoadError> {
+        match self.config_file("vae") {
+            Some(file) => VaeConfig::from_json(&file),
+            None => VaeConfig::infer(&weights.at(""), hints),
+        }
     }
 
     fn schedule(&self) -> Result<(NoiseSchedule, PredictionType), LoadError> {

@@ -98,14 +98,13 @@ impl Vae {
     /// When a tensor is missing or has another shape than `config` says.
     pub fn load(weights: &WeightsAt<'_>, config: &VaeConfig) -> Result<Self, LoadError> {
         let c = config.latent_channels;
-        let levels = config.block_out_channels.len();
         Ok(Self {
             encoder: Encoder::load(&weights.at("encoder"), config)?,
             quant_conv: Conv2d::load(&weights.at("quant_conv"), 2 * c, 2 * c, 1)?,
             post_quant_conv: Conv2d::load(&weights.at("post_quant_conv"), c, c, 1)?,
             decoder: Decoder::load(&weights.at("decoder"), config)?,
             scaling_factor: config.scaling_factor,
-            factor: 1 << (levels - 1),
+            factor: config.factor(),
         })
     }
 

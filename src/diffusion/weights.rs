@@ -11,6 +11,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest as _, Sha256};
 
 use super::error::LoadError;
 use super::mapping::MappedFile;
@@ -23,6 +24,9 @@ const MAX_TENSORS: usize = 65_536;
 const MAX_RANK: usize = 8;
 /// The longest name of a tensor, in bytes.
 const MAX_KEY_BYTES: usize = 512;
+
+/// Bytes of a tensor that are hashed before their memory is given back.
+const HASHED_AT_ONCE_BYTES: usize = 4 << 20;
 
 /// How a model is brought into memory.
 #[derive(Clone, Debug)]
@@ -121,6 +125,11 @@ impl Weights {
         &self.options.device
     }
 
+    /// The number format that tensors are held in; `None` is the stored one.
+    pub fn dtype(&self) -> Option<DType> {
+        self.options.weight_dtype
+    }
+
     /// The `__metadata__` of the files (of the last one, where two have the same entry).
     pub fn metadata(&self) -> &HashMap<String, String> {
         &self.files.metadata
@@ -162,6 +171,40 @@ impl Weights {
             .mapped
             .first()
             .map_or(Path::new(""), |(path, _)| path.as_path())
+    }
+
+    /// Names, shapes and stored sizes in bytes of what is seen under diffusers names, in the order of the names.
+    pub fn seen(&self) -> impl Iterator<Item = (&str, &[usize], usize)> {
+        let entries = self.entries_seen().into_iter();
+        entries.map(|(name, entry)| (name, entry.shape.as_slice(), entry.end - entry.start))
+    }
+
+    /// SHA-256, in hex, over names, number formats, shapes and stored bytes of what is seen under diffusers names.
+    pub fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        for (name, entry) in self.entries_seen() {
+            digest.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape));
+            let map = &self.files.mapped[entry.file].1;
+            for start in (entry.start..entry.end).step_by(HASHED_AT_ONCE_BYTES) {
+                let end = entry.end.min(start + HASHED_AT_ONCE_BYTES);
+                digest.update(&map[start..end]);
+                map.release(start..end);
+            }
+        }
+        hex::encode(digest.finalize())
+    }
+
+    fn entries_seen(&self) -> Vec<(&str, &Entry)> {
+        let stored = &self.files.entries;
+        let mut seen: Vec<(&str, &Entry)> = match &self.keys {
+            None => stored.iter().map(|(k, e)| (k.as_str(), e)).collect(),
+            Some(map) => map
+                .iter()
+                .filter_map(|(name, source)| Some((name.as_str(), stored.get(&source.0)?)))
+                .collect(),
+        };
+        seen.sort_unstable_by_key(|(name, _)| *name);
+        seen
     }
 
     /// Any tensor by its stored name, widened to `f32`, with its shape. For data files, not for models.
@@ -519,6 +562,33 @@ mod tests {
             at.shape("other"),
             Err(LoadError::MissingKey { .. })
         ));
+    }
+
+    #[test]
+    fn a_digest_sees_names_formats_shapes_and_values_of_its_view() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest =
+            |name: &str, seen: &str, dtype, shape: &[usize], values: &[f32], other: f32| {
+                let tensors = [
+                    (name, dtype, shape.to_vec(), f32s(values)),
+                    ("other", Dtype::F32, vec![1], f32s(&[other])),
+                ];
+                let path = write(dir.path(), "a.safetensors", &tensors);
+                let map = HashMap::from([(seen.to_owned(), KeySource(name.to_owned()))]);
+                Weights::open(&[path]).unwrap().with_key_map(map).digest()
+            };
+        let base = digest("w", "w", Dtype::F32, &[2, 1], &[1.0, 2.0], 3.0);
+        // Neither the stored name nor what is not seen matters.
+        let same = digest("old", "w", Dtype::F32, &[2, 1], &[1.0, 2.0], 4.0);
+        assert_eq!(base, same);
+        for different in [
+            digest("w", "v", Dtype::F32, &[2, 1], &[1.0, 2.0], 3.0),
+            digest("w", "w", Dtype::I32, &[2, 1], &[1.0, 2.0], 3.0),
+            digest("w", "w", Dtype::F32, &[1, 2], &[1.0, 2.0], 3.0),
+            digest("w", "w", Dtype::F32, &[2, 1], &[1.0, 2.5], 3.0),
+        ] {
+            assert_ne!(base, different);
+        }
     }
 
     #[test]

@@ -108,6 +108,32 @@ pub fn target(
     })
 }
 
+/// Trainable elements of the adapters that a model's tensors would get: `.weight`s of rank 2 and 4 are layers.
+pub fn parameter_count<'a>(
+    part: Part,
+    tensors: impl IntoIterator<Item = (&'a str, &'a [usize])>,
+    settings: &NetworkSettings,
+) -> usize {
+    let layers = tensors.into_iter().filter_map(|(name, shape)| {
+        let shape = match *shape {
+            [d_out, d_in] => LayerShape::Linear { d_in, d_out },
+            [c_out, c_in, height, width] => LayerShape::Conv {
+                c_in,
+                c_out,
+                kernel: [height, width],
+            },
+            _ => return None,
+        };
+        target(part, name.strip_suffix(".weight")?, shape, settings)
+    });
+    let count = |shape: Vec<usize>| shape.iter().product::<usize>();
+    layers
+        .map(|layer| {
+            count(layer.shape.down_shape(layer.rank)) + count(layer.shape.up_shape(layer.rank))
+        })
+        .sum()
+}
+
 /// The classes that sd-scripts searches, in two groups: always, and only for convolution adapters.
 enum Block {
     Attention,

@@ -1,5 +1,6 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
+mod memory;
 mod reporter;
 pub mod service;
 pub mod spec;
@@ -10,7 +11,7 @@ pub mod worker;
 pub use service::{NewRunRequest, RunError, RunProblem, RunService};
 pub use spec::{RunSpec, SnapshotImage};
 pub use supervisor::{Supervisor, WorkerCommand};
-pub use worker::{WorkerEnd, WorkerParts, work};
+pub use worker::{CacheFolder, WorkerEnd, WorkerParts, work};
 
 /// The settings of a run as the domain has them, for those who speak to this module.
 pub mod settings {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use image::{ImageFormat, RgbImage};
@@ -15,9 +15,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use super::memory::{MemoryPlan, SystemMemory, outgrown, own_bytes};
 use super::state;
 use super::worker::LEASE;
-use crate::store::runs::{Lease, Metric, NewLora, NewSample, Progress, RunState, WorkerReport};
+use crate::store::runs::{
+    Lease, Metric, NewLora, NewSample, Progress, RunFailure, RunState, WorkerReport,
+};
 use crate::store::{Store, StoreError};
 use crate::training::{Control, Phase, ProgressSink, Report, StepReport};
 
@@ -35,6 +38,8 @@ pub struct Stop {
     cancelled: AtomicBool,
     lost: AtomicBool,
     leaving: AtomicBool,
+    /// 0 as long as the process has not outgrown its memory.
+    outgrown_bytes: AtomicU64,
 }
 
 impl Stop {
@@ -53,8 +58,17 @@ impl Stop {
         self.leaving.load(Ordering::Relaxed)
     }
 
+    /// How large the process was when it had more memory than it may have.
+    pub fn outgrown_bytes(&self) -> Option<u64> {
+        let bytes = self.outgrown_bytes.load(Ordering::Relaxed);
+        (bytes > 0).then_some(bytes)
+    }
+
     fn any(&self) -> bool {
-        self.is_cancelled() || self.is_lost() || self.is_leaving()
+        self.is_cancelled()
+            || self.is_lost()
+            || self.is_leaving()
+            || self.outgrown_bytes().is_some()
     }
 }
 
@@ -92,6 +106,7 @@ impl Reporter {
             run_id,
             owner,
             stop: stop.clone(),
+            allowed_bytes: SystemMemory::now().map(SystemMemory::allowed_bytes),
         };
         leave_when_asked(runtime, &stop);
         Self {
@@ -109,6 +124,24 @@ impl Reporter {
     /// Tells the length of the run before its first step.
     pub fn expect_steps(&mut self, total: u64) {
         self.progress.total_steps = Some(total);
+    }
+
+    /// Tells what the run is expected to take.
+    pub fn memory(&mut self, plan: &MemoryPlan) {
+        let data = json!({
+            "estimated_peak_bytes": plan.estimated_peak_bytes,
+            "available_bytes": plan.available_bytes,
+        });
+        self.write(WorkerReport {
+            events: vec![("memory".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+    }
+
+    /// Why the training was stopped, when it was for its memory.
+    pub fn outgrown(&self, plan: Option<&MemoryPlan>) -> Option<RunFailure> {
+        let grown = self.stop.outgrown_bytes()?;
+        Some(outgrown(grown, plan))
     }
 
     /// Waits until everything is written.
@@ -149,7 +182,7 @@ impl Reporter {
         let (name, data) = describe(phase);
         let counts = matches!(
             phase,
-            Phase::CheckingDevice { .. } | Phase::CachingLatents { .. }
+            Phase::CheckingDevice { .. } | Phase::CachingLatents { .. } | Phase::CachingText { .. }
         );
         if counts || self.phase != name {
             self.phase = name.to_owned();
@@ -162,7 +195,7 @@ impl Reporter {
     }
 
     fn step(&mut self, step: &StepReport) {
-        let memory_bytes = memory_bytes();
+        let memory_bytes = own_bytes();
         self.progress = Progress {
             step: step.step,
             total_steps: Some(step.total_steps),
@@ -354,6 +387,8 @@ struct Writer {
     run_id: Uuid,
     owner: String,
     stop: Arc<Stop>,
+    /// What the process may grow to.
+    allowed_bytes: Option<u64>,
 }
 
 impl Writer {
@@ -409,7 +444,17 @@ impl Writer {
         Ok(())
     }
 
+    /// Looked at once a second, as memory is at its peak in the middle of a step. The training stops after it.
+    fn watch_memory(&self) {
+        if let (Some(allowed), Some(own)) = (self.allowed_bytes, own_bytes())
+            && own > allowed
+        {
+            self.stop.outgrown_bytes.store(own, Ordering::Relaxed);
+        }
+    }
+
     async fn beat(&self) {
+        self.watch_memory();
         match self
             .store
             .renew_lease(self.run_id, &self.owner, LEASE)
@@ -445,41 +490,54 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
     into.events.extend(report.events);
 }
 
-/// Of several progress events at once only the last says something.
+/// Of several progress events at once only the last says something, and of several of one phase.
 fn thin(events: &mut Vec<(String, serde_json::Value)>) {
+    let subject = |kind: &str, data: &serde_json::Value| {
+        let phase = data["phase"].as_str().unwrap_or_default();
+        (kind.to_owned(), phase.to_owned())
+    };
     let mut last = HashMap::new();
-    for (index, (kind, _)) in events.iter().enumerate() {
-        last.insert(kind.clone(), index);
+    for (index, (kind, data)) in events.iter().enumerate() {
+        last.insert(subject(kind, data), index);
     }
     let mut index = 0;
-    events.retain(|(kind, _)| {
-        let keep = !matches!(kind.as_str(), "progress" | "phase") || last[kind] == index;
+    events.retain(|(kind, data)| {
+        let thinned = matches!(kind.as_str(), "progress" | "phase");
+        let keep = !thinned || last[&subject(kind, data)] == index;
         index += 1;
         keep
     });
 }
 
 fn describe(phase: Phase) -> (&'static str, serde_json::Value) {
-    let counted = |name, done: usize, total: usize| {
-        let data = json!({"phase": name, "done": done, "total": total});
+    let counted = |name, done, total, cached: Option<usize>| {
+        let mut data = json!({"phase": name, "done": done, "total": total});
+        if let Some(cached) = cached {
+            data["cached"] = cached.into();
+        }
         (name, data)
     };
     let name = match phase {
-        Phase::CheckingDevice { done, total } => return counted("checking_device", done, total),
+        Phase::CheckingDevice { done, total } => {
+            return counted("checking_device", done, total, None);
+        }
         Phase::Loading => "loading",
-        Phase::CachingLatents { done, total } => return counted("caching_latents", done, total),
-        Phase::CachingText => "caching_text",
+        Phase::CachingLatents {
+            done,
+            total,
+            cached,
+        } => return counted("caching_latents", done, total, Some(cached)),
+        Phase::CachingText {
+            done,
+            total,
+            cached,
+        } => return counted("caching_text", done, total, Some(cached)),
         Phase::Training => "training",
         Phase::Validating => "validating",
         Phase::Sampling => "sampling",
         Phase::Saving => "saving",
     };
     (name, json!({"phase": name}))
-}
-
-/// Memory of this process that is in RAM.
-fn memory_bytes() -> Option<u64> {
-    memory_stats::memory_stats().map(|stats| stats.physical_mem as u64)
 }
 
 /// Sets the flag when the process is asked to end, by a signal or by its supervisor.

@@ -3,18 +3,19 @@
 //! It needs the settings, the database, the blobs and the run's id, and nothing from whoever started it. It takes the
 //! run, trains it on this thread, and writes what happens from another one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
+use super::memory::MemoryPlan;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RunSpec, SnapshotImage};
 use super::state;
-use crate::dataloader::TrainingImage;
-use crate::diffusion::devices::{self, ComputeDevice};
+use crate::dataloader::{TensorCache, TrainingImage};
+use crate::diffusion::devices::{self, AdapterClass, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
 use crate::networks::{LoraNetwork, TrainParts};
@@ -38,12 +39,31 @@ pub struct WorkerParts {
     pub models: ModelCatalog,
     /// Optimizers and schedulers.
     pub plugins: PluginHost,
-    /// Folder for latents that outlive a run.
-    pub latent_cache: std::path::PathBuf,
+    /// Where latents and states of captions outlive a run, if they do.
+    pub cache: Option<CacheFolder>,
     /// What is known of devices.
     pub self_checks: Remembered,
     /// Whether devices are used unchecked.
     pub force_devices: bool,
+}
+
+/// The folder of the cache.
+#[derive(Clone, Debug)]
+pub struct CacheFolder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The most that it takes when a run begins.
+    pub max_bytes: u64,
+}
+
+impl CacheFolder {
+    /// A run does without a cache that cannot be used.
+    fn open(&self) -> Option<TensorCache> {
+        let opened = TensorCache::open(&self.path, self.max_bytes);
+        opened
+            .inspect_err(|error| tracing::warn!(%error, "this run goes without the cache"))
+            .ok()
+    }
 }
 
 /// How a worker has ended.
@@ -69,7 +89,7 @@ impl From<TrainError> for RunFailure {
             TrainError::NoImages | TrainError::UnknownImage { .. } => "no_images",
             TrainError::NotFinite { .. } => "loss_not_finite",
             TrainError::Optimizer(_) => "plugin_failed",
-            TrainError::BaseModel { .. } => "model_unusable",
+            TrainError::BaseModel { .. } | TrainError::Model(_) => "model_unusable",
             TrainError::Network(_)
             | TrainError::NothingToTrain
             | TrainError::Device(_)
@@ -188,6 +208,18 @@ fn run_training(
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
         return Err(RunFailure::new("model_unusable", message));
     };
+    let cache = parts.cache.as_ref().and_then(CacheFolder::open);
+    let data = training_set(&parts.store, images, &spec, &base.path, cache);
+    // What a GPU has left its driver does not tell.
+    let plan = match device.info.class {
+        AdapterClass::Cpu => Some(MemoryPlan::new(&data, settings)?),
+        _ => None,
+    };
+    if let Some(plan) = &plan {
+        reporter.memory(plan);
+        plan.check()?;
+    }
+
     let mut model = StableDiffusion::load(&base.path, &LoadOptions::new(&device.device))
         .map_err(|error| RunFailure::new("model_unusable", error))?;
     let trained = TrainParts {
@@ -203,7 +235,6 @@ fn run_training(
     )
     .map_err(|error| RunFailure::new("training_failed", error))?;
 
-    let data = training_set(&parts.store, images, &spec, &base.path, &parts.latent_cache);
     let plugin = |error| RunFailure::new("plugin_failed", error);
     let mut optimizer = parts
         .plugins
@@ -226,7 +257,7 @@ fn run_training(
         .scratch()
         .map_err(|error| RunFailure::new("store_failed", error))?;
     reporter.expect_steps(total_steps);
-    Ok(train(
+    let trained = train(
         &mut model,
         &mut network,
         &data,
@@ -235,7 +266,11 @@ fn run_training(
         scheduler.as_ref(),
         reporter,
         scratch.path(),
-    )?)
+    );
+    trained.map_err(|error| match reporter.outgrown(plan.as_ref()) {
+        Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure,
+        _ => error.into(),
+    })
 }
 
 /// Lets a run pass whose device computes what the CPU computes; finds that out at the device's first use.
@@ -282,7 +317,7 @@ fn training_set(
     images: Vec<SnapshotImage>,
     spec: &RunSpec,
     base_model: &Path,
-    latent_cache: &Path,
+    cache: Option<TensorCache>,
 ) -> TrainingSet {
     let subsets = images
         .iter()
@@ -305,7 +340,7 @@ fn training_set(
         images,
         subsets,
         buckets: spec.buckets.clone(),
-        latent_cache: Some(latent_cache.to_owned()),
+        cache,
         base_model: base_model.to_owned(),
     }
 }

@@ -1,22 +1,21 @@
-//! The images of a run as latents: encoded once, sampled once and frozen, as sd-scripts' `cache_latents` does.
+//! The images of a run as latents: encoded once for many runs, sampled once for this one and frozen, as sd-scripts'
+//! `cache_latents` does.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use sha2::{Digest, Sha256};
 
 use crate::dataloader::{
-    Batch, BucketSettings, CachedLatent, EpochPlan, LatentCache, TrainingImage, load_pixels,
+    Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, EpochPlan, TensorCache,
+    TrainingImage, load_pixels,
 };
 use crate::diffusion::StableDiffusion;
+use crate::diffusion::vae::Moments;
 use crate::training::TrainError;
 use crate::training::progress::Phase;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::validation::HeldOut;
-
-/// Side of the picture by which a VAE is recognised.
-const FINGERPRINT_PX: usize = 64;
 
 /// What a run trains on.
 #[derive(Debug, Clone)]
@@ -27,8 +26,8 @@ pub struct TrainingSet {
     pub subsets: HashMap<String, String>,
     /// Sizes of the pictures.
     pub buckets: BucketSettings,
-    /// Folder in which latents are kept between runs; none are kept without.
-    pub latent_cache: Option<PathBuf>,
+    /// Where latents and states of captions are kept between runs; none are kept without.
+    pub cache: Option<TensorCache>,
     /// The base model's file or folder; told in the LoRA file.
     pub base_model: PathBuf,
 }
@@ -86,92 +85,144 @@ impl TrainingSet {
 pub struct LatentEncoder<'a> {
     model: &'a StableDiffusion,
     device: Device,
-    cache: Option<LatentCache>,
-    fingerprint: String,
+    cache: Option<(&'a TensorCache, String)>,
     buckets: BucketSettings,
     seed: u64,
+    /// Images whose latents were in the cache.
+    pub cached: usize,
+    /// Images that the VAE has seen.
+    pub encoded: usize,
 }
 
 impl<'a> LatentEncoder<'a> {
-    /// Opens the cache.
+    /// Tells the VAE apart, when there is a cache.
     pub fn new(
         model: &'a StableDiffusion,
         device: &Device,
-        set: &TrainingSet,
+        set: &'a TrainingSet,
         seed: u64,
-    ) -> Result<Self, TrainError> {
-        let cache = set
-            .latent_cache
-            .as_deref()
-            .map(LatentCache::open)
-            .transpose()?;
-        Ok(Self {
+    ) -> Self {
+        let encoder = || format!("{} {}", model.vae_digest(), computed_by(device));
+        Self {
             model,
             device: device.clone(),
-            cache,
-            fingerprint: fingerprint(model, device)?,
+            cache: set.cache.as_ref().map(|cache| (cache, encoder())),
             buckets: set.buckets.clone(),
             seed,
-        })
+            cached: 0,
+            encoded: 0,
+        }
     }
 
-    /// The latents of one image at one size.
-    pub fn encode(&self, image: &TrainingImage, bucket: (u32, u32)) -> Result<Latents, TrainError> {
+    /// The latents of one image at one size: a sample of the VAE's posterior, its noise decided by seed, content and
+    /// size.
+    pub fn encode(
+        &mut self,
+        image: &TrainingImage,
+        bucket: (u32, u32),
+    ) -> Result<Latents, TrainError> {
         let resized = self.buckets.place(image.width_px, image.height_px).resized;
         let place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
-        let key = hex::encode(Sha256::digest(format!(
-            "{place}/{}/{}",
-            self.fingerprint, self.seed
-        )));
-        let cached = self.cache.as_ref().and_then(|cache| cache.get(&key));
-        let latents = match cached {
-            Some(cached) => cached,
-            None => {
-                let sampled = self.sample(image, bucket, &place)?;
-                if let Some(cache) = &self.cache {
-                    cache.put(&key, &sampled)?;
-                }
-                sampled
-            }
+        let moments = self.moments(image, bucket, &place)?; // both ways the same numbers, by way of the host
+        let mut rng = generator(self.seed, Stream::Latents, place.as_bytes());
+        let shape = moments.shape;
+        let noise = normal_tensor(&mut rng, shape, &self.device);
+        let tensor = |values| {
+            let data = TensorData::new(values, shape);
+            Tensor::<4>::from_data(data, (&self.device, DType::F32))
         };
-        let scale = self.model.vae.scaling_factor() as f32;
+        let moments = Moments {
+            mean: tensor(moments.mean),
+            logvar: tensor(moments.logvar),
+        };
+        let scale = self.model.vae_config().scaling_factor as f32;
+        let sample = read(moments.sample(noise))?;
+        let [_, channels, height, width] = shape;
         Ok(Latents {
-            shape: latents.shape,
-            values: latents.data.iter().map(|value| value * scale).collect(),
+            shape: [channels, height, width],
+            values: sample.iter().map(|value| value * scale).collect(),
         })
     }
 
-    /// One unscaled sample of the VAE's posterior, its noise decided by seed, content and size.
-    fn sample(
-        &self,
+    fn moments(
+        &mut self,
         image: &TrainingImage,
         bucket: (u32, u32),
         place: &str,
-    ) -> Result<CachedLatent, TrainError> {
+    ) -> Result<HostMoments, TrainError> {
+        let Some((cache, encoder)) = &self.cache else {
+            self.encoded += 1;
+            return self.run_vae(image, bucket);
+        };
+        let config = self.model.vae_config();
+        let [width, height] = [bucket.0, bucket.1].map(|side| side as usize / config.factor());
+        let shape = [1, config.latent_channels, height, width];
+        let key = CacheKey::new(CacheKind::Latents, &[place, encoder]);
+        let stored = cache.get(&key, &[("mean", &shape), ("logvar", &shape)]);
+        if let Some(Ok([mean, logvar])) = stored.map(<[_; 2]>::try_from) {
+            self.cached += 1;
+            return Ok(HostMoments {
+                shape,
+                mean,
+                logvar,
+            });
+        }
+        let moments = self.run_vae(image, bucket)?;
+        let tensor = |name, values| CachedTensor {
+            name,
+            shape: &moments.shape,
+            values,
+        };
+        cache.put(
+            &key,
+            &[
+                tensor("mean", &moments.mean),
+                tensor("logvar", &moments.logvar),
+            ],
+        );
+        self.encoded += 1;
+        Ok(moments)
+    }
+
+    fn run_vae(
+        &self,
+        image: &TrainingImage,
+        bucket: (u32, u32),
+    ) -> Result<HostMoments, TrainError> {
         let pixels = load_pixels(&image.path, bucket, &self.buckets)?;
         let shape = [1, 3, pixels.height as usize, pixels.width as usize];
         let data = TensorData::new(pixels.data, shape);
         let picture = Tensor::<4>::from_data(data, (&self.device, DType::F32));
-        let moments = self.model.vae.encode(picture);
-        let mut rng = generator(self.seed, Stream::Latents, place.as_bytes());
-        let noise = normal_tensor(&mut rng, moments.mean.dims(), &self.device);
-        let sample = moments.sample(noise); // [1, channels, height, width]
-        let [_, channels, height, width] = sample.dims();
-        let values = read(sample)?;
-        if values.iter().any(|value| !value.is_finite()) {
+        let moments = self.model.vae()?.encode(picture);
+        let host = HostMoments {
+            shape: moments.mean.dims(),
+            mean: read(moments.mean)?,
+            logvar: read(moments.logvar)?,
+        };
+        let mut values = host.mean.iter().chain(&host.logvar);
+        if values.any(|value| !value.is_finite()) {
             let id = image.id.clone();
             return Err(TrainError::LatentsNotFinite { id });
         }
-        Ok(CachedLatent {
-            shape: [channels, height, width],
-            data: values,
-        })
+        Ok(host)
     }
+}
+
+/// What the VAE makes of a picture, on the host: `[1, channels, height, width]` each.
+struct HostMoments {
+    shape: [usize; 4],
+    mean: Vec<f32>,
+    logvar: Vec<f32>,
+}
+
+/// What else decides the bits of a frozen part's output, besides its weights and its input.
+pub(super) fn computed_by(device: &Device) -> String {
+    format!("{} {device:?}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Encodes every training image at the size of its bucket, in the order of `images`.
 pub fn encode_all(
-    encoder: &LatentEncoder<'_>,
+    encoder: &mut LatentEncoder<'_>,
     images: &[TrainingImage],
     plan: &EpochPlan,
     mut report: impl FnMut(Phase) -> Result<(), TrainError>,
@@ -179,8 +230,15 @@ pub fn encode_all(
     let buckets = buckets_of(plan, images.len());
     let total = images.len();
     let mut latents = Vec::with_capacity(total);
+    let mut tell = |done, cached| {
+        report(Phase::CachingLatents {
+            done,
+            total,
+            cached,
+        })
+    };
     for (done, (image, bucket)) in images.iter().zip(buckets).enumerate() {
-        report(Phase::CachingLatents { done, total })?;
+        tell(done, encoder.cached)?;
         // An image that the plan leaves out (a surplus regularization image) needs none.
         latents.push(match bucket {
             Some(bucket) => encoder.encode(image, bucket)?,
@@ -190,13 +248,13 @@ pub fn encode_all(
             },
         });
     }
-    report(Phase::CachingLatents { done: total, total })?;
+    tell(total, encoder.cached)?;
     Ok(latents)
 }
 
 /// Encodes the held-out images, each at the size that training would give it.
 pub fn encode_held_out(
-    encoder: &LatentEncoder<'_>,
+    encoder: &mut LatentEncoder<'_>,
     images: &[TrainingImage],
     settings: &BucketSettings,
 ) -> Result<Vec<HeldOut>, TrainError> {
@@ -223,22 +281,8 @@ fn buckets_of(plan: &EpochPlan, images: usize) -> Vec<Option<(u32, u32)>> {
     buckets
 }
 
-/// Tells VAEs apart by what they do: a digest of how they encode one fixed picture.
-fn fingerprint(model: &StableDiffusion, device: &Device) -> Result<String, TrainError> {
-    let mut rng = generator(0, Stream::Latents, b"fingerprint");
-    let shape = [1, 3, FINGERPRINT_PX, FINGERPRINT_PX];
-    let picture = normal_tensor(&mut rng, shape, device).clamp(-1.0, 1.0);
-    let moments = model.vae.encode(picture);
-    let mut digest = Sha256::new();
-    for values in [read(moments.mean)?, read(moments.logvar)?] {
-        for value in values {
-            digest.update(value.to_le_bytes());
-        }
-    }
-    Ok(hex::encode(digest.finalize()))
-}
-
-fn read(tensor: Tensor<4>) -> Result<Vec<f32>, TrainError> {
+/// A tensor's elements on the host.
+pub(super) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, TrainError> {
     tensor
         .try_into_vec_as::<f32>()
         .map_err(|error| TrainError::Device(error.to_string()))

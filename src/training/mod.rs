@@ -1,8 +1,11 @@
 //! Training of a LoRA: the loop written out, and the parts that it is made of.
 
+#[cfg(test)]
+mod cache_tests;
 pub mod data;
 #[cfg(test)]
 mod goldens;
+pub mod memory;
 pub mod objective;
 pub mod optimizer;
 pub mod previews;
@@ -18,6 +21,7 @@ mod train_tests;
 pub mod validation;
 
 pub use data::TrainingSet;
+pub use memory::Workload;
 pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
 pub use settings::{
@@ -28,6 +32,7 @@ pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;
+use crate::diffusion::LoadError;
 use crate::networks::NetworkError;
 
 /// Why a training ended without a result.
@@ -36,7 +41,10 @@ pub enum TrainError {
     /// A setting is out of range.
     #[error(transparent)]
     Settings(#[from] SettingProblem),
-    /// An image or the latent cache cannot be used.
+    /// A part of the base model cannot be loaded.
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    /// An image cannot be used.
     #[error(transparent)]
     Data(#[from] DataError),
     /// The adapters or their files cannot be used.

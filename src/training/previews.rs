@@ -24,7 +24,8 @@ pub fn draw(
         trainer.encode(&Conditioning::Tokens(vec![rows])) // [1, tokens, d]
     };
     let (cond, uncond) = (encode(&prompt.prompt), encode(&prompt.negative_prompt));
-    let factor = model.vae.factor();
+    let vae = model.vae()?;
+    let factor = vae.factor();
     let side = |px: u32| (px as usize / factor).max(8) / 8 * 8;
     let (height, width) = (side(prompt.height_px), side(prompt.width_px));
     let mut rng = generator(prompt.seed, Stream::Preview, b"");
@@ -38,11 +39,7 @@ pub fn draw(
         cfg_scale: prompt.cfg_scale,
     };
     let latents = sample(&model.unet, &sampler, &guidance, noise, |_, _| {});
-    picture(
-        model
-            .vae
-            .decode(latents.div_scalar(model.vae.scaling_factor())),
-    )
+    picture(vae.decode(latents.div_scalar(vae.scaling_factor())))
 }
 
 /// A decoded picture `[1, 3, height, width]` in [-1, 1] as bytes.

@@ -79,9 +79,18 @@ pub enum Phase {
         done: usize,
         /// Images in all.
         total: usize,
+        /// Images among those done whose latents an earlier run has left.
+        cached: usize,
     },
     /// Encoding captions.
-    CachingText,
+    CachingText {
+        /// Captions done.
+        done: usize,
+        /// Captions in all.
+        total: usize,
+        /// Captions among those done whose states an earlier run has left.
+        cached: usize,
+    },
     /// Optimizer steps.
     Training,
     /// Measuring the held-out images.

@@ -1,10 +1,15 @@
 //! Captions as the UNet's conditioning: token ids while the text encoder is trained, hidden states otherwise.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
+use crate::dataloader::{CacheKey, CacheKind, CachedTensor, TensorCache};
 use crate::diffusion::StableDiffusion;
+use crate::training::TrainError;
+use crate::training::data::{computed_by, read};
+use crate::training::progress::Phase;
+use crate::training::settings::TrainSettings;
 use crate::training::step::Conditioning;
 
 /// Captions that are encoded at once; more rows do not run faster on a CPU.
@@ -20,35 +25,72 @@ pub enum Captions {
 }
 
 impl Captions {
-    /// Tokenizes the captions, and encodes them when the text encoder stays as it is.
+    /// Tokenizes the captions; when the text encoder stays as it is, also encodes them, through a cache that outlives
+    /// the run.
     pub fn prepare<'a>(
         model: &StableDiffusion,
         captions: impl IntoIterator<Item = &'a str>,
-        max_token_length: usize,
-        clip_skip: usize,
-        text_encoder_is_trained: bool,
-    ) -> Self {
-        let tokens: HashMap<String, Vec<Vec<u32>>> = captions
+        settings: &TrainSettings,
+        cache: Option<&TensorCache>,
+        device: &Device,
+        mut report: impl FnMut(Phase) -> Result<(), TrainError>,
+    ) -> Result<Self, TrainError> {
+        let tokens: BTreeMap<String, Vec<Vec<u32>>> = captions
             .into_iter()
             .map(|caption| {
-                let rows = token_rows(model, caption, max_token_length);
+                let rows = token_rows(model, caption, settings.max_token_length);
                 (caption.to_owned(), rows)
             })
             .collect();
-        if text_encoder_is_trained {
-            return Self::Tokens(tokens);
+        let total = tokens.len();
+        if settings.text_encoder_lr != 0.0 {
+            report(Phase::CachingText {
+                done: total,
+                total,
+                cached: 0,
+            })?;
+            return Ok(Self::Tokens(tokens.into_iter().collect()));
         }
-        let mut states = HashMap::new();
-        let tokens: Vec<_> = tokens.into_iter().collect();
-        for group in tokens.chunks(ROWS_AT_ONCE) {
-            let rows: Vec<_> = group.iter().map(|(_, rows)| rows.clone()).collect();
-            let encoded = model.text_encoder.encode_chunks(&rows, clip_skip);
-            for (index, (caption, _)) in group.iter().enumerate() {
-                let state = encoded.clone().narrow(0, index, 1); // [1, tokens, d]
-                states.insert(caption.clone(), state);
+        let states = States {
+            model,
+            clip_skip: settings.clip_skip,
+            device,
+            cache: cache.map(|cache| {
+                let encoder = model.text_encoder_digest();
+                let encoder = format!("{encoder} {}", computed_by(device));
+                (cache, encoder)
+            }),
+        };
+        let mut known: HashMap<String, Tensor<3>> = HashMap::with_capacity(total);
+        let mut missing = Vec::new();
+        for (caption, rows) in tokens {
+            match states.read(&rows) {
+                Some(state) => _ = known.insert(caption, state),
+                None => missing.push((caption, rows)),
             }
         }
-        Self::States(states)
+        let cached = known.len();
+        for group in missing.chunks(ROWS_AT_ONCE) {
+            report(Phase::CachingText {
+                done: known.len(),
+                total,
+                cached,
+            })?;
+            let rows: Vec<_> = group.iter().map(|(_, rows)| rows.clone()).collect();
+            let encoded = model.text_encoder.encode_chunks(&rows, settings.clip_skip);
+            for (index, (caption, rows)) in group.iter().enumerate() {
+                let state = encoded.clone().narrow(0, index, 1); // [1, tokens, d]
+                states.keep(rows, &state)?;
+                known.insert(caption.clone(), state);
+            }
+        }
+        report(Phase::CachingText {
+            done: total,
+            total,
+            cached,
+        })?;
+        tracing::info!(cached, encoded = total - cached, "captions are encoded");
+        Ok(Self::States(known))
     }
 
     /// The conditioning of a batch; every caption must be one of those prepared.
@@ -62,6 +104,48 @@ impl Captions {
                 Conditioning::States(Tensor::cat(states, 0))
             }
         }
+    }
+}
+
+/// Hidden states of the frozen text encoder, in files.
+struct States<'a> {
+    model: &'a StableDiffusion,
+    clip_skip: usize,
+    device: &'a Device,
+    /// With what tells the text encoder apart.
+    cache: Option<(&'a TensorCache, String)>,
+}
+
+impl States<'_> {
+    /// `[1, tokens, d]`, if an earlier run has left it.
+    fn read(&self, rows: &[Vec<u32>]) -> Option<Tensor<3>> {
+        let (cache, encoder) = self.cache.as_ref()?;
+        let tokens = rows.iter().map(|row| row.len() - 2).sum::<usize>() + 2; // begin and end of all chunks together
+        let shape = [1, tokens, self.model.text_encoder.width()];
+        let [values] = cache
+            .get(&self.key(encoder, rows), &[("states", &shape)])?
+            .try_into()
+            .ok()?;
+        let data = TensorData::new(values, shape);
+        Some(Tensor::from_data(data, (self.device, DType::F32)))
+    }
+
+    fn keep(&self, rows: &[Vec<u32>], state: &Tensor<3>) -> Result<(), TrainError> {
+        let Some((cache, encoder)) = &self.cache else {
+            return Ok(());
+        };
+        let tensor = CachedTensor {
+            name: "states",
+            shape: &state.dims(),
+            values: &read(state.clone())?,
+        };
+        cache.put(&self.key(encoder, rows), &[tensor]);
+        Ok(())
+    }
+
+    fn key(&self, encoder: &str, rows: &[Vec<u32>]) -> CacheKey {
+        let (ids, clip_skip) = (format!("{rows:?}"), self.clip_skip.to_string());
+        CacheKey::new(CacheKind::Text, &[&ids, &clip_skip, encoder])
     }
 }
 

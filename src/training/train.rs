@@ -6,6 +6,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use time::OffsetDateTime;
 
+use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan, TrainingImage};
 use crate::diffusion::StableDiffusion;
 use crate::networks::metadata::{TrainingRecord, base_model_record};
@@ -75,19 +76,24 @@ pub fn train(
 
     // Frozen halves of the model run once per image and caption, not once per step.
     network.detach(model);
-    let encoder = LatentEncoder::new(model, &device, data, settings.seed)?;
-    let latents = encode_all(&encoder, &train_images, &plan, |phase| {
+    let mut encoder = LatentEncoder::new(model, &device, data, settings.seed);
+    let latents = encode_all(&mut encoder, &train_images, &plan, |phase| {
         reporter.phase(phase)
     })?;
-    let held_out = encode_held_out(&encoder, &held_out, &data.buckets)?;
-    reporter.phase(Phase::CachingText)?;
-    let captions = Captions::prepare(
-        model,
-        data.images.iter().map(|image| image.caption.as_str()),
-        settings.max_token_length,
-        settings.clip_skip,
-        settings.text_encoder_lr != 0.0,
+    let held_out = encode_held_out(&mut encoder, &held_out, &data.buckets)?;
+    tracing::info!(
+        cached = encoder.cached,
+        encoded = encoder.encoded,
+        "pictures are encoded"
     );
+    if settings.samples.prompts.is_empty() {
+        model.unload_vae();
+    }
+    let captions = data.images.iter().map(|image| image.caption.as_str());
+    let cache = data.cache.as_ref();
+    let captions = Captions::prepare(model, captions, settings, cache, &device, |phase| {
+        reporter.phase(phase)
+    })?;
     let source = BatchSource {
         settings,
         images: &train_images,
@@ -120,6 +126,8 @@ pub fn train(
     if settings.samples.at_first {
         reporter.draw_samples(&trainer, settings)?;
     }
+    // Pictures were encoded, and drawn, in blocks of other sizes than steps ask for.
+    allocator::release();
     reporter.phase(Phase::Training)?;
     let mut average = LossAverage::default();
     let mut clock = Clock::default();

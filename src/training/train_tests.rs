@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use image::{Rgb, RgbImage};
 
-use crate::dataloader::{BucketSettings, TrainingImage};
+use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
@@ -84,7 +84,7 @@ fn pictures(folder: &Path) -> TrainingSet {
             step_px: 64,
             no_upscale: false,
         },
-        latent_cache: Some(folder.join("latents")),
+        cache: TensorCache::open(&folder.join("cache"), u64::MAX).ok(),
         base_model: fixture("tiny-sd15-ldm.safetensors"),
     }
 }

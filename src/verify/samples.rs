@@ -112,9 +112,8 @@ fn trajectory(
     check.tensor(&label("latents"), steps, file, &key, tolerance(kind))?;
     let key = format!("{}.{name}.image", kind.name());
     if file.has(&key) {
-        let picture = model
-            .vae
-            .decode(last.div_scalar(model.vae.scaling_factor()));
+        let vae = model.vae()?;
+        let picture = vae.decode(last.div_scalar(vae.scaling_factor()));
         check.tensor(&label("picture"), picture, file, &key, OUTPUT_TOLERANCE)?;
     }
     Ok(())

@@ -17,7 +17,7 @@ use crate::store::{Store, StoreError, now_ms, time_of};
 pub struct Event {
     /// Its number within the run, from 1, without gaps.
     pub seq: u64,
-    /// `state`, `phase`, `progress`, `validation`, `sample`, `lora`.
+    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`.
     pub kind: String,
     /// What it says.
     pub data: Value,

@@ -1,0 +1,414 @@
+//! How much memory a run takes at its peak, told before it begins, and which settings would take less.
+//!
+//! The numbers are those of the CPU, where tensors are in the process's own memory. They lean to the high side.
+
+use crate::diffusion::{Footprint, Part, StoredTensor};
+use crate::networks::parameter_count;
+use crate::training::TrainingSet;
+use crate::training::settings::{GradientCheckpointing, TrainSettings};
+
+/// What was measured, on Stable Diffusion 1.5 stored in f16 with AdamW, as `peak_rss_bytes` of
+///
+/// ```text
+/// lorasmith bench --device cpu --steps 1 --json --resolution R --batch-size B --rank K \
+///     --gradient-checkpointing none|blocks
+/// ```
+///
+/// in MB, the VAE's 167 MB loaded, beside what [`Workload::peak_bytes`] says of it (a run also encodes pictures, which
+/// the bench does not):
+///
+/// | R   | B | K   | none | estimate | blocks | estimate |
+/// |-----|---|-----|------|----------|--------|----------|
+/// | 256 | 1 | 4   | 2662 | 2717     | 2314   | 2387     |
+/// | 256 | 1 | 32  | 2881 | 2915     | 2741   | 2781     |
+/// | 256 | 1 | 128 | 4365 | 4366     | 4355   | 4366     |
+/// | 256 | 2 | 32  | 3318 | 3351     | 2750   | 2781     |
+/// | 256 | 4 | 32  | 4184 | 4223     | 2812   | 2906     |
+/// | 384 | 1 | 32  | 3353 | 3394     | 2746   | 2781     |
+/// | 512 | 1 | 32  | 4024 | 4064     | 2789   | 2870     |
+/// | 768 | 1 | 32  |      | 5979     | 3208   | 3460     |
+struct Measured {
+    /// Program, threads' buffers and the allocator's slack.
+    process_bytes: f64,
+    /// A trained element with its optimizer state between two steps, while gradients come in.
+    trained_bytes: f64,
+    /// A trained element while the optimizer changes it.
+    updated_bytes: f64,
+    /// Kept of each element of a latent plane (one channel), with `gradient_checkpointing: none`.
+    graph_bytes_per_element: f64,
+    /// Kept of a caption of 75 tokens, likewise.
+    graph_bytes_per_caption: f64,
+    /// The same two with `blocks`.
+    inputs_bytes_per_element: f64,
+    inputs_bytes_per_caption: f64,
+    /// The UNet's channels that this was measured with.
+    unet_channels: f64,
+    /// Tensors of the widest level that the VAE has at once; counted in its code.
+    vae_encoder_tensors: f64,
+    vae_decoder_tensors: f64,
+}
+
+const MEASURED: Measured = Measured {
+    process_bytes: 120e6,
+    trained_bytes: 12.0,
+    updated_bytes: 28.0,
+    graph_bytes_per_element: 374e3,
+    graph_bytes_per_caption: 53e6,
+    inputs_bytes_per_element: 74e3,
+    inputs_bytes_per_caption: 12e6,
+    unet_channels: 320.0,
+    vae_encoder_tensors: 4.0,
+    vae_decoder_tensors: 8.0,
+};
+
+const GIB: f64 = (1_u64 << 30) as f64;
+
+/// What a run will hold in memory.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Weights of UNet and text encoder, as stored.
+    weights_bytes: f64,
+    /// The same weights, those of 32 and 64 bits halved to 16.
+    weights_f16_bytes: f64,
+    vae_bytes: f64,
+    /// Trained elements.
+    parameters: f64,
+    /// The UNet's width, in units of that which was measured.
+    width: f64,
+    vae_channels: f64,
+    vae_factor: f64,
+    batch_size: f64,
+    gradient_checkpointing: GradientCheckpointing,
+    /// Area of the largest picture, in pixels.
+    picture_px: f64,
+    /// Area of the largest preview, in pixels; 0 without previews.
+    preview_px: f64,
+    /// Chunks of 75 tokens of each caption.
+    chunks: f64,
+}
+
+/// A change of the settings, and what the run would take with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remedy {
+    /// What to change.
+    pub change: String,
+    /// The estimate after it.
+    pub peak_bytes: u64,
+}
+
+impl Workload {
+    /// What training `data` with these settings means for a model of this size.
+    pub fn new(model: &Footprint, data: &TrainingSet, settings: &TrainSettings) -> Self {
+        let adapters = |part, tensors: &[StoredTensor], lr: f64| {
+            if lr == 0.0 {
+                return 0;
+            }
+            let tensors = tensors
+                .iter()
+                .map(|t| (t.name.as_str(), t.shape.as_slice()));
+            parameter_count(part, tensors, &settings.network)
+        };
+        let parameters = adapters(Part::UNet, &model.unet, settings.unet_lr)
+            + adapters(
+                Part::TextEncoder,
+                &model.text_encoder,
+                settings.text_encoder_lr,
+            );
+        let trained = || model.unet.iter().chain(&model.text_encoder);
+        let pictures = data.images.iter().map(|image| {
+            let (width, height) = (image.width_px.max(1), image.height_px.max(1));
+            data.buckets.place(width, height).bucket
+        });
+        let previews = settings.samples.prompts.iter();
+        let previews = previews.map(|prompt| (prompt.width_px, prompt.height_px));
+        Self {
+            weights_bytes: trained().map(|tensor| tensor.size_bytes as f64).sum(),
+            weights_f16_bytes: trained().map(f16_bytes).sum(),
+            vae_bytes: model
+                .vae
+                .iter()
+                .map(|tensor| tensor.size_bytes as f64)
+                .sum(),
+            parameters: parameters as f64,
+            width: model.unet_channels as f64 / MEASURED.unet_channels,
+            vae_channels: model.vae_channels as f64,
+            vae_factor: model.vae_factor as f64,
+            batch_size: settings.batch_size as f64,
+            gradient_checkpointing: settings.gradient_checkpointing,
+            picture_px: largest(pictures),
+            preview_px: largest(previews),
+            chunks: settings.max_token_length.div_ceil(75).max(1) as f64,
+        }
+    }
+
+    /// The most memory that the run takes at once.
+    pub fn peak_bytes(&self) -> u64 {
+        let m = &MEASURED;
+        let (per_element, per_caption) = match self.gradient_checkpointing {
+            GradientCheckpointing::None => (m.graph_bytes_per_element, m.graph_bytes_per_caption),
+            GradientCheckpointing::Blocks => {
+                (m.inputs_bytes_per_element, m.inputs_bytes_per_caption)
+            }
+        };
+        let elements = self.picture_px / self.vae_factor.powi(2);
+        let sample = (elements * per_element + self.chunks * per_caption) * self.width;
+        let between_steps = self.parameters * m.trained_bytes;
+        // One f32 tensor at the pictures' own size, per pixel.
+        let vae_tensor = 4.0 * self.vae_channels;
+
+        let encoding = self.vae_bytes + self.picture_px * vae_tensor * m.vae_encoder_tensors;
+        // With `blocks` all gradients are there before the last block runs again.
+        let gradients = match self.gradient_checkpointing {
+            GradientCheckpointing::None => 0.0,
+            GradientCheckpointing::Blocks => self.parameters * 4.0,
+        };
+        let training = between_steps + gradients + self.batch_size * sample;
+        let updating = self.parameters * m.updated_bytes;
+        let (vae, drawing) = if self.preview_px > 0.0 {
+            let tensors = self.preview_px * vae_tensor * m.vae_decoder_tensors;
+            (self.vae_bytes, between_steps + tensors)
+        } else {
+            (0.0, 0.0)
+        };
+        let peak = encoding
+            .max(vae + training)
+            .max(vae + updating)
+            .max(vae + drawing);
+        (m.process_bytes + self.weights_bytes + peak) as u64
+    }
+
+    /// What would take less, and how much it would take.
+    pub fn remedies(&self) -> Vec<Remedy> {
+        let mut remedies = Vec::new();
+        let mut all = self.clone();
+        let mut offer = |change: String, apply: &dyn Fn(&mut Self)| {
+            let mut changed = self.clone();
+            apply(&mut changed);
+            if changed.peak_bytes() < self.peak_bytes() {
+                apply(&mut all);
+                remedies.push(Remedy {
+                    change,
+                    peak_bytes: changed.peak_bytes(),
+                });
+            }
+        };
+        offer("`gradient_checkpointing: blocks`".to_owned(), &|workload| {
+            workload.gradient_checkpointing = GradientCheckpointing::Blocks;
+        });
+        if self.batch_size > 1.0 {
+            let smaller = (self.batch_size / 2.0).floor();
+            offer(format!("`batch_size: {smaller}`"), &|workload| {
+                workload.batch_size = smaller;
+            });
+        }
+        offer("a base model stored in f16".to_owned(), &|workload| {
+            workload.weights_bytes = workload.weights_f16_bytes;
+        });
+        offer("a `resolution` of half the sides".to_owned(), &|workload| {
+            workload.picture_px /= 4.0;
+        });
+        offer("previews of half the sides".to_owned(), &|workload| {
+            workload.preview_px /= 4.0;
+        });
+        offer("half the `rank`".to_owned(), &|workload| {
+            workload.parameters /= 2.0;
+        });
+        if remedies.len() > 1 {
+            remedies.push(Remedy {
+                change: "all of these".to_owned(),
+                peak_bytes: all.peak_bytes(),
+            });
+        }
+        remedies
+    }
+
+    /// The remedies as a sentence; empty when nothing helps.
+    pub fn advice(&self) -> String {
+        let remedies: Vec<String> = self
+            .remedies()
+            .iter()
+            .map(|remedy| format!("{}: {}", remedy.change, in_gib(remedy.peak_bytes)))
+            .collect();
+        if remedies.is_empty() {
+            return String::new();
+        }
+        format!("; estimated with {}", remedies.join(", with "))
+    }
+}
+
+/// A size for people.
+pub fn in_gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / GIB)
+}
+
+fn f16_bytes(tensor: &StoredTensor) -> f64 {
+    let elements: usize = tensor.shape.iter().product();
+    (tensor.size_bytes as f64).min(2.0 * elements as f64)
+}
+
+fn largest(sizes: impl Iterator<Item = (u32, u32)>) -> f64 {
+    let areas = sizes.map(|(width, height)| f64::from(width) * f64::from(height));
+    areas.fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataloader::BucketSettings;
+    use crate::diffusion::StableDiffusion;
+    use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
+    use crate::training::SamplePrompt;
+    use crate::training::goldens::{fixture, load_model};
+
+    /// Stable Diffusion 1.5 in f16 as the bench trains it, its VAE loaded.
+    fn bench(side_px: u32, batch_size: usize, checkpointing: GradientCheckpointing) -> Workload {
+        Workload {
+            weights_bytes: 1_965_162_888.0 + 167_307_726.0,
+            weights_f16_bytes: 1_965_162_888.0 + 167_307_726.0,
+            vae_bytes: 0.0,
+            parameters: 18_874_368.0,
+            width: 1.0,
+            vae_channels: 128.0,
+            vae_factor: 8.0,
+            batch_size: batch_size as f64,
+            gradient_checkpointing: checkpointing,
+            picture_px: f64::from(side_px).powi(2),
+            preview_px: 0.0,
+            chunks: 1.0,
+        }
+    }
+
+    #[test]
+    fn estimates_lie_a_little_above_what_was_measured() {
+        use GradientCheckpointing::{Blocks, None};
+        for (side_px, batch, rank, checkpointing, measured_mb) in [
+            (256, 1, 4, None, 2662.0),
+            (256, 1, 32, None, 2881.0),
+            (256, 1, 128, None, 4365.0),
+            (256, 2, 32, None, 3318.0),
+            (256, 4, 32, None, 4184.0),
+            (384, 1, 32, None, 3353.0),
+            (512, 1, 32, None, 4024.0),
+            (256, 1, 4, Blocks, 2314.0),
+            (256, 1, 32, Blocks, 2741.0),
+            (256, 1, 128, Blocks, 4355.0),
+            (256, 2, 32, Blocks, 2750.0),
+            (256, 4, 32, Blocks, 2812.0),
+            (384, 1, 32, Blocks, 2746.0),
+            (512, 1, 32, Blocks, 2789.0),
+            (768, 1, 32, Blocks, 3208.0),
+        ] {
+            let mut workload = bench(side_px, batch, checkpointing);
+            workload.parameters *= f64::from(rank) / 32.0;
+            let ratio = workload.peak_bytes() as f64 / (measured_mb * 1e6);
+            assert!((1.0..1.2).contains(&ratio), "{workload:?}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn more_work_takes_more_memory() {
+        let base = bench(512, 1, GradientCheckpointing::None);
+        let with = |change: &dyn Fn(&mut Workload)| {
+            let mut workload = base.clone();
+            change(&mut workload);
+            workload.peak_bytes()
+        };
+        let peak = base.peak_bytes();
+        assert!(with(&|w| w.batch_size = 2.0) > peak);
+        assert!(with(&|w| w.picture_px *= 2.0) > peak);
+        assert!(with(&|w| w.parameters *= 2.0) > peak);
+        assert!(with(&|w| w.weights_bytes *= 2.0) > peak);
+        assert!(with(&|w| w.chunks = 3.0) > peak);
+        assert!(with(&|w| w.preview_px = 2048.0 * 2048.0) > peak);
+        assert!(with(&|w| w.gradient_checkpointing = GradientCheckpointing::Blocks) < peak);
+    }
+
+    #[test]
+    fn remedies_are_those_that_help() {
+        let mut workload = bench(512, 4, GradientCheckpointing::None);
+        workload.weights_bytes *= 2.0;
+        let remedies = workload.remedies();
+        let changes: Vec<&str> = remedies.iter().map(|r| r.change.as_str()).collect();
+        assert_eq!(
+            changes,
+            [
+                "`gradient_checkpointing: blocks`",
+                "`batch_size: 2`",
+                "a base model stored in f16",
+                "a `resolution` of half the sides",
+                "half the `rank`",
+                "all of these",
+            ]
+        );
+        let (all, single) = remedies.split_last().expect("remedies");
+        for remedy in single {
+            assert!(remedy.peak_bytes < workload.peak_bytes());
+            assert!(all.peak_bytes < remedy.peak_bytes);
+        }
+        let advice = workload.advice();
+        assert!(advice.contains("with `batch_size: 2`: "), "{advice}");
+
+        let small = bench(64, 1, GradientCheckpointing::Blocks);
+        let remedies = small.remedies();
+        let changes: Vec<&str> = remedies.iter().map(|r| r.change.as_str()).collect();
+        assert_eq!(changes, ["half the `rank`"]);
+    }
+
+    #[test]
+    fn a_model_is_measured_without_loading_it() {
+        let settings = TrainSettings {
+            network: NetworkSettings {
+                rank: 3,
+                conv_rank: Some(2),
+                ..NetworkSettings::default()
+            },
+            ..TrainSettings::default()
+        };
+        let data = TrainingSet {
+            images: Vec::new(),
+            subsets: std::collections::HashMap::new(),
+            buckets: BucketSettings::default(),
+            cache: None,
+            base_model: fixture("diffusers"),
+        };
+        let parts = TrainParts {
+            unet: true,
+            text_encoder: true,
+        };
+        let device = burn::tensor::Device::flex();
+        for path in ["diffusers", "tiny-sd15-ldm.safetensors"] {
+            let footprint = StableDiffusion::measure(&fixture(path)).expect("a model");
+            let workload = Workload::new(&footprint, &data, &settings);
+            let mut model = load_model(fixture(path));
+            let network = LoraNetwork::create(&mut model, &settings.network, parts, 0, &device);
+            let expected = network.expect("adapters").parameter_count();
+            assert_eq!(workload.parameters, expected as f64, "{path}");
+            assert_eq!(workload.width, 0.1);
+            assert_eq!(workload.weights_bytes, workload.weights_f16_bytes);
+            assert!(workload.weights_bytes > 2.0 * 49_408.0 * 8.0);
+        }
+    }
+
+    #[test]
+    fn the_largest_picture_and_preview_count() {
+        let footprint = StableDiffusion::measure(&fixture("diffusers")).expect("a model");
+        let data = TrainingSet {
+            images: Vec::new(),
+            subsets: std::collections::HashMap::new(),
+            buckets: BucketSettings::default(),
+            cache: None,
+            base_model: fixture("diffusers"),
+        };
+        let mut settings = TrainSettings::default();
+        let prompt = |width_px, height_px| SamplePrompt {
+            width_px,
+            height_px,
+            ..SamplePrompt::default()
+        };
+        settings.samples.prompts = vec![prompt(64, 64), prompt(64, 128)];
+        let workload = Workload::new(&footprint, &data, &settings);
+        assert_eq!((workload.picture_px, workload.preview_px), (0.0, 8192.0));
+        settings.samples.prompts.clear();
+        assert_eq!(Workload::new(&footprint, &data, &settings).preview_px, 0.0);
+    }
+}
