@@ -308,7 +308,7 @@ impl Activation {
     pub fn forward(self, x: Tensor<3>) -> Tensor<3> {
         match self {
             Self::QuickGelu => kernels::quick_gelu(x),
-            Self::Gelu => activation::gelu(x),
+            Self::Gelu => kernels::gelu(x),
         }
     }
 }

@@ -16,7 +16,7 @@ mod seed;
 pub use attention::attention;
 pub use conv::{Geometry, conv2d, order_by_taps};
 pub use cpu::instruction_set;
-pub use gate::{geglu, quick_gelu};
+pub use gate::{geglu, gelu, quick_gelu};
 pub use linear::{LowRank, linear, linear_with_branch};
 pub use norm::{group_norm, layer_norm};
 pub use seed::seed;

@@ -118,8 +118,6 @@ impl Check {
 const F32: f64 = 1e-4;
 /// Blocks on top of each other add up their rounding, twice: softmax and norms pass small differences on enlarged.
 const F32_DEEP: f64 = 1e-3;
-/// Beside the CPU, burn's derivative of GELU is that of the tanh approximation: 4e-4 off the exact one.
-const F32_GELU: f64 = 1e-3;
 /// Half precision keeps 11 bits (5e-4), and a sum of 320 products may be kept in it.
 const F16: f64 = 5e-3;
 
@@ -131,10 +129,7 @@ const CHECKS: [Check; 15] = [
     f32_check("layer_norm", layers::layer_norm),
     f32_check("attention", |inputs| layers::attention(inputs, false)),
     f32_check("attention_causal", |inputs| layers::attention(inputs, true)),
-    Check {
-        tolerance: F32_GELU,
-        ..f32_check("geglu", layers::geglu)
-    },
+    f32_check("geglu", layers::geglu),
     f32_check("lora_linear", lora::linear),
     f32_check("lora_conv", lora::conv),
     Check {

@@ -12,10 +12,10 @@ use rayon::prelude::*;
 
 use super::Shared;
 use super::pack::{Panels, Stored, Strides, pack};
-use super::tile::{MAX_TILE, Tile};
+use super::tile::{Into, MAX_TILE, Tile};
 
-/// Depth of a packed block: a panel of `b` of this depth stays in the first-level cache.
-pub const BLOCK_DEPTH: usize = 256;
+/// Depth of a packed block: a panel of each side of this depth fits into a first-level cache of 48 KiB.
+pub const BLOCK_DEPTH: usize = 192;
 /// Rows of a packed block.
 const BLOCK_ROWS: usize = 224;
 /// Columns of a packed block.
@@ -197,6 +197,7 @@ impl Product<'_> {
     /// # Safety
     /// No other task computes an overlapping block.
     unsafe fn compute(&self, block: &Block) {
+        assert!(self.size.depth > 0, "a sum of nothing would write nothing");
         PANELS.with(|panels| {
             let (mut a, mut b) = panels.take(); // a task that is stolen into this one makes its own
             let depth = self.size.depth.min(BLOCK_DEPTH);
@@ -208,14 +209,18 @@ impl Product<'_> {
                 self.begin(block);
                 for first in (0..self.size.depth).step_by(BLOCK_DEPTH) {
                     let depth = first..self.size.depth.min(first + BLOCK_DEPTH);
-                    self.add_depths(block, depth, &mut a, &mut b);
+                    let into = match self.start {
+                        Start::Zero if first == 0 => Into::Nothing,
+                        _ => Into::Present,
+                    };
+                    self.add_depths(block, depth, into, &mut a, &mut b);
                 }
             }
             panels.replace((a, b));
         });
     }
 
-    /// Writes what the sums begin with.
+    /// Writes what the sums begin with, unless the first of them is written as it is.
     unsafe fn begin(&self, block: &Block) {
         for row in block.rows.clone() {
             // SAFETY: the row is inside `c`, and this task's own.
@@ -224,8 +229,7 @@ impl Product<'_> {
                 std::slice::from_raw_parts_mut(at.cast::<MaybeUninit<f32>>(), block.columns.len())
             };
             match self.start {
-                Start::Present => return,
-                Start::Zero => to.fill(MaybeUninit::new(0.0)),
+                Start::Zero | Start::Present => return,
                 Start::PerRow(values) => to.fill(MaybeUninit::new(values[row])),
                 Start::PerColumn(values) => {
                     to.write_copy_of_slice(&values[block.columns.clone()]);
@@ -234,7 +238,14 @@ impl Product<'_> {
         }
     }
 
-    unsafe fn add_depths(&self, block: &Block, depth: Range<usize>, a: &mut [f32], b: &mut [f32]) {
+    unsafe fn add_depths(
+        &self,
+        block: &Block,
+        depth: Range<usize>,
+        into: Into,
+        a: &mut [f32],
+        b: &mut [f32],
+    ) {
         let (rows, columns) = (self.tile.rows, self.tile.columns);
         for (operand, lanes, width, data) in [
             (self.a, &block.rows, rows, &mut *a),
@@ -264,9 +275,9 @@ impl Product<'_> {
                     let c = self.c.at(row * self.ldc + column);
                     if high == rows && wide == columns {
                         self.tile
-                            .accumulate(depth, a.as_ptr(), b.as_ptr(), c, self.ldc);
+                            .multiply(depth, a.as_ptr(), b.as_ptr(), c, self.ldc, into);
                     } else {
-                        self.add_edge(depth, a, b, c, [high, wide]);
+                        self.add_edge(depth, into, a, b, c, [high, wide]);
                     }
                 }
             }
@@ -274,17 +285,30 @@ impl Product<'_> {
     }
 
     /// A tile that reaches over the edge of the result.
-    unsafe fn add_edge(&self, depth: usize, a: &[f32], b: &[f32], c: *mut f32, size: [usize; 2]) {
+    unsafe fn add_edge(
+        &self,
+        depth: usize,
+        into: Into,
+        a: &[f32],
+        b: &[f32],
+        c: *mut f32,
+        size: [usize; 2],
+    ) {
         let mut full = [0.0_f32; MAX_TILE];
         let columns = self.tile.columns;
         // SAFETY: `full` has room for a tile; `size` is what of it lies inside `c`.
         unsafe {
             let to = full.as_mut_ptr();
             self.tile
-                .accumulate(depth, a.as_ptr(), b.as_ptr(), to, columns);
+                .multiply(depth, a.as_ptr(), b.as_ptr(), to, columns, Into::Nothing);
             for row in 0..size[0] {
                 for column in 0..size[1] {
-                    *c.add(row * self.ldc + column) += full[row * columns + column];
+                    let to = c.add(row * self.ldc + column);
+                    let value = full[row * columns + column];
+                    to.write(match into {
+                        Into::Nothing => value,
+                        Into::Present => to.read() + value,
+                    });
                 }
             }
         }
@@ -357,17 +381,19 @@ mod tests {
         for tile in Tile::available() {
             let depth = 9;
             let (a, b) = (numbers(depth * tile.rows), numbers(depth * tile.columns));
-            let mut c = vec![1.0; tile.rows * tile.columns];
+            let mut c = vec![f32::NAN; tile.rows * tile.columns];
             // SAFETY: the panels and the result have the tile's size.
             unsafe {
-                tile.accumulate(depth, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), tile.columns);
+                let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+                tile.multiply(depth, a, b, c, tile.columns, Into::Nothing);
+                tile.multiply(depth, a, b, c, tile.columns, Into::Present);
             }
             for (i, found) in c.iter().enumerate() {
                 let (row, column) = (i / tile.columns, i % tile.columns);
                 let sum: f32 = (0..depth)
                     .map(|d| a[d * tile.rows + row] * b[d * tile.columns + column])
                     .sum();
-                assert_eq!(*found, 1.0 + sum, "{} at {row}, {column}", tile.isa);
+                assert_eq!(*found, 2.0 * sum, "{} at {row}, {column}", tile.isa);
             }
         }
     }

@@ -2,10 +2,20 @@
 
 use std::sync::OnceLock;
 
-/// `c[r][j] += Σ_d a[d][r] · b[d][j]` for a full tile.
+/// `c[r][j] = Σ_d a[d][r] · b[d][j]` for a full tile, or `+=`.
 ///
 /// `a` and `b` are packed panels `[depth][rows]` and `[depth][columns]`, `c` is row-major with row stride `ldc`.
-type Kernel = unsafe fn(depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize);
+type Kernel =
+    unsafe fn(depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, into: Into);
+
+/// What becomes of the values that are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
+    /// They are overwritten, and need not be initialised.
+    Nothing,
+    /// They are added to.
+    Present,
+}
 
 /// The tile of an instruction set.
 #[derive(Debug, Clone, Copy)]
@@ -60,26 +70,34 @@ impl Tile {
         tiles
     }
 
-    /// Adds the product of two panels to `c`.
+    /// Writes the product of two panels to `c`, or adds it.
     ///
     /// # Safety
     /// `a` holds `depth * rows` values, `b` `depth * columns`; `c` points to `rows` rows of `columns` values that are
-    /// `ldc` apart, all of them initialised.
-    pub unsafe fn accumulate(
+    /// `ldc` apart.
+    pub unsafe fn multiply(
         &self,
         depth: usize,
         a: *const f32,
         b: *const f32,
         c: *mut f32,
         ldc: usize,
+        into: Into,
     ) {
         // SAFETY: the caller's promise; the instruction set was found by `available`.
-        unsafe { (self.kernel)(depth, a, b, c, ldc) }
+        unsafe { (self.kernel)(depth, a, b, c, ldc, into) }
     }
 }
 
 /// Plain Rust in the shape of a 6×16 tile, for the compiler to vectorise (NEON has 32 registers of 4 lanes).
-unsafe fn portable_6x16(depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize) {
+unsafe fn portable_6x16(
+    depth: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    into: Into,
+) {
     const ROWS: usize = 6;
     const COLUMNS: usize = 16;
     let mut sums = [[0.0_f32; COLUMNS]; ROWS];
@@ -100,7 +118,13 @@ unsafe fn portable_6x16(depth: usize, a: *const f32, b: *const f32, c: *mut f32,
     for (r, sums) in sums.iter().enumerate() {
         for (j, sum) in sums.iter().enumerate() {
             // SAFETY: the caller's `c` has 6 rows of 16 values.
-            unsafe { *c.add(r * ldc + j) += sum };
+            unsafe {
+                let to = c.add(r * ldc + j);
+                to.write(match into {
+                    Into::Nothing => *sum,
+                    Into::Present => to.read() + sum,
+                });
+            }
         }
     }
 }
@@ -123,6 +147,8 @@ mod x86 {
         _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
+    use super::Into;
+
     /// 28 of the 32 registers hold sums, two a row of `b`, one an element of `a`.
     #[target_feature(enable = "avx512f")]
     pub unsafe fn avx512_14x32(
@@ -131,6 +157,7 @@ mod x86 {
         b: *const f32,
         c: *mut f32,
         ldc: usize,
+        into: Into,
     ) {
         const ROWS: usize = 14;
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
@@ -153,14 +180,25 @@ mod x86 {
                 // SAFETY: `c` has 14 rows of 32 values.
                 unsafe {
                     let at = c.add(r * ldc + 16 * half);
-                    _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), *sum));
+                    let value = match into {
+                        Into::Nothing => *sum,
+                        Into::Present => _mm512_add_ps(_mm512_loadu_ps(at), *sum),
+                    };
+                    _mm512_storeu_ps(at, value);
                 }
             }
         }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2_6x16(depth: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize) {
+    pub unsafe fn avx2_6x16(
+        depth: usize,
+        a: *const f32,
+        b: *const f32,
+        c: *mut f32,
+        ldc: usize,
+        into: Into,
+    ) {
         const ROWS: usize = 6;
         let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
         let (mut a, mut b) = (a, b);
@@ -182,7 +220,11 @@ mod x86 {
                 // SAFETY: `c` has 6 rows of 16 values.
                 unsafe {
                     let at = c.add(r * ldc + 8 * half);
-                    _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), *sum));
+                    let value = match into {
+                        Into::Nothing => *sum,
+                        Into::Present => _mm256_add_ps(_mm256_loadu_ps(at), *sum),
+                    };
+                    _mm256_storeu_ps(at, value);
                 }
             }
         }

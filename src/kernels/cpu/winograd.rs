@@ -12,14 +12,14 @@ use super::Shared;
 use super::gemm::{BLOCK_DEPTH, Operand};
 use super::pack::Panels;
 use super::patches::Window;
-use super::tile::Tile;
+use super::tile::{Into, Tile};
 
 /// Products that a tile of results takes.
 const POSITIONS: usize = 16;
 /// Tiles whose transformed image is held at once.
 const GROUP: usize = 1024;
-/// Row panels that a task computes together.
-const ROW_PANELS: usize = 4;
+/// Channels of the result that a task computes: as many as keep the sums of one position in a second-level cache.
+const MOST_CHANNELS: usize = 112;
 /// Tiles below which the sixteen products are too narrow to pay.
 const FEWEST_TILES: usize = 64;
 
@@ -67,18 +67,27 @@ impl Convolution<'_> {
                 count: GROUP.min(tiles - first),
             };
             let image = self.transform_image(group);
-            let rows = ROW_PANELS * Tile::best().rows;
-            (0..self.channels_out.div_ceil(rows))
+            let channels = self.channels_of_task();
+            (0..self.channels_out)
                 .into_par_iter()
-                .for_each(|part| {
-                    let last = self.channels_out.min((part + 1) * rows);
-                    self.channels(part * rows..last, &image, group, to);
+                .step_by(channels)
+                .for_each(|first| {
+                    let last = self.channels_out.min(first + channels);
+                    self.channels(first..last, &image, group, to);
                 });
         }
         debug_assert_eq!(total, images * self.channels_out * height * width);
         // SAFETY: every pixel of every channel belongs to one tile of one group.
         unsafe { result.set_len(images * self.channels_out * height * width) };
         result
+    }
+
+    /// Whole row panels, and an equal share of tasks for every thread.
+    fn channels_of_task(&self) -> usize {
+        let tasks = self.channels_out.div_ceil(MOST_CHANNELS);
+        let tasks = tasks.next_multiple_of(rayon::current_num_threads());
+        let rows = Tile::best().rows;
+        self.channels_out.div_ceil(tasks).next_multiple_of(rows)
     }
 
     /// Tiles of an image, vertical and horizontal.
@@ -105,29 +114,36 @@ impl Convolution<'_> {
             vec![0.0_f32; POSITIONS * blocks * size]
         };
         let to = Shared(panels.as_mut_ptr());
-        (0..channels).into_par_iter().for_each(|channel| {
-            let mut scratch = RowScratch::new(self.shape[3]);
-            let (block, d) = (channel / BLOCK_DEPTH, channel % BLOCK_DEPTH);
-            self.each_tile_row(group, |image, tile_row, tiles, at| {
-                let plane = self.plane(image, channel);
-                scratch.read(plane, [self.shape[2], self.shape[3]], tile_row);
-                for position in 0..POSITIONS {
-                    let mut from = &scratch.horizontal[position / 4][position % 4][tiles.clone()];
-                    let mut at = at;
-                    while !from.is_empty() {
-                        let (panel, lane) = (at / columns, at % columns);
-                        let (run, rest) = from.split_at(from.len().min(columns - lane));
-                        let place = (position * blocks + block) * size
-                            + (panel * BLOCK_DEPTH + d) * columns
-                            + lane;
-                        // SAFETY: inside the panels, and of this channel alone.
-                        unsafe { copy_short(run, to.at(place)) };
-                        at += run.len();
-                        from = rest;
+        let mut rows = Vec::new();
+        self.each_tile_row(group, |image, row, tiles, at| {
+            rows.push((image, row, tiles, at));
+        });
+        rows.into_par_iter()
+            .for_each(|(image, tile_row, tiles, first)| {
+                let mut scratch = RowScratch::new(self.shape[3]);
+                // Channels are neighbours in the panels: they come one after the other.
+                for channel in 0..channels {
+                    let (block, d) = (channel / BLOCK_DEPTH, channel % BLOCK_DEPTH);
+                    let plane = self.plane(image, channel);
+                    scratch.read(plane, [self.shape[2], self.shape[3]], tile_row);
+                    for position in 0..POSITIONS {
+                        let mut from =
+                            &scratch.horizontal[position / 4][position % 4][tiles.clone()];
+                        let mut at = first;
+                        while !from.is_empty() {
+                            let (panel, lane) = (at / columns, at % columns);
+                            let (run, rest) = from.split_at(from.len().min(columns - lane));
+                            let place = (position * blocks + block) * size
+                                + (panel * BLOCK_DEPTH + d) * columns
+                                + lane;
+                            // SAFETY: inside the panels, and of this row of tiles alone.
+                            unsafe { copy_short(run, to.at(place)) };
+                            at += run.len();
+                            from = rest;
+                        }
                     }
                 }
             });
-        });
         // SAFETY: of every panel all lanes of all channels are written; depths behind the last channel are not read.
         unsafe { panels.set_len(POSITIONS * blocks * size) };
         panels
@@ -172,22 +188,29 @@ impl Convolution<'_> {
         let ldc = group.count.next_multiple_of(tile.columns);
         let of_position = row_panels * tile.rows * ldc;
         let mut sums = vec![0.0_f32; POSITIONS * of_position];
-        let mut weights = WeightScratch::default();
-        for block in 0..blocks {
-            let depths = block * BLOCK_DEPTH..depth.min((block + 1) * BLOCK_DEPTH);
-            weights.transform(&self.taps, channels.clone(), depths.clone(), tile.rows);
-            let panel = depths.len() * tile.rows;
-            for position in 0..POSITIONS {
-                let a = &weights.transformed[position * row_panels * panel..];
+        let depths = |block: usize| block * BLOCK_DEPTH..depth.min((block + 1) * BLOCK_DEPTH);
+        let weights: Vec<Vec<f32>> = (0..blocks)
+            .map(|block| transformed(&self.taps, channels.clone(), depths(block), tile.rows))
+            .collect();
+        // Position by position: its sums stay in the cache while the depths go by.
+        for (position, c) in sums.chunks_exact_mut(of_position).enumerate() {
+            for (block, weights) in weights.iter().enumerate() {
+                let deep = depths(block).len();
+                let into = if block == 0 {
+                    Into::Nothing
+                } else {
+                    Into::Present
+                };
+                let panel = deep * tile.rows;
+                let a = &weights[position * row_panels * panel..][..row_panels * panel];
                 let b = &image[(position * blocks + block) * size..][..size];
-                let c = &mut sums[position * of_position..][..of_position];
                 for (column, b) in b.chunks_exact(BLOCK_DEPTH * tile.columns).enumerate() {
-                    for (row, a) in a.chunks_exact(panel).take(row_panels).enumerate() {
+                    for (row, a) in a.chunks_exact(panel).enumerate() {
                         let at = row * tile.rows * ldc + column * tile.columns;
-                        // SAFETY: panels hold `depths` rows, and `sums` whole tiles.
+                        // SAFETY: panels hold `deep` rows, and `c` whole tiles.
                         unsafe {
                             let c = c.as_mut_ptr().add(at);
-                            tile.accumulate(depths.len(), a.as_ptr(), b.as_ptr(), c, ldc);
+                            tile.multiply(deep, a.as_ptr(), b.as_ptr(), c, ldc, into);
                         }
                     }
                 }
@@ -366,36 +389,26 @@ impl RowScratch {
     }
 }
 
-/// Weights of some channels on their way into panels.
-#[derive(Default)]
-struct WeightScratch {
-    taps: Vec<f32>,
-    /// `[position][row panel][depth][lane]`
-    transformed: Vec<f32>,
-}
-
-impl WeightScratch {
-    /// `G g Gᵀ`
-    fn transform(
-        &mut self,
-        taps: &[&dyn Operand; 9],
-        lanes: std::ops::Range<usize>,
-        depths: std::ops::Range<usize>,
-        width: usize,
-    ) {
-        let size = lanes.len().div_ceil(width) * width * depths.len();
-        self.taps.resize(9 * size, 0.0);
-        for (tap, panels) in taps.iter().zip(self.taps.chunks_exact_mut(size)) {
-            let mut to = Panels {
-                data: panels,
-                width,
-                stride: depths.len() * width,
-            };
-            tap.pack(lanes.clone(), depths.clone(), &mut to);
-        }
-        self.transformed.resize(POSITIONS * size, 0.0);
-        transform_kernels(&self.taps[..9 * size], &mut self.transformed);
+/// `G g Gᵀ` of some channels: `[position][row panel][depth][lane]`
+fn transformed(
+    taps: &[&dyn Operand; 9],
+    lanes: std::ops::Range<usize>,
+    depths: std::ops::Range<usize>,
+    width: usize,
+) -> Vec<f32> {
+    let size = lanes.len().div_ceil(width) * width * depths.len();
+    let mut packed = vec![0.0; 9 * size];
+    for (tap, panels) in taps.iter().zip(packed.chunks_exact_mut(size)) {
+        let mut to = Panels {
+            data: panels,
+            width,
+            stride: depths.len() * width,
+        };
+        tap.pack(lanes.clone(), depths.clone(), &mut to);
     }
+    let mut to = vec![0.0; POSITIONS * size];
+    transform_kernels(&packed, &mut to);
+    to
 }
 
 /// A row of `G` times three values.
