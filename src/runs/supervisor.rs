@@ -4,6 +4,7 @@
 //! a result, becomes `interrupted` and is queued again, once.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -282,6 +283,8 @@ impl Loop {
 async fn ask_to_leave(child: &mut Child) {
     if let Some(mut input) = child.stdin.take()
         && let Err(error) = input.write_all(LEAVE.as_bytes()).await
+        && error.kind() != ErrorKind::BrokenPipe
+    // it has just left by itself
     {
         tracing::warn!(%error, "a worker could not be asked to leave");
     }
