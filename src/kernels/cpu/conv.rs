@@ -31,11 +31,31 @@ pub fn forward(
         Some(bias) => Some(View::contiguous(bias).filter(View::is_f32)?),
         None => None,
     };
-    let bias = bias.as_ref().map(|bias| &bias.f32()[..weight.dims[0]]);
-    let [_, _, height, width] = x.dims;
-    let grid = window.output([height, width]);
-    let direction = Direction::ToResult;
-    Some(convolve(&x, &weight, bias, window, direction, grid))
+    let [images, c_in, height, width] = x.dims;
+    let c_out = weight.dims[0];
+    let lanes = window.output([height, width]);
+    let patches = Patches {
+        pixels: x.f32(),
+        channels: c_in,
+        size: [height, width],
+        lanes,
+        window,
+        direction: Direction::ToResult,
+    };
+    let start = match &bias {
+        Some(bias) => Start::PerRow(&bias.f32()[..c_out]),
+        None => Start::Zero,
+    };
+    let [lane, depth, ..] = weight.strides;
+    let taps = taps(&weight, Strides { lane, depth }, c_in);
+    let y = by_channel(
+        &*taps,
+        &patches,
+        [c_out, window.taps() * c_in],
+        images,
+        start,
+    );
+    Some(to_images(y, [images, c_out, lanes[0], lanes[1]]))
 }
 
 /// The gradient of the image: each of its pixels gathers from the windows that it was in.
@@ -51,53 +71,27 @@ pub fn backward(
 ) -> Option<Tensor<4>> {
     let gradient = View::contiguous(gradient).filter(View::is_f32)?;
     let weight = View::of(weight)?;
-    let direction = Direction::ToImage;
-    Some(convolve(&gradient, &weight, None, window, direction, image))
-}
-
-/// Looks through the window in one of its directions: `[images, channels_out, grid[0], grid[1]]`
-fn convolve(
-    x: &View<4>,
-    weight: &View<4>,
-    bias: Option<&[f32]>,
-    window: Window,
-    direction: Direction,
-    grid: [usize; 2],
-) -> Tensor<4> {
-    let [images, channels, height, width] = x.dims;
-    let (lanes, depths) = match direction {
-        Direction::ToResult => (0, 1),
-        Direction::ToImage => (1, 0),
-    };
-    let channels_out = weight.dims[lanes];
-    let shape = [images, channels_out, grid[0], grid[1]];
-    let strides = Strides {
-        lane: weight.strides[lanes],
-        depth: weight.strides[depths],
-    };
-    if winograd::applies(window, images, grid) {
-        let order = |tap| match direction {
-            Direction::ToResult => tap,
-            // A convolution with the kernel turned by half a circle.
-            Direction::ToImage => 8 - tap,
-        };
-        return tensor(
-            by_tiles(x, weight, strides, channels_out, bias, order),
-            shape,
-        );
-    }
+    let [images, c_out, height, width] = gradient.dims;
+    let c_in = weight.dims[1];
     let patches = Patches {
-        pixels: x.f32(),
-        channels,
+        pixels: gradient.f32(),
+        channels: c_out,
         size: [height, width],
-        lanes: grid,
+        lanes: image,
         window,
-        direction,
+        direction: Direction::ToImage,
     };
-    let taps = taps(weight, strides, channels);
-    let start = bias.map_or(Start::Zero, Start::PerRow);
-    let size = [channels_out, window.taps() * channels];
-    to_images(by_channel(&*taps, &patches, size, images, start), shape)
+    let [depth, lane, ..] = weight.strides;
+    let strides = Strides { lane, depth };
+    if winograd::applies(window, images, image) {
+        // The gradient is a convolution with the kernel turned by half a circle.
+        let dx = by_tiles(&gradient, &weight, strides, c_in, None, |tap| 8 - tap);
+        return Some(tensor(dx, [images, c_in, image[0], image[1]]));
+    }
+    let taps = taps(&weight, strides, c_out);
+    let depth = window.taps() * c_out;
+    let dx = by_channel(&*taps, &patches, [c_in, depth], images, Start::Zero);
+    Some(to_images(dx, [images, c_in, image[0], image[1]]))
 }
 
 /// A 3×3 convolution that keeps the size: `[images, channels_out, height, width]`

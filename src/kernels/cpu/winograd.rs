@@ -58,6 +58,7 @@ impl Convolution<'_> {
     pub fn compute(&self) -> Vec<f32> {
         let [images, _, height, width] = self.shape;
         let mut result = Vec::<f32>::with_capacity(images * self.channels_out * height * width);
+        let total = result.capacity();
         let to = Shared(result.as_mut_ptr());
         let tiles = images * self.grid()[0] * self.grid()[1];
         for first in (0..tiles).step_by(GROUP) {
@@ -75,6 +76,7 @@ impl Convolution<'_> {
                     self.channels(first..last, &image, group, to);
                 });
         }
+        debug_assert_eq!(total, images * self.channels_out * height * width);
         // SAFETY: every pixel of every channel belongs to one tile of one group.
         unsafe { result.set_len(images * self.channels_out * height * width) };
         result
