@@ -120,8 +120,8 @@ impl Config {
         let file = file.unwrap_or(Path::new(DEFAULT_FILE));
         let config: Self = Figment::from(Serialized::defaults(Self::default()))
             .merge(Toml::file(file))
-            // `LORASMITH_LOG` and `LORASMITH_CONFIG` are read elsewhere.
-            .merge(Env::prefixed("LORASMITH_").ignore(&["log", "config"]))
+            // `LORASMITH_LOG`, `_CONFIG` and `_INSTRUCTIONS` are read elsewhere.
+            .merge(Env::prefixed("LORASMITH_").ignore(&["log", "config", "instructions"]))
             .merge(Serialized::defaults(overrides))
             .extract()
             .map_err(|error| ConfigError::Invalid(Box::new(error)))?;

@@ -31,6 +31,8 @@ struct Attention {
 #[derive(Clone, Debug)]
 struct Saved {
     inputs: [Tensor<4>; 3],
+    /// The result; on the CPU, where the next layer keeps it anyway.
+    output: Option<Tensor<4>>,
     /// `ln Σ e^score` of each row; on the CPU.
     log_sums: Vec<f32>,
 }
@@ -41,9 +43,25 @@ impl Operation<3, 4> for Attention {
     fn forward(&self, inputs: [Tensor<4>; 3]) -> (Tensor<4>, Saved) {
         let scale = scale(&inputs[0]);
         let [q, k, v] = &inputs;
-        let (output, log_sums) = forward([q, k, v], scale as f32, self.causal)
-            .unwrap_or_else(|| (self.by_blocks(&inputs, scale), Vec::new()));
-        (output, Saved { inputs, log_sums })
+        match forward([q, k, v], scale as f32, self.causal) {
+            Some((output, log_sums)) => {
+                let saved = Saved {
+                    inputs,
+                    output: Some(output.clone()),
+                    log_sums,
+                };
+                (output, saved)
+            }
+            None => {
+                let output = self.by_blocks(&inputs, scale);
+                let saved = Saved {
+                    inputs,
+                    output: None,
+                    log_sums: Vec::new(),
+                };
+                (output, saved)
+            }
+        }
     }
 
     fn backward(
@@ -54,13 +72,10 @@ impl Operation<3, 4> for Attention {
     ) -> [Option<Tensor<4>>; 3] {
         let scale = scale(&saved.inputs[0]);
         let [q, k, v] = &saved.inputs;
-        let found = backward(
-            [q, k, v],
-            &saved.log_sums,
-            &gradient,
-            scale as f32,
-            self.causal,
-        );
+        let found = saved.output.as_ref().and_then(|output| {
+            let output = (output, &saved.log_sums[..]);
+            backward([q, k, v], output, &gradient, scale as f32, self.causal)
+        });
         found
             .unwrap_or_else(|| self.backward_by_blocks(&saved.inputs, &gradient, scale))
             .map(Some)

@@ -115,10 +115,11 @@ mod tests {
                 stride: [stride; 2],
                 padding: [padding; 2],
             };
-            let x = random([images, 20, size[0], size[1]]);
-            let weight = random([33, 20, kernel, kernel]);
-            let bias = Tensor::<1>::random([33], Distribution::Default, &device);
-            for by_taps in [false, true] {
+            let channels = [[33, 20], [64, 96]];
+            for (by_taps, [c_out, c_in]) in [false, true].into_iter().zip(channels) {
+                let x = random([images, c_in, size[0], size[1]]);
+                let weight = random([c_out, c_in, kernel, kernel]);
+                let bias = Tensor::<1>::random([c_out], Distribution::Default, &device);
                 let weight = if by_taps {
                     let ordered = weight.clone().permute([2, 3, 0, 1]);
                     (ordered + 0.0).permute([2, 3, 0, 1])

@@ -3,6 +3,9 @@
 //! The backward computes each block's probabilities again from the saved logarithm of the row sums
 //! (Dao et al. 2022, arXiv:2205.14135, without its online softmax: a block sees all keys).
 
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
 use std::cell::RefCell;
 
 use burn::tensor::Tensor;
@@ -11,7 +14,11 @@ use rayon::prelude::*;
 use super::Shared;
 use super::elementwise;
 use super::gemm::{Matrix, Operand, Size, Start, multiply_into};
+#[cfg(target_arch = "x86_64")]
+use super::instructions::Level;
 use super::pack::Strides;
+#[cfg(target_arch = "x86_64")]
+use super::parts::Count;
 use super::view::{View, tensor};
 
 /// Queries of a block.
@@ -60,6 +67,14 @@ pub fn forward(
     let mut output = Vec::<f32>::with_capacity(batch * queries * heads * d);
     let mut sums = vec![0.0; batch * heads * queries];
     let to = Shared(output.as_mut_ptr());
+    #[cfg(target_arch = "x86_64")]
+    if Level::best() == Level::Amx {
+        inputs.forward_by_tiles(&mut sums, to);
+        // SAFETY: every row of every head is written.
+        unsafe { output.set_len(batch * queries * heads * d) };
+        let output = tensor(output, [batch, queries, heads, d]).swap_dims(1, 2);
+        return Some((output, sums));
+    }
     let blocks = queries.div_ceil(BLOCK);
     sums.par_chunks_mut(queries)
         .enumerate()
@@ -78,10 +93,10 @@ pub fn forward(
     Some((output, sums))
 }
 
-/// Gradients of queries, keys and values.
+/// Gradients of queries, keys and values, from the forward's result and sums.
 pub fn backward(
     [q, k, v]: [&Tensor<4>; 3],
-    sums: &[f32],
+    (output, sums): (&Tensor<4>, &[f32]),
     gradient: &Tensor<4>,
     scale: f32,
     causal: bool,
@@ -99,7 +114,18 @@ pub fn backward(
     let room = |rows: usize| Vec::<f32>::with_capacity(size(rows));
     let (mut dq, mut dk, mut dv) = (room(queries), room(keys), room(keys));
     let to = [&mut dq, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
+    #[cfg(target_arch = "x86_64")]
+    let output = View::of(output)
+        .filter(View::is_f32)
+        .filter(|_| Level::best() == Level::Amx);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = output;
     (0..batch * heads).into_par_iter().for_each(|head| {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(output) = &output {
+            let sums = &sums[head * queries..][..queries];
+            return tiles::backward(&inputs, [output, &gradient], head, sums, to, Count::Three);
+        }
         for first in (0..queries).step_by(BLOCK) {
             inputs.backward_block(head, first, &sums[head * queries..], &gradient, to);
         }
@@ -115,6 +141,21 @@ pub fn backward(
 }
 
 impl Inputs {
+    #[cfg(target_arch = "x86_64")]
+    fn forward_by_tiles(&self, sums: &mut [f32], to: Shared<f32>) {
+        sums.par_chunks_mut(self.shape.queries)
+            .enumerate()
+            .for_each(|(head, sums)| {
+                let keys = tiles::Keys::new(self, head, Count::Three);
+                sums.par_chunks_mut(tiles::QUERIES)
+                    .enumerate()
+                    .for_each(|(block, sums)| {
+                        let first = block * tiles::QUERIES;
+                        tiles::forward(self, &keys, head, first, sums, to, Count::Three);
+                    });
+            });
+    }
+
     fn new(tensors: [&Tensor<4>; 3], scale: f32, causal: bool) -> Option<Self> {
         let [q, k, v] = tensors.map(|tensor| View::of(tensor).filter(View::is_f32));
         let (q, k, v) = (q?, k?, v?);

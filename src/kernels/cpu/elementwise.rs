@@ -20,7 +20,7 @@ macro_rules! vectorised {
                     // SAFETY: the instruction set was just found.
                     return unsafe { avx512($($arg),*) };
                 }
-                if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+                if super::has_avx2() {
                     // SAFETY: the instruction set was just found.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -269,6 +269,36 @@ vectorised! {
     pub fn probabilities(scores: &mut [f32], scale: f32, shift: f32) {
         for s in scores.iter_mut() {
             *s = exp(*s * scale - shift);
+        }
+    }
+}
+
+vectorised! {
+    /// The largest value.
+    pub fn maximum(x: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for chunk in x.chunks_exact(LANES) {
+            for (max, x) in lanes.iter_mut().zip(chunk) {
+                *max = max.max(*x);
+            }
+        }
+        let rest = x.chunks_exact(LANES).remainder();
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, x| max.max(*x))
+    }
+}
+
+vectorised! {
+    /// The sum.
+    pub fn total(x: &[f32]) -> f32 {
+        sum(x.len(), |i| x[i])
+    }
+}
+
+vectorised! {
+    /// The gradient of scores, `along` being `Σ p d`: `d = scale · p · (d - along)` in place.
+    pub fn scores_backward(p: &[f32], d: &mut [f32], scale: f32, along: f32) {
+        for (d, p) in d.iter_mut().zip(p) {
+            *d = scale * p * (*d - along);
         }
     }
 }

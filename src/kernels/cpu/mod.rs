@@ -4,25 +4,32 @@
     reason = "SIMD intrinsics, and results that threads write in disjoint parts"
 )]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod conv;
 #[macro_use]
 pub mod elementwise;
 pub mod gemm;
+mod instructions;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod parts;
 mod patches;
 mod rows;
 mod tile;
+mod unit;
 mod view;
 mod winograd;
 
+use instructions::Level;
 pub use pack::Strides;
 pub use rows::rows;
 pub use view::{View, is_cpu, tensor};
 
 /// A pointer to memory that tasks write disjoint parts of.
 #[derive(Debug)]
-struct Shared<T>(*mut T);
+pub struct Shared<T>(*mut T);
 
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {
@@ -43,16 +50,19 @@ impl<T> Shared<T> {
     }
 }
 
-/// The instruction set that matrix products on the CPU are computed with: `avx512`, `avx2` or `portable`.
+/// The instruction set that matrix products on the CPU are computed with: `amx`, `avx512`, `avx2` or `portable`.
 pub fn instruction_set() -> &'static str {
-    tile::Tile::best().isa
+    Level::best().name()
 }
 
 /// Whether the AVX-512 parts that the kernels use are there.
 #[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
-    std::is_x86_feature_detected!("avx512f")
-        && std::is_x86_feature_detected!("avx512bw")
-        && std::is_x86_feature_detected!("avx512vl")
-        && std::is_x86_feature_detected!("avx512dq")
+    Level::best() >= Level::Avx512
+}
+
+/// Whether 256-bit vectors and fused multiply-add are there.
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    Level::best() >= Level::Avx2
 }

@@ -2,8 +2,17 @@
 
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use super::parts::Count;
+#[cfg(target_arch = "x86_64")]
+pub use x86::transpose_16x16;
+
 /// An element type that weights are stored in.
 pub trait Stored: Copy + Sync + Send + 'static {
+    /// In how many parts of bf16 every value is what it is.
+    #[cfg(target_arch = "x86_64")]
+    const PARTS: Count;
+
     /// The value in f32; exact.
     fn widen(self) -> f32;
 
@@ -103,6 +112,9 @@ pub fn copy_run(
 }
 
 impl Stored for f32 {
+    #[cfg(target_arch = "x86_64")]
+    const PARTS: Count = Count::Three;
+
     fn widen(self) -> f32 {
         self
     }
@@ -116,6 +128,9 @@ impl Stored for f32 {
 }
 
 impl Stored for f16 {
+    #[cfg(target_arch = "x86_64")]
+    const PARTS: Count = Count::Two;
+
     fn widen(self) -> f32 {
         self.to_f32()
     }
@@ -129,6 +144,9 @@ impl Stored for f16 {
 }
 
 impl Stored for bf16 {
+    #[cfg(target_arch = "x86_64")]
+    const PARTS: Count = Count::One;
+
     fn widen(self) -> f32 {
         self.to_f32()
     }
@@ -302,7 +320,7 @@ mod x86 {
     /// Pairs, then fours inside 128-bit parts, then the parts themselves.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn transpose_16x16(r: [__m512; LANES]) -> [__m512; LANES] {
+    pub fn transpose_16x16(r: [__m512; LANES]) -> [__m512; LANES] {
         let mut pairs = r;
         for i in (0..LANES).step_by(2) {
             pairs[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);

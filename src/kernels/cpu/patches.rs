@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use super::gemm::Operand;
 use super::pack::{Panels, Stored, Strides, copy_run, pack};
+#[cfg(target_arch = "x86_64")]
+use super::parts::{self, Count, PartPanels, STEP};
 
 /// Most lanes that are packed at a time.
 const MAX_LANES: usize = 32;
@@ -166,6 +168,29 @@ impl<T: Stored> Operand for Taps<'_, T> {
                 stride: to.stride,
             };
             pack(data, self.strides, lanes.len(), channels.len(), &mut to);
+        });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn parts(&self) -> Count {
+        T::PARTS
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn pack_parts(&self, lanes: Range<usize>, depth: Range<usize>, to: &mut PartPanels<'_>) {
+        // Taps have to begin where steps do, and one of the orders must be that of the memory.
+        let whole = self.channels.is_multiple_of(STEP) && depth.start.is_multiple_of(STEP);
+        if !whole || (self.strides.lane != 1 && self.strides.depth != 1) {
+            return parts::pack_staged(self, lanes, depth, to);
+        }
+        let in_all = depth.len();
+        by_tap(depth, self.channels, |tap, channels, at| {
+            let begin = lanes.start * self.strides.lane
+                + channels.start * self.strides.depth
+                + tap * self.tap_stride;
+            let size = [lanes.len(), channels.len()];
+            let place = [at / STEP, in_all];
+            parts::pack_parts(&self.data[begin..], self.strides, size, place, to);
         });
     }
 }

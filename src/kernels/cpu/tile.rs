@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use super::instructions::Level;
+
 /// `c[r][j] = Σ_d a[d][r] · b[d][j]` for a full tile, or `+=`.
 ///
 /// `a` and `b` are packed panels `[depth][rows]` and `[depth][columns]`, `c` is row-major with row stride `ldc`.
@@ -20,8 +22,6 @@ pub enum Into {
 /// The tile of an instruction set.
 #[derive(Debug, Clone, Copy)]
 pub struct Tile {
-    /// Name of the instruction set.
-    pub isa: &'static str,
     /// Rows of a tile.
     pub rows: usize,
     /// Columns of a tile.
@@ -44,17 +44,15 @@ impl Tile {
         let mut tiles = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if super::has_avx512() {
+            if Level::best() >= Level::Avx512 {
                 tiles.push(Self {
-                    isa: "avx512",
                     rows: 14,
                     columns: 32,
                     kernel: x86::avx512_14x32,
                 });
             }
-            if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            if Level::best() >= Level::Avx2 {
                 tiles.push(Self {
-                    isa: "avx2",
                     rows: 6,
                     columns: 16,
                     kernel: x86::avx2_6x16,
@@ -62,7 +60,6 @@ impl Tile {
             }
         }
         tiles.push(Self {
-            isa: "portable",
             rows: 6,
             columns: 16,
             kernel: portable_6x16,
@@ -226,6 +223,40 @@ mod x86 {
                     };
                     _mm256_storeu_ps(at, value);
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small whole numbers: sums are exact in f32, so results are compared for equality.
+    fn numbers(count: usize) -> Vec<f32> {
+        (0..count)
+            .map(|i| ((i * 7 + 3) % 11) as f32 - 5.0)
+            .collect()
+    }
+
+    #[test]
+    fn every_tile_of_this_machine_computes_the_same() {
+        for tile in Tile::available() {
+            let depth = 9;
+            let (a, b) = (numbers(depth * tile.rows), numbers(depth * tile.columns));
+            let mut c = vec![f32::NAN; tile.rows * tile.columns];
+            // SAFETY: the panels and the result have the tile's size.
+            unsafe {
+                let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+                tile.multiply(depth, a, b, c, tile.columns, Into::Nothing);
+                tile.multiply(depth, a, b, c, tile.columns, Into::Present);
+            }
+            for (i, found) in c.iter().enumerate() {
+                let (row, column) = (i / tile.columns, i % tile.columns);
+                let sum: f32 = (0..depth)
+                    .map(|d| a[d * tile.rows + row] * b[d * tile.columns + column])
+                    .sum();
+                assert_eq!(*found, 2.0 * sum, "{tile:?} at {row}, {column}");
             }
         }
     }

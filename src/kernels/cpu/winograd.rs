@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::Shared;
 use super::gemm::{BLOCK_DEPTH, Operand};
+use super::instructions::Level;
 use super::pack::Panels;
 use super::patches::Window;
 use super::tile::{Into, Tile};
@@ -40,7 +41,9 @@ pub struct Convolution<'a> {
 /// Whether a convolution is of this kind, and large enough.
 pub fn applies(window: Window, images: usize, [height, width]: [usize; 2]) -> bool {
     let tiles = images * height.div_ceil(2) * width.div_ceil(2);
-    window.kernel == [3, 3]
+    // A matrix unit is faster than the transforms.
+    Level::best() < Level::Amx
+        && window.kernel == [3, 3]
         && window.stride == [1, 1]
         && window.padding == [1, 1]
         && tiles >= FEWEST_TILES
