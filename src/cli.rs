@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
-use crate::bench::{ModelSource, Precision};
+use crate::bench::ModelSource;
 use crate::config::Overrides;
 use crate::diffusion::Family;
+use crate::training::ComputePrecision;
 use crate::training::GradientCheckpointing;
 
 /// Trains LoRA adapters for Stable Diffusion on any GPU, behind a REST API.
@@ -204,12 +205,18 @@ impl From<CheckpointingName> for GradientCheckpointing {
 pub enum PrecisionName {
     /// 32-bit floats.
     Fp32,
+    /// f16 with loss scaling; on the CPU two parts of bf16.
+    Fp16,
+    /// bf16.
+    Bf16,
 }
 
-impl From<PrecisionName> for Precision {
+impl From<PrecisionName> for ComputePrecision {
     fn from(name: PrecisionName) -> Self {
         match name {
             PrecisionName::Fp32 => Self::Fp32,
+            PrecisionName::Fp16 => Self::Fp16,
+            PrecisionName::Bf16 => Self::Bf16,
         }
     }
 }

@@ -74,6 +74,12 @@ pub struct CreateRun {
     /// fraction of the memory and about a third more time; the gradients are the same.
     #[serde(default)]
     pub gradient_checkpointing: GradientCheckpointing,
+    /// What the model multiplies in. Adapters, optimizer, norms and sums are fp32 in any case. `fp16` scales the loss
+    /// by itself and leaves steps out whose gradients overflow; a device that cannot refuses the run. On the CPU
+    /// `bf16` rounds what is multiplied to 8 significant bits, `fp16` to 16; it is faster where the processor
+    /// multiplies bf16 (AMX, AVX-512 BF16), and as fp32 elsewhere.
+    #[serde(default)]
+    pub precision: ComputePrecision,
     /// Gradients longer than this (L2 norm of all together) are scaled down to it; 0 switches this off.
     #[serde(default = "defaults::unit")]
     #[schema(default = 1.0, minimum = 0)]
@@ -208,6 +214,19 @@ pub struct Save {
     pub every_n_epochs: Option<u64>,
     /// Number format of the files.
     pub precision: Precision,
+}
+
+/// What the model multiplies in.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputePrecision {
+    /// 24 significant bits.
+    #[default]
+    Fp32,
+    /// 11 significant bits.
+    Fp16,
+    /// 8 significant bits, the range of fp32.
+    Bf16,
 }
 
 /// Number formats of a LoRA file.
@@ -415,6 +434,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 batch_size: wire.batch_size,
                 gradient_accumulation_steps: wire.gradient_accumulation_steps,
                 gradient_checkpointing: wire.gradient_checkpointing.into(),
+                precision: wire.precision.into(),
                 max_grad_norm: wire.max_grad_norm,
                 prediction: wire.prediction_type.map(Into::into),
                 min_snr_gamma: wire.min_snr_gamma,
@@ -461,6 +481,7 @@ impl CreateRun {
             batch_size: settings.batch_size,
             gradient_accumulation_steps: settings.gradient_accumulation_steps,
             gradient_checkpointing: settings.gradient_checkpointing.into(),
+            precision: settings.precision.into(),
             max_grad_norm: settings.max_grad_norm,
             prediction_type: settings.prediction.map(Into::into),
             min_snr_gamma: settings.min_snr_gamma,
@@ -517,6 +538,7 @@ macro_rules! same_variants {
 
 same_variants!(Prediction, PredictionType: Epsilon = Epsilon, VPrediction = VPrediction);
 same_variants!(Precision, SavePrecision: Fp32 = Fp32, Fp16 = Fp16, Bf16 = Bf16);
+same_variants!(ComputePrecision, domain::ComputePrecision: Fp32 = Fp32, Fp16 = Fp16, Bf16 = Bf16);
 same_variants!(GradientCheckpointing, domain::GradientCheckpointing: None = None, Blocks = Blocks);
 same_variants!(Sampler, SamplerKind: Ddim = DdimSd15, DdimKohya = DdimKohya, Euler = Euler);
 

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use rand::RngExt as _;
-use serde::Serialize;
 
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::diffusion::{Family, LoadError, LoadOptions, StableDiffusion};
@@ -20,7 +19,8 @@ use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
 use crate::plugin_host::PluginHost;
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::{
-    Conditioning, GradientCheckpointing, MicroBatch, TrainLength, TrainSettings, Trainer,
+    ComputePrecision, Conditioning, GradientCheckpointing, MicroBatch, TrainLength, TrainSettings,
+    Trainer,
 };
 
 pub use report::{BenchReport, DeviceMemory, PhaseTimes, Summary};
@@ -35,14 +35,6 @@ const VAE_FACTOR: usize = 8;
 const LATENT_CHANNELS: usize = 4;
 /// Tokens between begin and end of a caption.
 const CAPTION_TOKENS: usize = 75;
-
-/// The number format that is computed in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// 32-bit floats.
-    Fp32,
-}
 
 /// What is trained on.
 #[derive(Clone, Debug)]
@@ -72,7 +64,7 @@ pub struct BenchOptions {
     /// Whether activations are computed again.
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the computation.
-    pub precision: Precision,
+    pub precision: ComputePrecision,
     /// Where to compute.
     pub device: DeviceSpec,
 }
@@ -148,7 +140,12 @@ pub fn run(
 
     let device = devices::open(options.device)?;
     let settings = settings(options);
-    let mut model = StableDiffusion::load(&path, &LoadOptions::new(&device.device))?;
+    let load = LoadOptions {
+        precision: settings.precision.into(),
+        ..LoadOptions::new(&device.device)
+    };
+    device.check(load.precision)?;
+    let mut model = StableDiffusion::load(&path, &load)?;
     let parts = TrainParts {
         unet: true,
         text_encoder: true,
@@ -250,6 +247,7 @@ fn settings(options: &BenchOptions) -> TrainSettings {
         length: TrainLength::Steps(1 + options.steps as u64),
         batch_size: options.batch_size,
         gradient_checkpointing: options.gradient_checkpointing,
+        precision: options.precision,
         ..TrainSettings::default()
     }
 }

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::BenchOptions;
 use super::usage::{Spent, peak_rss_bytes};
-use super::{BenchOptions, Precision};
 use crate::diffusion::Family;
 use crate::diffusion::devices::DeviceInfo;
+use crate::training::ComputePrecision;
 use crate::training::GradientCheckpointing;
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -147,7 +148,7 @@ pub struct BenchReport {
     /// Whether activations are computed again.
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the computation.
-    pub precision: Precision,
+    pub precision: ComputePrecision,
     /// Id of the device.
     pub device: String,
     /// Its name and driver.
@@ -304,7 +305,7 @@ mod tests {
             steps: 3,
             rank: 32,
             gradient_checkpointing: GradientCheckpointing::None,
-            precision: Precision::Fp32,
+            precision: ComputePrecision::Fp32,
             device: DeviceSpec::Cpu,
         };
         let mut measured = Measured::new(Spent::default(), 0);

@@ -11,6 +11,8 @@ use burn::tensor::{Device, DeviceKind};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::Precision;
+
 /// A graphics API that a device name can pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -137,6 +139,16 @@ pub enum DeviceError {
         "unknown device `{0}`: expected `auto`, `cpu`, or `vulkan:N`, `metal:N`, `dx12:N` as listed by `GET /v1/devices`"
     )]
     UnknownName(String),
+    /// The device cannot compute in the number format.
+    #[error("device `{device}` cannot compute in {found}; `precision` may be {possible} there")]
+    Precision {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        found: String,
+        /// What it can.
+        possible: &'static str,
+    },
     /// The name is well formed, but this machine has no such adapter.
     #[error("no device `{wanted}` on this machine; there are: {found}")]
     NotFound {
@@ -164,6 +176,30 @@ pub struct ComputeDevice {
     pub device: Device,
     /// What it is.
     pub info: DeviceInfo,
+}
+
+impl ComputeDevice {
+    /// Whether it computes in this precision.
+    ///
+    /// # Errors
+    /// When its shaders lack the number format. WGSL has no bf16.
+    pub fn check(&self, precision: Precision) -> Result<(), DeviceError> {
+        let half = self.info.supports_f16;
+        let can = match precision {
+            Precision::Fp32 => true,
+            _ if self.info.class == AdapterClass::Cpu => true,
+            Precision::Fp16 => half,
+            Precision::Bf16 => false,
+        };
+        if can {
+            return Ok(());
+        }
+        Err(DeviceError::Precision {
+            device: self.info.id.clone(),
+            found: format!("{precision:?}").to_lowercase(),
+            possible: if half { "fp32 or fp16" } else { "fp32" },
+        })
+    }
 }
 
 struct Adapter {

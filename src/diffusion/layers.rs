@@ -11,7 +11,7 @@ use burn::tensor::activation;
 
 use super::error::LoadError;
 use super::weights::WeightsAt;
-use crate::kernels::{self, Geometry, LowRank};
+use crate::kernels::{self, Geometry, LowRank, Precision};
 
 /// A trainable addition to a frozen layer.
 pub trait Adapter: Send + Sync + Debug {
@@ -45,6 +45,7 @@ pub struct Linear {
     pub weight: Tensor<2>,
     /// `[d_out]`
     pub bias: Option<Tensor<1>>,
+    precision: Precision,
     adapter: Option<Arc<dyn Adapter>>,
 }
 
@@ -54,6 +55,7 @@ impl Linear {
         Self {
             weight,
             bias,
+            precision: Precision::Fp32,
             adapter: None,
         }
     }
@@ -82,7 +84,10 @@ impl Linear {
         d_out: usize,
     ) -> Result<Self, LoadError> {
         let weight = weights.tensor("weight", [d_out, d_in])?;
-        Ok(Self::new(weight, optional_bias(weights, d_out)?))
+        Ok(Self {
+            precision: weights.precision(),
+            ..Self::new(weight, optional_bias(weights, d_out)?)
+        })
     }
 
     /// Length of an input row.
@@ -93,6 +98,11 @@ impl Linear {
     /// Length of an output row.
     pub fn d_out(&self) -> usize {
         self.weight.dims()[0]
+    }
+
+    /// What the layer multiplies in.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Whether there is an adapter on the layer.
@@ -114,8 +124,10 @@ impl Linear {
         let x = x.reshape([rows, self.d_in()]);
         let (weight, bias) = (&self.weight, self.bias.as_ref());
         let y = match &self.adapter {
-            None => kernels::linear(x, weight, bias),
-            Some(adapter) => kernels::linear_with_branch(x, weight, bias, adapter.branch()),
+            None => kernels::linear(x, weight, bias, self.precision),
+            Some(adapter) => {
+                kernels::linear_with_branch(x, weight, bias, adapter.branch(), self.precision)
+            }
         };
         shape[D - 1] = self.d_out();
         y.reshape(shape)
@@ -133,6 +145,7 @@ pub struct Conv2d {
     pub stride: [usize; 2],
     /// Zeros around the image, vertical and horizontal.
     pub padding: [usize; 2],
+    precision: Precision,
     adapter: Option<Arc<dyn Adapter>>,
 }
 
@@ -144,6 +157,7 @@ impl Conv2d {
             bias,
             stride: [stride, stride],
             padding: [padding, padding],
+            precision: Precision::Fp32,
             adapter: None,
         }
     }
@@ -160,7 +174,10 @@ impl Conv2d {
     ) -> Result<Self, LoadError> {
         let weight = weights.tensor("weight", [c_out, c_in, kernel, kernel])?;
         let bias = optional_bias(weights, c_out)?;
-        Ok(Self::new(weight, bias, 1, kernel / 2))
+        Ok(Self {
+            precision: weights.precision(),
+            ..Self::new(weight, bias, 1, kernel / 2)
+        })
     }
 
     /// The same with another stride and padding.
@@ -201,7 +218,13 @@ impl Conv2d {
             stride: self.stride,
             padding: self.padding,
         };
-        let y = kernels::conv2d(x.clone(), &self.weight, self.bias.as_ref(), geometry);
+        let y = kernels::conv2d(
+            x.clone(),
+            &self.weight,
+            self.bias.as_ref(),
+            geometry,
+            self.precision,
+        );
         match &self.adapter {
             Some(adapter) => adapter.conv(self, x, y),
             None => y,

@@ -18,6 +18,7 @@ use super::tokenizer::Tokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
 use super::weights::{LoadOptions, Weights};
+use crate::kernels::Precision;
 
 /// File names of a component's weights in a diffusers folder, best first.
 const WEIGHT_FILES: [&str; 4] = [
@@ -136,7 +137,8 @@ impl<C: fmt::Debug> Stored<C> {
     /// Tells the component apart from all that compute something else.
     fn digest(&self) -> String {
         let mut digest = Sha256::new();
-        digest.update(format!("{:?} {:?}\n", self.config, self.weights.dtype()));
+        let (dtype, precision) = (self.weights.dtype(), self.weights.precision());
+        digest.update(format!("{:?} {dtype:?} {precision:?}\n", self.config));
         digest.update(self.weights.digest());
         hex::encode(digest.finalize())
     }
@@ -153,7 +155,11 @@ impl StableDiffusion {
         source.check_family()?;
         let hints = Hints::SD1;
         let unet_weights = source.unet()?.with_options(options);
-        let vae_weights = source.vae()?.with_options(options);
+        let vae_options = LoadOptions {
+            precision: Precision::Fp32,
+            ..options.clone()
+        };
+        let vae_weights = source.vae()?.with_options(&vae_options);
         let text_weights = source.text_encoder()?.with_options(options);
 
         let unet_config = source.unet_config(&unet_weights, &hints)?;

@@ -8,6 +8,7 @@ use super::error::LoadError;
 use super::layers::{Activation, LayerMut, LayerNorm, Layers, Linear};
 use super::segments::{Inputs, Keep, Kept, leaf_if};
 use super::weights::WeightsAt;
+use crate::kernels::{Precision, widen};
 
 /// Tokens in a row: begin, 75 tokens, end.
 pub const ROW_TOKENS: usize = 77;
@@ -21,6 +22,7 @@ pub struct TextEncoder {
     position_embedding: Tensor<2>, // [77, d]
     layers: Vec<EncoderLayer>,
     final_layer_norm: LayerNorm,
+    precision: Precision,
 }
 
 #[derive(Debug)]
@@ -107,6 +109,7 @@ impl TextEncoder {
                 d,
                 config.layer_norm_eps,
             )?,
+            precision: weights.precision(),
         })
     }
 
@@ -147,7 +150,7 @@ impl TextEncoder {
         for layer in &self.layers[..self.layers_run(clip_skip)] {
             hidden = layer.forward(hidden);
         }
-        hidden
+        widen(hidden)
     }
 
     /// States of long captions: each caption's chunks are encoded on their own and joined as sd-scripts does, the
@@ -197,7 +200,7 @@ impl TextEncoder {
         };
         let (output, last) = Kept::run(keep, inputs, |inputs| self.join(inputs.state, joint));
         let trace = TextTrace { kept, last, joint };
-        (output, trace)
+        (widen(output), trace)
     }
 
     /// Walks back from the gradient of the states; `collect` gets the gradients of one layer after the other.
@@ -213,6 +216,7 @@ impl TextEncoder {
     ) {
         let layers = &self.layers[..self.layers_run(clip_skip)];
         let first = layers.len() - trace.kept.len();
+        let gradient = self.precision.enter(gradient);
         let (mut gradients, leaves) = trace
             .last
             .backward(gradient, |inputs| self.join(inputs.state, trace.joint));
@@ -288,7 +292,8 @@ impl TextEncoder {
         let rows = self.token_embedding.clone().select(0, index); // [rows * tokens, d]
         let rows = rows.cast(burn::tensor::FloatDType::F32);
         let positions = self.position_embedding.clone().narrow(0, 0, tokens);
-        rows.reshape([ids.len(), tokens, self.width()]) + positions.unsqueeze()
+        let embedded = rows.reshape([ids.len(), tokens, self.width()]) + positions.unsqueeze();
+        self.precision.enter(embedded)
     }
 }
 
@@ -349,7 +354,8 @@ impl SelfAttention {
         let k = split_heads(self.k_proj.forward(x.clone()), self.heads);
         let v = split_heads(self.v_proj.forward(x), self.heads);
         // A token sees itself and earlier ones.
-        self.out_proj.forward(merge_heads(attention(q, k, v, true)))
+        let mixed = attention([q, k, v], true, self.q_proj.precision());
+        self.out_proj.forward(merge_heads(mixed))
     }
 }
 

@@ -244,7 +244,8 @@ impl Attention {
         let q = split_heads(self.to_q.forward(x), self.heads);
         let k = split_heads(self.to_k.forward(context.clone()), self.heads);
         let v = split_heads(self.to_v.forward(context), self.heads);
-        self.to_out.forward(merge_heads(attention(q, k, v, false)))
+        let mixed = attention([q, k, v], false, self.to_q.precision());
+        self.to_out.forward(merge_heads(mixed))
     }
 
     fn is_adapted(&self) -> bool {

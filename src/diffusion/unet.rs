@@ -10,6 +10,7 @@ use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear, silu};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::transformer::{Transformer2d, TransformerSize};
 use super::weights::WeightsAt;
+use crate::kernels::Precision;
 
 /// Longest period of the timestep embedding.
 const MAX_PERIOD: f64 = 10_000.0;
@@ -25,6 +26,7 @@ pub struct UNet {
     pub(super) conv_norm_out: GroupNorm,
     pub(super) conv_out: Conv2d,
     pub(super) device: Device,
+    pub(super) precision: Precision,
 }
 
 #[derive(Debug)]
@@ -79,6 +81,7 @@ impl UNet {
             conv_norm_out: GroupNorm::load(&weights.at("conv_norm_out"), narrow, groups, eps)?,
             conv_out: Conv2d::load(&weights.at("conv_out"), narrow, config.out_channels, 3)?,
             device: weights.device().clone(),
+            precision: weights.precision(),
         })
     }
 

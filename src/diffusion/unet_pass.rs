@@ -7,6 +7,7 @@ use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::segments::{Inputs, Keep, Kept, leaf_if};
 use super::transformer::Transformer2d;
 use super::unet::{MidBlock, UNet};
+use crate::kernels::widen;
 
 /// A part of the UNet between two hidden states.
 #[derive(Clone, Copy)]
@@ -64,9 +65,10 @@ impl UNet {
     /// - `context`: `[batch, tokens, d_context]`
     pub fn forward(&self, sample: Tensor<4>, timesteps: &[f32], context: Tensor<3>) -> Tensor<4> {
         let time = self.time(timesteps);
-        self.run(sample, context, false, |_, segment, inputs| {
+        let (sample, context) = (self.precision.enter(sample), self.precision.enter(context));
+        widen(self.run(sample, context, false, |_, segment, inputs| {
             segment.forward(inputs, &time)
-        })
+        }))
     }
 
     /// The same, untracked, with what [`Self::backward`] needs.
@@ -83,6 +85,7 @@ impl UNet {
         keep: Keep,
     ) -> (Tensor<4>, UNetTrace) {
         let time = self.time(timesteps);
+        let (sample, context) = (self.precision.enter(sample), self.precision.enter(context));
         let first = self.first_wanted(context_wanted);
         let mut kept = Vec::new();
         let output = self.run(sample, context, context_wanted, |index, segment, inputs| {
@@ -97,7 +100,7 @@ impl UNet {
             kept.push(part);
             output
         });
-        (output, UNetTrace { kept, time })
+        (widen(output), UNetTrace { kept, time })
     }
 
     /// Walks back from the gradient of the output.
@@ -115,7 +118,7 @@ impl UNet {
     ) -> Option<Tensor<3>> {
         let segments = self.segments();
         let first = segments.len() - trace.kept.len();
-        let mut gradient = Some(gradient);
+        let mut gradient = Some(self.precision.enter(gradient));
         let mut skips: Vec<Option<Tensor<4>>> = Vec::new();
         let mut context_gradient: Option<Tensor<3>> = None;
         for (segment, part) in segments[first..].iter().zip(trace.kept).rev() {
@@ -135,7 +138,7 @@ impl UNet {
             context_gradient = plus(context_gradient, of_context);
             collect(&mut gradients);
         }
-        context_gradient
+        context_gradient.map(widen)
     }
 
     fn first_wanted(&self, context_wanted: bool) -> usize {
@@ -148,7 +151,8 @@ impl UNet {
 
     /// Each residual block applies the same activation to the embedding: it is done once.
     fn time(&self, timesteps: &[f32]) -> Tensor<2> {
-        silu(self.time_embedding.forward(timesteps, &self.device))
+        let time = self.time_embedding.forward(timesteps, &self.device);
+        self.precision.enter(silu(time))
     }
 
     fn run<'a>(

@@ -8,6 +8,7 @@ use super::error::LoadError;
 use super::layers::{Conv2d, GroupNorm, Linear};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::weights::WeightsAt;
+use crate::kernels::Precision;
 
 /// Epsilon of all norms; fixed in the reference implementation.
 const EPS: f64 = 1e-6;
@@ -290,7 +291,11 @@ impl PixelAttention {
             .reshape([batch, channels, height * width])
             .swap_dims(1, 2); // [batch, pixels, channels]
         let head = |linear: &Linear| linear.forward(tokens.clone()).unsqueeze_dim::<4>(1);
-        let mixed = attention(head(&self.to_q), head(&self.to_k), head(&self.to_v), false);
+        let mixed = attention(
+            [&self.to_q, &self.to_k, &self.to_v].map(head),
+            false,
+            Precision::Fp32,
+        );
         let mixed = self.to_out.forward(mixed.squeeze_dim::<3>(1));
         x + mixed
             .swap_dims(1, 2)

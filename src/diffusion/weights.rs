@@ -15,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::error::LoadError;
 use super::mapping::MappedFile;
+use crate::kernels::Precision;
 
 /// The largest header that is parsed, in bytes. A full SDXL checkpoint has 0.4 MB of header.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
@@ -35,6 +36,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// The number format they are held in; `None` keeps what is stored, where the device can.
     pub weight_dtype: Option<DType>,
+    /// What the UNet and the text encoder multiply in; the VAE stays with f32.
+    pub precision: Precision,
     /// A diffusers folder beside a single file: attention heads, norm groups, prediction type and tokenizer of a
     /// model that differs from the family's published values.
     pub config_dir: Option<PathBuf>,
@@ -46,6 +49,7 @@ impl LoadOptions {
         Self {
             device: device.clone(),
             weight_dtype: None,
+            precision: Precision::Fp32,
             config_dir: None,
         }
     }
@@ -110,6 +114,11 @@ impl Weights {
     pub fn with_key_map(mut self, map: HashMap<String, KeySource>) -> Self {
         self.keys = Some(Arc::new(map));
         self
+    }
+
+    /// What layers multiply in.
+    pub fn precision(&self) -> Precision {
+        self.options.precision
     }
 
     /// The tensors below `prefix`; the empty prefix is the whole.
@@ -397,6 +406,11 @@ impl WeightsAt<'_> {
     /// The device that tensors are put on.
     pub fn device(&self) -> &Device {
         self.weights.device()
+    }
+
+    /// What layers multiply in.
+    pub fn precision(&self) -> Precision {
+        self.weights.precision()
     }
 
     /// Whether the tensor is there.

@@ -5,6 +5,7 @@ use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 
 use super::cpu::attention::{backward, forward};
 use super::operation::{Operation, apply};
+use super::precision::Precision;
 
 /// The largest score matrix that other devices than the CPU make at once, in elements (128 MiB of f32: what a
 /// software Vulkan device binds).
@@ -19,13 +20,14 @@ const MAX_SCORES: usize = 32 << 20;
 /// # Shapes
 /// - `q`: `[batch, heads, queries, d]`; `k`, `v`: `[batch, heads, keys, d]`
 /// - output: `[batch, heads, queries, d]`
-pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, causal: bool) -> Tensor<4> {
-    apply(Attention { causal }, [q, k, v])
+pub fn attention([q, k, v]: [Tensor<4>; 3], causal: bool, precision: Precision) -> Tensor<4> {
+    apply(Attention { causal, precision }, [q, k, v])
 }
 
 #[derive(Clone, Debug)]
 struct Attention {
     causal: bool,
+    precision: Precision,
 }
 
 #[derive(Clone, Debug)]
@@ -43,7 +45,7 @@ impl Operation<3, 4> for Attention {
     fn forward(&self, inputs: [Tensor<4>; 3]) -> (Tensor<4>, Saved) {
         let scale = scale(&inputs[0]);
         let [q, k, v] = &inputs;
-        match forward([q, k, v], scale as f32, self.causal) {
+        match forward([q, k, v], scale as f32, self.causal, self.precision) {
             Some((output, log_sums)) => {
                 let saved = Saved {
                     inputs,
@@ -74,7 +76,8 @@ impl Operation<3, 4> for Attention {
         let [q, k, v] = &saved.inputs;
         let found = saved.output.as_ref().and_then(|output| {
             let output = (output, &saved.log_sums[..]);
-            backward([q, k, v], output, &gradient, scale as f32, self.causal)
+            let (scale, causal) = (scale as f32, self.causal);
+            backward([q, k, v], output, &gradient, scale, causal, self.precision)
         });
         found
             .unwrap_or_else(|| self.backward_by_blocks(&saved.inputs, &gradient, scale))
@@ -209,9 +212,12 @@ mod tests {
                 let tracked = inputs.clone().map(|input| input.autodiff().require_grad());
                 let [q, k, v] = tracked.clone();
                 let y = if ours {
-                    attention(q, k, v, causal)
+                    attention([q, k, v], causal, Precision::Fp32)
                 } else {
-                    let naive = Attention { causal };
+                    let naive = Attention {
+                        causal,
+                        precision: Precision::Fp32,
+                    };
                     let scale = scale(&q);
                     naive.probabilities(q, &k, 0, scale).matmul(v)
                 };
@@ -233,7 +239,10 @@ mod tests {
         let random = |rows| Tensor::<4>::random([1, 2, rows, 8], Distribution::Default, &device);
         let inputs = [random(40), random(40), random(40)];
         let gradient = random(40);
-        let attention = Attention { causal: true };
+        let attention = Attention {
+            causal: true,
+            precision: Precision::Fp32,
+        };
         let scale = scale(&inputs[0]);
         let (y, saved) = attention.forward(inputs.clone());
         y.into_data().assert_approx_eq::<f32>(

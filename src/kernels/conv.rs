@@ -8,6 +8,7 @@ pub use super::cpu::conv::Window as Geometry;
 pub use super::cpu::conv::order_by_taps;
 use super::cpu::conv::{backward, forward};
 use super::operation::{Operation, apply};
+use super::precision::Precision;
 
 /// `y = conv(x, W) + b` (cross-correlation) with weights that are never trained.
 ///
@@ -23,11 +24,13 @@ pub fn conv2d(
     weight: &Tensor<4>,
     bias: Option<&Tensor<1>>,
     geometry: Geometry,
+    precision: Precision,
 ) -> Tensor<4> {
     let layer = FrozenConv {
         weight: weight.clone(),
         bias: bias.cloned(),
         geometry,
+        precision,
     };
     apply(layer, [x])
 }
@@ -37,6 +40,7 @@ struct FrozenConv {
     weight: Tensor<4>,
     bias: Option<Tensor<1>>,
     geometry: Geometry,
+    precision: Precision,
 }
 
 impl Operation<1, 4> for FrozenConv {
@@ -46,14 +50,15 @@ impl Operation<1, 4> for FrozenConv {
     fn forward(&self, [x]: [Tensor<4>; 1]) -> (Tensor<4>, [usize; 2]) {
         let [_, _, height, width] = x.dims();
         let bias = self.bias.as_ref();
-        let y = forward(&x, &self.weight, bias, self.geometry).unwrap_or_else(|| {
-            let Geometry {
-                stride, padding, ..
-            } = self.geometry;
-            let weight = self.weight.clone().cast(FloatDType::from(x.dtype()));
-            let options = ConvOptions::new(stride, padding, [1, 1], 1);
-            plain_conv2d(x, weight, bias.cloned(), options)
-        });
+        let y =
+            forward(&x, &self.weight, bias, self.geometry, self.precision).unwrap_or_else(|| {
+                let Geometry {
+                    stride, padding, ..
+                } = self.geometry;
+                let weight = self.weight.clone().cast(FloatDType::from(x.dtype()));
+                let options = ConvOptions::new(stride, padding, [1, 1], 1);
+                plain_conv2d(x, weight, bias.cloned(), options)
+            });
         (y, [height, width])
     }
 
@@ -64,7 +69,8 @@ impl Operation<1, 4> for FrozenConv {
         [wanted]: [bool; 1],
     ) -> [Option<Tensor<4>>; 1] {
         [wanted.then(|| {
-            backward(&gradient, &self.weight, self.geometry, image)
+            let (weight, precision) = (&self.weight, self.precision);
+            backward(&gradient, weight, self.geometry, image, precision)
                 .unwrap_or_else(|| self.transposed(gradient, image))
         })]
     }
@@ -129,7 +135,7 @@ mod tests {
                 let run = |ours: bool| {
                     let x = x.clone().autodiff().require_grad();
                     let y = if ours {
-                        conv2d(x.clone(), &weight, Some(&bias), geometry)
+                        conv2d(x.clone(), &weight, Some(&bias), geometry, Precision::Fp32)
                     } else {
                         let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], 1);
                         plain_conv2d(x.clone(), weight.clone(), Some(bias.clone()), options)

@@ -1,10 +1,11 @@
 //! The frozen linear layer, alone and with a low-rank branch beside it.
 
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 
 use super::cpu::gemm::{Matrix, Size, Start, add_product, product};
 use super::cpu::{Strides, View, elementwise, tensor};
 use super::operation::{Operation, apply};
+use super::precision::{Precision, widen};
 
 /// `y = x Wᵀ + b` with weights that are never trained.
 ///
@@ -15,10 +16,16 @@ use super::operation::{Operation, apply};
 /// - `weight`: `[d_out, d_in]`
 /// - `bias`: `[d_out]`
 /// - output: `[rows, d_out]`
-pub fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+pub fn linear(
+    x: Tensor<2>,
+    weight: &Tensor<2>,
+    bias: Option<&Tensor<1>>,
+    precision: Precision,
+) -> Tensor<2> {
     let layer = FrozenLinear {
         weight: weight.clone(),
         bias: bias.cloned(),
+        precision,
     };
     apply(layer, [x])
 }
@@ -36,8 +43,8 @@ pub struct LowRank {
 
 /// `y = x Wᵀ + b + scale · (x downᵀ) upᵀ`: a frozen layer with its LoRA in one operation.
 ///
-/// Sums are added where they are computed, and the branch's narrow middle is computed again in the backward. The
-/// branch is in f32 whatever the layer computes in.
+/// Sums are added where they are computed, and the branch's narrow middle is computed again in the backward. On other
+/// devices than the CPU the branch is in f32 whatever the layer computes in.
 ///
 /// # Shapes
 /// As [`linear`].
@@ -46,10 +53,12 @@ pub fn linear_with_branch(
     weight: &Tensor<2>,
     bias: Option<&Tensor<1>>,
     branch: LowRank,
+    precision: Precision,
 ) -> Tensor<2> {
     let layer = FrozenLinear {
         weight: weight.clone(),
         bias: bias.cloned(),
+        precision,
     };
     let LowRank { down, up, scale } = branch;
     apply(BranchedLinear { layer, scale }, [x, down, up])
@@ -59,6 +68,7 @@ pub fn linear_with_branch(
 struct FrozenLinear {
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
+    precision: Precision,
 }
 
 impl Operation<1, 2> for FrozenLinear {
@@ -106,6 +116,7 @@ impl FrozenLinear {
         };
         let ([rows, depth], [columns, _]) = (x.dims, weight.dims);
         Some(product(
+            self.precision,
             size(rows, columns, depth),
             &*x.operand(0, by_row(&x)),
             &*weight.operand(0, by_row(&weight)),
@@ -122,6 +133,7 @@ impl FrozenLinear {
         let weight = View::of(&self.weight)?;
         let ([rows, depth], [_, columns]) = (gradient.dims, weight.dims);
         Some(product(
+            self.precision,
             size(rows, columns, depth),
             &*gradient.operand(0, by_row(&gradient)),
             &*weight.operand(0, by_column(&weight)),
@@ -180,6 +192,7 @@ impl BranchedLinear {
         let (down, up) = branch_views(down, up)?;
         let ([rows, d_in], [columns, rank]) = (x.dims, up.dims);
         let mut middle = product(
+            self.layer.precision,
             size(rows, rank, d_in),
             &*x.operand(0, by_row(&x)),
             &*down.operand(0, by_row(&down)),
@@ -187,6 +200,7 @@ impl BranchedLinear {
         );
         elementwise::scale(&mut middle, self.scale as f32);
         add_product(
+            self.layer.precision,
             size(rows, columns, rank),
             &row_major(&middle, rank),
             &*up.operand(0, by_row(&up)),
@@ -206,6 +220,7 @@ impl BranchedLinear {
         let (down, up) = branch_views(down, up)?;
         let ([rows, d_in], [d_out, rank]) = (x.dims, up.dims);
         let mut of_middle = product(
+            self.layer.precision,
             size(rows, rank, d_out),
             &*dy.operand(0, by_row(&dy)),
             &*up.operand(0, by_column(&up)),
@@ -215,6 +230,7 @@ impl BranchedLinear {
         let dx = if wanted[0] {
             let mut dx = self.layer.input_sums(gradient)?;
             add_product(
+                self.layer.precision,
                 size(rows, d_in, rank),
                 &row_major(&of_middle, rank),
                 &*down.operand(0, by_column(&down)),
@@ -226,6 +242,7 @@ impl BranchedLinear {
         };
         let ddown = wanted[1].then(|| {
             let sums = product(
+                self.layer.precision,
                 size(rank, d_in, rows),
                 &column_major(&of_middle, rank),
                 &*x.operand(0, by_column(&x)),
@@ -235,6 +252,7 @@ impl BranchedLinear {
         });
         let dup = wanted[2].then(|| {
             let mut middle = product(
+                self.layer.precision,
                 size(rows, rank, d_in),
                 &*x.operand(0, by_row(&x)),
                 &*down.operand(0, by_row(&down)),
@@ -242,6 +260,7 @@ impl BranchedLinear {
             );
             elementwise::scale(&mut middle, self.scale as f32);
             let sums = product(
+                self.layer.precision,
                 size(d_out, rank, rows),
                 &*dy.operand(0, by_column(&dy)),
                 &column_major(&middle, rank),
@@ -292,14 +311,6 @@ fn column_major(values: &[f32], length: usize) -> Matrix<'_, f32> {
     }
 }
 
-fn widen(x: Tensor<2>) -> Tensor<2> {
-    if x.dtype() == DType::F32 {
-        x
-    } else {
-        x.cast(FloatDType::F32)
-    }
-}
-
 /// Columns are lanes.
 fn by_column(view: &View<2>) -> Strides {
     let [depth, lane] = view.strides;
@@ -329,7 +340,7 @@ mod tests {
             let run = |ours: bool| {
                 let x = x.clone().autodiff().require_grad();
                 let y = if ours {
-                    linear(x.clone(), &weight, Some(&bias))
+                    linear(x.clone(), &weight, Some(&bias), Precision::Fp32)
                 } else {
                     let weight = weight.clone().cast(FloatDType::F32);
                     x.clone().matmul(weight.transpose()) + bias.clone().unsqueeze()
@@ -367,7 +378,7 @@ mod tests {
                         up,
                         scale: 0.5,
                     };
-                    linear_with_branch(x, &weight, Some(&bias), branch)
+                    linear_with_branch(x, &weight, Some(&bias), branch, Precision::Fp32)
                 } else {
                     let plain = x.clone().matmul(weight.clone().transpose());
                     let middle = x.matmul(down.transpose());

@@ -11,12 +11,14 @@ pub mod gate;
 pub mod linear;
 pub mod norm;
 mod operation;
+mod precision;
 mod seed;
 
 pub use attention::attention;
 pub use conv::{Geometry, conv2d, order_by_taps};
-pub use cpu::instruction_set;
+pub use cpu::{instruction_set, is_cpu};
 pub use gate::{geglu, gelu, quick_gelu};
 pub use linear::{LowRank, linear, linear_with_branch};
 pub use norm::{group_norm, layer_norm};
+pub use precision::{Precision, narrow, widen};
 pub use seed::seed;

@@ -1,10 +1,11 @@
 //! Normalisations with frozen scale and shift.
 
-use burn::tensor::{DType, FloatDType, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 
 use super::cpu::{View, elementwise, rows, tensor};
 use super::gate::derivative;
 use super::operation::{Operation, apply};
+use super::precision::{narrow, widen};
 
 /// Group normalisation over channels and pixels, and SiLU behind it when `silu`; keeps its input alone.
 ///
@@ -223,22 +224,6 @@ fn standardize(x: Tensor<3>, eps: f64) -> Tensor<3> {
     let centred = x.clone() - x.mean_dim(2);
     let variance = centred.clone().square().mean_dim(2);
     centred / variance.add_scalar(eps).sqrt()
-}
-
-fn widen<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if x.dtype() == DType::F32 {
-        x
-    } else {
-        x.cast(FloatDType::F32)
-    }
-}
-
-fn narrow<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if dtype == DType::F32 {
-        x
-    } else {
-        x.cast(FloatDType::from(dtype))
-    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
 //! The low-rank branch beside a frozen layer.
 
+use burn::tensor::Tensor;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, Tensor};
 
 use crate::diffusion::layers::{Adapter, Conv2d};
-use crate::kernels::LowRank;
+use crate::kernels::{LowRank, narrow, widen};
 
 /// LoRA: `y + scale · up(down(x))` with a frozen layer's output `y`.
 ///
@@ -38,7 +38,7 @@ impl Adapter for LoraAdapter {
     fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4> {
         let dtype = y.dtype();
         let [.., kernel_height, kernel_width] = self.down.dims();
-        let x = widen(x);
+        let x = widen(x); // adapters compute in f32 whatever the model computes in
         let hidden = if [kernel_height, kernel_width] == [1, 1]
             && layer.stride == [1, 1]
             && layer.padding == [0, 0]
@@ -67,21 +67,4 @@ fn pointwise(x: Tensor<4>, weight: Tensor<4>) -> Tensor<4> {
     let weight = weight.reshape([1, c_out, c_in]);
     let y = weight.matmul(x); // [batch, out, height * width]
     y.reshape([batch, c_out, height, width])
-}
-
-/// Adapters compute in f32 whatever the model computes in.
-fn widen<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if x.dtype() == DType::F32 {
-        x
-    } else {
-        x.cast(burn::tensor::FloatDType::F32)
-    }
-}
-
-fn narrow<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if dtype == DType::F32 {
-        x
-    } else {
-        x.cast(burn::tensor::FloatDType::from(dtype))
-    }
 }

@@ -52,6 +52,8 @@ pub struct TrainingRecord {
     pub gradient_accumulation_steps: usize,
     /// Whether blocks run again in the backward.
     pub gradient_checkpointing: bool,
+    /// `no`, `fp16` or `bf16`.
+    pub mixed_precision: &'static str,
     /// Limit of the gradient's norm; 0 when there is none.
     pub max_grad_norm: f64,
     /// Whether the target is the velocity.
@@ -178,6 +180,7 @@ impl TrainingRecord {
             "gradient_checkpointing",
             boolean(self.gradient_checkpointing),
         );
+        put("mixed_precision", self.mixed_precision.to_owned());
         put("max_grad_norm", float(self.max_grad_norm));
         put("min_snr_gamma", optional(self.min_snr_gamma, float));
         put("prior_loss_weight", float(self.prior_loss_weight));
@@ -361,7 +364,6 @@ const OFF: &[(&str, &str)] = &[
     ("loss_type", "l2"),
     ("lowram", "False"),
     ("max_validation_steps", "None"),
-    ("mixed_precision", "no"),
     ("multires_noise_discount", "0.3"),
     ("multires_noise_iterations", "None"),
     ("network_dropout", "None"),
@@ -501,6 +503,7 @@ mod tests {
             batch_size: 1,
             gradient_accumulation_steps: 1,
             gradient_checkpointing: false,
+            mixed_precision: "no",
             max_grad_norm: 1.0,
             v_prediction: false,
             min_snr_gamma: None,

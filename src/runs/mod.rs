@@ -20,7 +20,7 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings, SaveSettings,
-        TrainLength, TrainSettings, ValidationSettings,
+        ComputePrecision, GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings,
+        SaveSettings, TrainLength, TrainSettings, ValidationSettings,
     };
 }

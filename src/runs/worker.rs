@@ -195,6 +195,9 @@ fn run_training(
         .block_on(parts.store.set_device(run.id, &noted))
         .map_err(|error| RunFailure::new("store_failed", error))?;
 
+    device
+        .check(settings.precision.into())
+        .map_err(|error| RunFailure::new("device_unusable", error))?;
     if !parts.force_devices {
         check_device(&parts.self_checks, &device, reporter)?;
     }
@@ -220,7 +223,11 @@ fn run_training(
         plan.check()?;
     }
 
-    let mut model = StableDiffusion::load(&base.path, &LoadOptions::new(&device.device))
+    let load = LoadOptions {
+        precision: settings.precision.into(),
+        ..LoadOptions::new(&device.device)
+    };
+    let mut model = StableDiffusion::load(&base.path, &load)
         .map_err(|error| RunFailure::new("model_unusable", error))?;
     let trained = TrainParts {
         unet: settings.unet_lr != 0.0,

@@ -6,7 +6,7 @@
 use burn::tensor::Tensor;
 
 use super::inputs::{Inputs, Outputs, Traced, leaf};
-use crate::kernels::{self, Geometry};
+use crate::kernels::{self, Geometry, Precision};
 
 /// Pictures or prompts at once.
 pub const BATCH: usize = 2;
@@ -35,7 +35,7 @@ pub fn linear_of_halves(inputs: &mut Inputs) -> Outputs {
 fn linear_with(inputs: &mut Inputs, weight: &Tensor<2>) -> Outputs {
     let x = leaf(inputs.normal([BATCH * TOKENS, WIDTH]));
     let bias = inputs.normal([WIDTH]);
-    let y = kernels::linear(x.clone(), weight, Some(&bias));
+    let y = kernels::linear(x.clone(), weight, Some(&bias), Precision::Fp32);
     let gradient = inputs.normal([BATCH * TOKENS, WIDTH]);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -44,7 +44,7 @@ fn linear_with(inputs: &mut Inputs, weight: &Tensor<2>) -> Outputs {
 pub fn linear_in_halves(inputs: &mut Inputs) -> Outputs {
     let weight = inputs.halves([WIDTH, WIDTH], (WIDTH as f32).powf(-0.5));
     let x = leaf(inputs.halves([BATCH * TOKENS, WIDTH], 1.0));
-    let y = kernels::linear(x.clone(), &weight, None);
+    let y = kernels::linear(x.clone(), &weight, None, Precision::Fp16);
     let gradient = inputs.halves([BATCH * TOKENS, WIDTH], 1.0);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -69,7 +69,7 @@ fn conv_with(inputs: &mut Inputs, weight: Tensor<4>, stride: usize) -> Outputs {
         stride: [stride, stride],
         padding: [1, 1],
     };
-    let y = kernels::conv2d(x.clone(), &weight, Some(&bias), geometry);
+    let y = kernels::conv2d(x.clone(), &weight, Some(&bias), geometry, Precision::Fp32);
     let gradient = inputs.normal(y.dims());
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -93,7 +93,7 @@ pub fn layer_norm(inputs: &mut Inputs) -> Outputs {
 pub fn attention(inputs: &mut Inputs, causal: bool) -> Outputs {
     let shape = [BATCH, HEADS, TOKENS, WIDTH / HEADS];
     let [q, k, v] = [0; 3].map(|_| leaf(inputs.normal(shape)));
-    let y = kernels::attention(q.clone(), k.clone(), v.clone(), causal);
+    let y = kernels::attention([&q, &k, &v].map(Clone::clone), causal, Precision::Fp32);
     Traced::new(y, inputs.normal(shape))
         .gradient("q", &q)
         .gradient("k", &k)

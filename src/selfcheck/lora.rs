@@ -8,7 +8,7 @@ use super::inputs::{Inputs, Outputs, Traced, leaf};
 use super::layers::{BATCH, CHANNELS, HEADS, PICTURE, TOKENS, WIDTH};
 use crate::diffusion::attention::{attention, merge_heads, split_heads};
 use crate::diffusion::layers::{Conv2d, Linear};
-use crate::kernels;
+use crate::kernels::{self, Precision};
 use crate::networks::adapter::LoraAdapter;
 
 const RANK: usize = 16;
@@ -103,7 +103,9 @@ impl Block {
         let normed = self.norm(0, x.clone());
         let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj]
             .map(|layer| split_heads(layer.forward(normed.clone()), HEADS));
-        let x = x + self.out_proj.forward(merge_heads(attention(q, k, v, true)));
+        let x = x + self
+            .out_proj
+            .forward(merge_heads(attention([q, k, v], true, Precision::Fp32)));
         let normed = self.norm(1, x.clone());
         x + self
             .fc2

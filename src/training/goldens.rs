@@ -23,11 +23,7 @@ pub(super) fn fixture(path: &str) -> PathBuf {
 }
 
 pub(super) fn load_model(path: PathBuf) -> StableDiffusion {
-    let options = LoadOptions {
-        device: Device::flex(),
-        weight_dtype: None,
-        config_dir: None,
-    };
+    let options = LoadOptions::new(&Device::flex());
     StableDiffusion::load(&path, &options).expect("the fixture loads")
 }
 

@@ -5,9 +5,12 @@ mod cache_tests;
 pub mod data;
 #[cfg(test)]
 mod goldens;
+pub mod loss_scale;
 pub mod memory;
 pub mod objective;
 pub mod optimizer;
+#[cfg(test)]
+mod precision_tests;
 pub mod previews;
 pub mod progress;
 pub mod random;
@@ -25,8 +28,8 @@ pub use memory::Workload;
 pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
 pub use settings::{
-    GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings, SaveSettings,
-    SettingProblem, TrainLength, TrainSettings, ValidationSettings,
+    ComputePrecision, GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings,
+    SaveSettings, SettingProblem, TrainLength, TrainSettings, ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{TrainOutcome, planned_steps, train};

@@ -11,7 +11,9 @@ use crate::networks::metadata::{
     BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
 };
 use crate::training::data::TrainingSet;
-use crate::training::settings::{GradientCheckpointing, PluginChoice, TrainSettings};
+use crate::training::settings::{
+    ComputePrecision, GradientCheckpointing, PluginChoice, TrainSettings,
+};
 
 /// What the loop knows besides its settings.
 pub struct RunFacts<'a> {
@@ -55,6 +57,11 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         batch_size: settings.batch_size,
         gradient_accumulation_steps: settings.gradient_accumulation_steps,
         gradient_checkpointing: settings.gradient_checkpointing == GradientCheckpointing::Blocks,
+        mixed_precision: match settings.precision {
+            ComputePrecision::Fp32 => "no",
+            ComputePrecision::Fp16 => "fp16",
+            ComputePrecision::Bf16 => "bf16",
+        },
         max_grad_norm: settings.max_grad_norm,
         v_prediction: facts.prediction == PredictionType::VPrediction,
         min_snr_gamma: settings.min_snr_gamma,

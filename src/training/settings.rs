@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::diffusion::samplers::SamplerKind;
 use crate::diffusion::{Keep, PredictionType};
+use crate::kernels::Precision;
 use crate::networks::{NetworkSettings, SavePrecision};
 
 /// How a LoRA is trained. Where it differs from torch or sd-scripts, the field says so.
@@ -29,6 +30,8 @@ pub struct TrainSettings {
     pub gradient_accumulation_steps: usize,
     /// What is kept between forward and backward.
     pub gradient_checkpointing: GradientCheckpointing,
+    /// What the model multiplies in; adapters, optimizer, norms and sums are f32 in any case.
+    pub precision: ComputePrecision,
     /// Largest L2 norm of all gradients together; longer ones are scaled down to it. 0 switches this off.
     pub max_grad_norm: f64,
     /// What the UNet predicts; the base model's own target when not given.
@@ -72,6 +75,29 @@ impl From<GradientCheckpointing> for Keep {
         match choice {
             GradientCheckpointing::None => Self::Graphs,
             GradientCheckpointing::Blocks => Self::Inputs,
+        }
+    }
+}
+
+/// What the model multiplies in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputePrecision {
+    /// f32.
+    #[default]
+    Fp32,
+    /// f16, with dynamic loss scaling; on the CPU two parts of bf16, which need none.
+    Fp16,
+    /// bf16.
+    Bf16,
+}
+
+impl From<ComputePrecision> for Precision {
+    fn from(choice: ComputePrecision) -> Self {
+        match choice {
+            ComputePrecision::Fp32 => Self::Fp32,
+            ComputePrecision::Fp16 => Self::Fp16,
+            ComputePrecision::Bf16 => Self::Bf16,
         }
     }
 }
@@ -169,6 +195,7 @@ impl Default for TrainSettings {
             batch_size: 1,
             gradient_accumulation_steps: 1,
             gradient_checkpointing: GradientCheckpointing::None,
+            precision: ComputePrecision::Fp32,
             max_grad_norm: 1.0,
             prediction: None,
             min_snr_gamma: None,

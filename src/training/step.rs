@@ -5,11 +5,13 @@ use std::time::Instant;
 use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::diffusion::{Keep, Part, StableDiffusion};
+use crate::kernels::is_cpu;
 use crate::networks::{Leaves, LoraNetwork};
 use crate::training::TrainError;
+use crate::training::loss_scale::LossScale;
 use crate::training::objective::{Objective, weighted_mse};
 use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
-use crate::training::settings::TrainSettings;
+use crate::training::settings::{ComputePrecision, TrainSettings};
 
 /// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
 const CLIP_EPSILON: f64 = 1e-6;
@@ -50,6 +52,8 @@ pub struct StepOutput {
     pub lr_unet: f64,
     /// Learning rate of the text encoder's adapters.
     pub lr_text_encoder: f64,
+    /// Whether the gradients overflowed: nothing was changed, and the loss is scaled less from now on.
+    pub skipped: bool,
     /// Where the time went.
     pub times: StepTimes,
 }
@@ -92,6 +96,8 @@ pub struct Trainer<'a> {
     keep: Keep,
     waits: bool,
     step: u64,
+    skipped: u64,
+    loss_scale: Option<LossScale>,
 }
 
 impl<'a> Trainer<'a> {
@@ -104,6 +110,7 @@ impl<'a> Trainer<'a> {
         settings: &TrainSettings,
     ) -> Self {
         network.attach(model, false);
+        let scaled = settings.precision == ComputePrecision::Fp16 && !is_cpu(&network.device());
         Self {
             objective: Objective {
                 prediction: settings.prediction.unwrap_or(model.prediction),
@@ -121,6 +128,8 @@ impl<'a> Trainer<'a> {
             keep: settings.gradient_checkpointing.into(),
             waits: false,
             step: 0,
+            skipped: 0,
+            loss_scale: scaled.then(LossScale::default),
         }
     }
 
@@ -139,6 +148,16 @@ impl<'a> Trainer<'a> {
         self.step
     }
 
+    /// Steps among them whose gradients overflowed, and changed nothing.
+    pub fn steps_skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// The factor of the loss, where f16 needs one.
+    pub fn loss_scale(&self) -> Option<LossScale> {
+        self.loss_scale
+    }
+
     /// What the UNet learns to predict.
     pub fn objective(&self) -> Objective {
         self.objective
@@ -147,7 +166,8 @@ impl<'a> Trainer<'a> {
     /// Trains on the batches of one optimizer step.
     ///
     /// Fewer batches than `gradient_accumulation_steps` (the end of an epoch) are still divided by that number, as
-    /// accelerate does. The learning rate's factor is that of the steps done before, so a warm-up begins at 0.
+    /// accelerate does. The learning rate's factor is that of the steps done before, so a warm-up begins at 0. A step
+    /// that is skipped for overflowing gradients is done, but moves neither the schedule nor the optimizer.
     pub fn optimizer_step(&mut self, batches: &[MicroBatch]) -> Result<StepOutput, TrainError> {
         let mut gradients: Vec<Option<Tensor<4>>> = vec![None; self.network.parameters().len()];
         let mut losses = Vec::with_capacity(batches.len());
@@ -156,24 +176,41 @@ impl<'a> Trainer<'a> {
             losses.push(self.forward_backward(batch, &mut gradients, &mut times)?);
         }
         let started = Instant::now();
-        let (loss, grad_norm) = read_loss_and_norm(losses, &gradients)?;
+        let scale = self.loss_scale.map_or(1.0, |scale| scale.scale);
+        let (loss, scaled_norm) = read_loss_and_norm(losses, &gradients)?;
+        let grad_norm = scaled_norm / scale;
+        let updates_done = self.step - self.skipped;
+        let factor = self.scheduler.factor(updates_done)?;
+        let mut output = StepOutput {
+            loss,
+            grad_norm,
+            lr_unet: self.unet_lr * factor,
+            lr_text_encoder: self.text_encoder_lr * factor,
+            skipped: false,
+            times,
+        };
         if !loss.is_finite() || !grad_norm.is_finite() {
+            if self.loss_scale.as_mut().is_some_and(LossScale::overflowed) {
+                self.step += 1;
+                self.skipped += 1;
+                self.network.attach(self.model, false);
+                output.skipped = true;
+                return Ok(output);
+            }
             return Err(TrainError::NotFinite {
                 step: self.step + 1,
                 loss,
                 grad_norm,
             });
         }
-        clip(&mut gradients, grad_norm, self.max_grad_norm);
+        if let Some(scale) = &mut self.loss_scale {
+            scale.succeeded();
+        }
+        rescale(
+            &mut gradients,
+            clip_factor(grad_norm, self.max_grad_norm) / scale,
+        );
 
-        let factor = self.scheduler.factor(self.step)?;
-        let mut output = StepOutput {
-            loss,
-            grad_norm,
-            lr_unet: self.unet_lr * factor,
-            lr_text_encoder: self.text_encoder_lr * factor,
-            times,
-        };
         let mut updates = Vec::with_capacity(gradients.len());
         let parameters = self.network.parameters_mut().iter_mut();
         for (id, (parameter, gradient)) in parameters.zip(gradients).enumerate() {
@@ -192,7 +229,7 @@ impl<'a> Trainer<'a> {
                 weight_decay: true,
             });
         }
-        self.optimizer.step(self.step, &mut updates)?;
+        self.optimizer.step(updates_done, &mut updates)?;
         self.step += 1;
         self.network.attach(self.model, false);
         output.times.optimizer_s = self.seconds_since(started)?;
@@ -238,7 +275,8 @@ impl<'a> Trainer<'a> {
         if self.keep == Keep::Inputs {
             leaves = self.network.attach(self.model, true);
         }
-        let share = 1.0 / self.gradient_accumulation_steps as f64;
+        let scale = self.loss_scale.map_or(1.0, |scale| scale.scale);
+        let share = scale / self.gradient_accumulation_steps as f64;
         let mut gradients = loss.mul_scalar(share).backward();
         let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);
         if let Some(gradient) = prediction.grad_remove(&mut gradients) {
@@ -333,10 +371,18 @@ fn read_loss_and_norm(
     Ok((sum(losses) / count as f64, sum(squares).sqrt()))
 }
 
-/// Scales all gradients down so that their common L2 norm is at most `max_norm`.
-fn clip(gradients: &mut [Option<Tensor<4>>], norm: f64, max_norm: f64) {
+/// What brings the L2 norm of all gradients down to `max_norm`, where it is above; 0 switches that off.
+fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     let factor = max_norm / (norm + CLIP_EPSILON);
-    if max_norm == 0.0 || factor >= 1.0 {
+    if max_norm == 0.0 {
+        1.0
+    } else {
+        factor.min(1.0)
+    }
+}
+
+fn rescale(gradients: &mut [Option<Tensor<4>>], factor: f64) {
+    if factor == 1.0 {
         return;
     }
     for gradient in gradients.iter_mut() {

@@ -17,9 +17,8 @@ use super::gemm::{Matrix, Operand, Size, Start, multiply_into};
 #[cfg(target_arch = "x86_64")]
 use super::instructions::Level;
 use super::pack::Strides;
-#[cfg(target_arch = "x86_64")]
-use super::parts::Count;
 use super::view::{View, tensor};
+use crate::kernels::Precision;
 
 /// Queries of a block.
 const BLOCK: usize = 128;
@@ -42,6 +41,7 @@ struct Inputs {
     shape: Shape,
     scale: f32,
     causal: bool,
+    precision: Precision,
 }
 
 thread_local! {
@@ -55,8 +55,9 @@ pub fn forward(
     [q, k, v]: [&Tensor<4>; 3],
     scale: f32,
     causal: bool,
+    precision: Precision,
 ) -> Option<(Tensor<4>, Vec<f32>)> {
-    let inputs = Inputs::new([q, k, v], scale, causal)?;
+    let inputs = Inputs::new([q, k, v], scale, causal, precision)?;
     let Shape {
         batch,
         heads,
@@ -100,8 +101,9 @@ pub fn backward(
     gradient: &Tensor<4>,
     scale: f32,
     causal: bool,
+    precision: Precision,
 ) -> Option<[Tensor<4>; 3]> {
-    let inputs = Inputs::new([q, k, v], scale, causal)?;
+    let inputs = Inputs::new([q, k, v], scale, causal, precision)?;
     let gradient = View::of(gradient).filter(View::is_f32)?;
     let Shape {
         batch,
@@ -124,7 +126,7 @@ pub fn backward(
         #[cfg(target_arch = "x86_64")]
         if let Some(output) = &output {
             let sums = &sums[head * queries..][..queries];
-            return tiles::backward(&inputs, [output, &gradient], head, sums, to, Count::Three);
+            return tiles::backward(&inputs, [output, &gradient], head, sums, to);
         }
         for first in (0..queries).step_by(BLOCK) {
             inputs.backward_block(head, first, &sums[head * queries..], &gradient, to);
@@ -146,17 +148,22 @@ impl Inputs {
         sums.par_chunks_mut(self.shape.queries)
             .enumerate()
             .for_each(|(head, sums)| {
-                let keys = tiles::Keys::new(self, head, Count::Three);
+                let keys = tiles::Keys::new(self, head);
                 sums.par_chunks_mut(tiles::QUERIES)
                     .enumerate()
                     .for_each(|(block, sums)| {
                         let first = block * tiles::QUERIES;
-                        tiles::forward(self, &keys, head, first, sums, to, Count::Three);
+                        tiles::forward(self, &keys, head, first, sums, to);
                     });
             });
     }
 
-    fn new(tensors: [&Tensor<4>; 3], scale: f32, causal: bool) -> Option<Self> {
+    fn new(
+        tensors: [&Tensor<4>; 3],
+        scale: f32,
+        causal: bool,
+        precision: Precision,
+    ) -> Option<Self> {
         let [q, k, v] = tensors.map(|tensor| View::of(tensor).filter(View::is_f32));
         let (q, k, v) = (q?, k?, v?);
         let [batch, heads, queries, d] = q.dims;
@@ -174,6 +181,7 @@ impl Inputs {
             shape,
             scale,
             causal,
+            precision,
         })
     }
 

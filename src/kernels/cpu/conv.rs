@@ -12,6 +12,7 @@ pub use super::patches::Window;
 use super::patches::{Direction, Patches, Taps};
 use super::view::{View, tensor};
 use super::winograd;
+use crate::kernels::Precision;
 
 /// `y = conv(x, w) + b`; none when a tensor is not on the CPU.
 ///
@@ -24,6 +25,7 @@ pub fn forward(
     weight: &Tensor<4>,
     bias: Option<&Tensor<1>>,
     window: Window,
+    precision: Precision,
 ) -> Option<Tensor<4>> {
     let x = View::contiguous(x).filter(View::is_f32)?;
     let weight = View::of(weight)?;
@@ -49,6 +51,7 @@ pub fn forward(
     let [lane, depth, ..] = weight.strides;
     let taps = taps(&weight, Strides { lane, depth }, c_in);
     let y = by_channel(
+        precision,
         &*taps,
         &patches,
         [c_out, window.taps() * c_in],
@@ -68,6 +71,7 @@ pub fn backward(
     weight: &Tensor<4>,
     window: Window,
     image: [usize; 2],
+    precision: Precision,
 ) -> Option<Tensor<4>> {
     let gradient = View::contiguous(gradient).filter(View::is_f32)?;
     let weight = View::of(weight)?;
@@ -90,7 +94,8 @@ pub fn backward(
     }
     let taps = taps(&weight, strides, c_out);
     let depth = window.taps() * c_out;
-    let dx = by_channel(&*taps, &patches, [c_in, depth], images, Start::Zero);
+    let size = [c_in, depth];
+    let dx = by_channel(precision, &*taps, &patches, size, images, Start::Zero);
     Some(to_images(dx, [images, c_in, image[0], image[1]]))
 }
 
@@ -117,6 +122,7 @@ fn by_tiles(
 
 /// The product of weights and patches: `[channels, images * pixels]`
 fn by_channel(
+    precision: Precision,
     weights: &dyn Operand,
     patches: &Patches<'_>,
     [rows, depth]: [usize; 2],
@@ -141,9 +147,9 @@ fn by_channel(
                 depth: columns,
             },
         };
-        return product(size, weights, &pixels, start);
+        return product(precision, size, weights, &pixels, start);
     }
-    product(size, weights, patches, start)
+    product(precision, size, weights, patches, start)
 }
 
 /// `[channels, images * pixels]` to `[images, channels, height, width]`

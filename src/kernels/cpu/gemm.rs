@@ -15,6 +15,7 @@ use super::pack::{Panels, Stored, Strides, pack};
 use super::parts::{self, Count, PartPanels};
 use super::tile::Into;
 use super::unit::Unit;
+use crate::kernels::Precision;
 
 /// Depth of a packed block: a panel of each side of this depth fits into a first-level cache of 48 KiB.
 pub const BLOCK_DEPTH: usize = 192;
@@ -99,7 +100,13 @@ pub struct Size {
 /// The product of `a` (rows × depth) and `b` (depth × columns) in a new row-major matrix, in parallel where it pays.
 ///
 /// The order of the sums depends on the depth alone: the result is the same on any number of threads.
-pub fn product(size: Size, a: &dyn Operand, b: &dyn Operand, start: Start<'_>) -> Vec<f32> {
+pub fn product(
+    precision: Precision,
+    size: Size,
+    a: &dyn Operand,
+    b: &dyn Operand,
+    start: Start<'_>,
+) -> Vec<f32> {
     let count = size.rows * size.columns;
     let mut c = Vec::<f32>::with_capacity(count);
     let start = match start {
@@ -108,23 +115,37 @@ pub fn product(size: Size, a: &dyn Operand, b: &dyn Operand, start: Start<'_>) -
     };
     // SAFETY: the memory is reserved, and all of it written.
     unsafe {
-        in_parallel(size, a, b, c.as_mut_ptr(), start);
+        in_parallel(precision, size, a, b, c.as_mut_ptr(), start);
         c.set_len(count);
     }
     c
 }
 
 /// Adds the product to a row-major matrix; otherwise as [`product`].
-pub fn add_product(size: Size, a: &dyn Operand, b: &dyn Operand, c: &mut [f32]) {
+pub fn add_product(
+    precision: Precision,
+    size: Size,
+    a: &dyn Operand,
+    b: &dyn Operand,
+    c: &mut [f32],
+) {
     assert_eq!(c.len(), size.rows * size.columns);
     // SAFETY: the matrix has this size and is ours.
-    unsafe { in_parallel(size, a, b, c.as_mut_ptr(), Start::Present) }
+    unsafe { in_parallel(precision, size, a, b, c.as_mut_ptr(), Start::Present) }
 }
 
 /// # Safety
 /// `c` points to `rows * columns` elements that nobody else uses; with [`Start::Present`] they are initialised.
-unsafe fn in_parallel(size: Size, a: &dyn Operand, b: &dyn Operand, c: *mut f32, start: Start<'_>) {
+unsafe fn in_parallel(
+    precision: Precision,
+    size: Size,
+    a: &dyn Operand,
+    b: &dyn Operand,
+    c: *mut f32,
+    start: Start<'_>,
+) {
     let product = Product {
+        precision,
         size,
         a,
         b,
@@ -136,7 +157,7 @@ unsafe fn in_parallel(size: Size, a: &dyn Operand, b: &dyn Operand, c: *mut f32,
         // SAFETY: the caller's promise.
         unsafe { product.compute_here() };
     } else {
-        let unit = Unit::of(size);
+        let unit = Unit::of(size, precision);
         let blocks: Vec<Block> = product
             .blocks(unit, 2 * rayon::current_num_threads())
             .collect();
@@ -147,7 +168,7 @@ unsafe fn in_parallel(size: Size, a: &dyn Operand, b: &dyn Operand, c: *mut f32,
     }
 }
 
-/// `c = start + a b` on the calling thread, in rows that are `ldc` apart.
+/// `c = start + a b` in f32 on the calling thread, in rows that are `ldc` apart.
 ///
 /// # Safety
 /// `c` points to `rows` rows of `columns` elements that nobody else uses; with [`Start::Present`] they are initialised.
@@ -160,6 +181,7 @@ pub unsafe fn multiply_into(
     start: Start<'_>,
 ) {
     let product = Product {
+        precision: Precision::Fp32,
         size,
         a,
         b,
@@ -173,6 +195,8 @@ pub unsafe fn multiply_into(
 
 /// A product that is being computed.
 pub struct Product<'a> {
+    /// What is multiplied in.
+    pub precision: Precision,
     /// Its size.
     pub size: Size,
     /// The left side.
@@ -199,7 +223,7 @@ impl Product<'_> {
     /// # Safety
     /// Nobody else uses the result.
     unsafe fn compute_here(&self) {
-        let unit = Unit::of(self.size);
+        let unit = Unit::of(self.size, self.precision);
         for block in self.blocks(unit, 1) {
             // SAFETY: the caller's promise; one block at a time.
             unsafe { unit.compute(self, &block) };
@@ -341,7 +365,13 @@ mod tests {
                 columns,
                 depth,
             };
-            let c = product(size, &left, &right, Start::PerColumn(&bias));
+            let c = product(
+                Precision::Fp32,
+                size,
+                &left,
+                &right,
+                Start::PerColumn(&bias),
+            );
             for row in 0..rows {
                 for column in 0..columns {
                     let sum: f32 = (0..depth)
@@ -400,7 +430,7 @@ mod tests {
                     strides: strides_b,
                 };
                 for (b, values) in [(&f32s as &dyn Operand, &b), (&f16s, &widened)] {
-                    let c = product(size, &a, b, Start::Zero);
+                    let c = product(Precision::Fp32, size, &a, b, Start::Zero);
                     for row in 0..rows {
                         for column in 0..columns {
                             let (mut sum, mut size) = (0.0_f64, 0.0_f64);

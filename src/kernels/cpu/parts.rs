@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use super::gemm::Operand;
 use super::pack::{Panels, Stored, Strides, transpose_16x16};
+use crate::kernels::Precision;
 
 /// Lanes of a panel: two tiles side by side.
 pub const LANES: usize = 32;
@@ -41,6 +42,17 @@ impl Count {
     /// The number.
     pub fn get(self) -> usize {
         self as usize
+    }
+}
+
+impl Precision {
+    /// Most parts of a number in products of this precision.
+    pub fn parts(self) -> Count {
+        match self {
+            Self::Fp32 => Count::Three,
+            Self::Fp16 => Count::Two,
+            Self::Bf16 => Count::One,
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use super::pack::Panels;
 #[cfg(target_arch = "x86_64")]
 use super::parts::{self, Count, PartPanels, Side};
 use super::tile::{Into, MAX_TILE, Tile};
+use crate::kernels::Precision;
 
 /// A way to multiply.
 #[derive(Clone, Copy, Debug)]
@@ -22,9 +23,9 @@ pub enum Unit {
     Matrix,
 }
 
-/// Multiplications below which a tile of 32 rows and columns does not fill.
+/// Depth below which a step of 32 would be mostly empty.
 #[cfg(target_arch = "x86_64")]
-const FEWEST: usize = 1 << 15;
+const SHALLOW: usize = 12;
 
 thread_local! {
     /// Packed blocks of both operands.
@@ -43,13 +44,14 @@ thread_local! {
 pub struct Line([u16; 32]);
 
 impl Unit {
-    /// The best for a product of this size. The choice depends on nothing but the machine and the size.
-    pub fn of(size: Size) -> Self {
+    /// The best for a product of this size. The choice depends on the depth alone (and the machine): a row's bits are
+    /// the same in whatever company it is computed.
+    pub fn of(size: Size, precision: Precision) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if Level::best() == Level::Amx && size.rows * size.columns * size.depth >= FEWEST {
+        if Level::best() == Level::Amx && size.depth >= SHALLOW {
             return Self::Matrix;
         }
-        let _ = (size, Level::best());
+        let _ = (size, precision, Level::best());
         Self::Vector(Tile::best())
     }
 
@@ -137,7 +139,8 @@ unsafe fn by_vectors(tile: &Tile, product: &Product<'_>, block: &Block) {
 unsafe fn by_tiles(product: &Product<'_>, block: &Block) {
     const LANES: usize = parts::LANES;
     let [mut a_room, mut b_room] = PARTS.take();
-    let [a_parts, b_parts] = [product.a.parts(), product.b.parts()];
+    let most = product.precision.parts();
+    let [a_parts, b_parts] = [product.a, product.b].map(|side| side.parts().min(most));
     let most = product.size.depth.min(BLOCK_DEPTH);
     let a = room(&mut a_room, block.rows.len(), most, a_parts);
     let b = room(&mut b_room, block.columns.len(), most, b_parts);

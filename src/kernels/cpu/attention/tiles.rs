@@ -158,7 +158,8 @@ pub struct Keys {
 }
 
 impl Keys {
-    pub fn new(inputs: &Inputs, head: usize, parts: Count) -> Self {
+    pub fn new(inputs: &Inputs, head: usize) -> Self {
+        let parts = inputs.precision.parts();
         let Shape { keys, d, .. } = inputs.shape;
         let k = inputs.rows(&inputs.k, head, 0);
         let v = inputs.rows(&inputs.v, head, 0);
@@ -177,8 +178,8 @@ pub fn forward(
     first: usize,
     sums: &mut [f32],
     to: Shared<f32>,
-    parts: Count,
 ) {
+    let parts = inputs.precision.parts();
     let Shape { d, heads, .. } = inputs.shape;
     let rows = sums.len();
     let width = d.next_multiple_of(LANES);
@@ -237,8 +238,8 @@ pub fn backward(
     head: usize,
     sums: &[f32],
     [dq_to, dk_to, dv_to]: [Shared<f32>; 3],
-    parts: Count,
 ) {
+    let parts = inputs.precision.parts();
     let Shape {
         queries, keys, d, ..
     } = inputs.shape;
