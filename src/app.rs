@@ -7,11 +7,12 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::api::auth::ApiKey;
+use crate::access::Access;
+use crate::api::origin::Origins;
 use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
 use crate::datasets::DatasetService;
@@ -96,6 +97,7 @@ pub fn serve(config: Config) -> Result<()> {
 async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
     let config = with_absolute_paths(config)?;
     let store = open_store(&config).await?;
+    let access = open_access(&config, &store).await?;
     store.blobs().clear_scratch()?;
     let models = ModelCatalog::new(&config.models_dir);
     let plugins = Arc::new(find_plugins(&config));
@@ -115,6 +117,11 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let command = worker_command(&config)?;
 
     let services = Services {
+        access,
+        origins: Origins {
+            hosts: config.allowed_hosts.clone(),
+            pages: Vec::new(),
+        },
         store: store.clone(),
         datasets: DatasetService::new(store.clone(), Limits::default()),
         models,
@@ -122,8 +129,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         plugins,
         self_checks: Remembered::new(&config.data_dir),
     };
-    let key = ApiKey::new(config.api_key.as_deref());
-    let http = HttpService::listen(config.bind, config.http_workers, key, services)
+    let http = HttpService::listen(config.bind, config.http_workers, services)
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
     let sweeper = tokio::spawn(sweep_blobs(store));
@@ -132,6 +138,27 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     sweeper.abort();
     supervisor.stop().await;
     Ok(ended?)
+}
+
+/// Keys are needed as soon as there is one, and an address that others can reach needs one.
+async fn open_access(config: &Config, store: &Store) -> Result<Access> {
+    let configured = config.api_key.as_deref().filter(|key| !key.is_empty());
+    let there_are_keys = configured.is_some() || store.count_active_api_keys().await? > 0;
+    let reachable = !config.bind.ip().is_loopback();
+    if (reachable || config.require_key) && !there_are_keys {
+        let why = if reachable {
+            format!("`bind` is {}, which others can reach", config.bind)
+        } else {
+            "`require_key` is set".to_owned()
+        };
+        bail!(
+            "{why}, and there is no API key: make one with `lorasmith keys create --name NAME --scope admin --data-dir {}`, \
+             set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1",
+            config.data_dir.display()
+        );
+    }
+    tracing::info!(keys_needed = there_are_keys, "who may call");
+    Ok(Access::new(store.clone(), configured, there_are_keys))
 }
 
 /// Removes what deleted datasets, images and earlier attempts of runs have left, in the background.
@@ -184,6 +211,14 @@ pub fn find_plugins(config: &Config) -> PluginHost {
     })
 }
 
+/// Rows and blobs of the settings, for commands that need no service.
+///
+/// # Errors
+/// When the data folder or the database cannot be used.
+pub async fn open_own_store(config: Config) -> Result<Store> {
+    open_store(&with_absolute_paths(config)?).await
+}
+
 async fn open_store(config: &Config) -> Result<Store> {
     Store::open(&config.database_url(), &config.data_dir)
         .await
@@ -216,7 +251,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("MODELS_DIR", &text(&config.models_dir)?),
         setting("DEVICE", &config.device),
         setting("FORCE_DEVICES", &config.force_devices.to_string()),
-        setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
+        setting("BIND", "127.0.0.1:0"), // it listens nowhere
         setting("DATABASE_URL", &config.database_url()),
         setting("CACHE_MAX_BYTES", &config.cache_max_bytes.to_string()),
     ];

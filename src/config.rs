@@ -33,8 +33,14 @@ pub struct Config {
     pub device: String,
     /// Use devices that fail the comparison with the CPU, and compare no others.
     pub force_devices: bool,
-    /// Bearer key that requests must carry; required as soon as `bind` is not a loopback address.
+    /// A bearer key that allows everything, besides those that `lorasmith keys` makes. An address that others can
+    /// reach needs a key; on loopback requests need one as soon as there is one when the service starts.
     pub api_key: Option<String>,
+    /// Ask for keys even on loopback where none was made.
+    pub require_key: bool,
+    /// Names, besides `localhost` and loopback addresses, under which a service without keys may be called. Others are
+    /// refused: a web page could have its name point here (DNS rebinding).
+    pub allowed_hosts: Vec<String>,
     /// Threads that answer requests.
     pub http_workers: usize,
     /// How many runs may train at the same time.
@@ -56,6 +62,8 @@ impl Default for Config {
             device: "auto".to_owned(),
             force_devices: false,
             api_key: None,
+            require_key: false,
+            allowed_hosts: Vec::new(),
             http_workers: 2,
             max_concurrent_runs: 1,
             cache_max_bytes: 10 << 30,
@@ -72,11 +80,6 @@ pub enum ConfigError {
     /// The file named by `--config` is not there.
     #[error("settings file `{0}` does not exist")]
     MissingFile(PathBuf),
-    /// The service would be reachable from outside without a key.
-    #[error(
-        "`bind` is {0}, which others can reach: set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1"
-    )]
-    OpenToOthers(SocketAddr),
     /// A number is out of range.
     #[error("`{name}` is {found}; expected {expected}")]
     OutOfRange {
@@ -129,9 +132,6 @@ impl Config {
     }
 
     fn check(self) -> Result<Self, ConfigError> {
-        if !self.bind.ip().is_loopback() && self.api_key.as_deref().unwrap_or_default().is_empty() {
-            return Err(ConfigError::OpenToOthers(self.bind));
-        }
         for (name, value) in [
             ("http_workers", self.http_workers),
             ("max_concurrent_runs", self.max_concurrent_runs),
@@ -161,23 +161,6 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_reachable_address_needs_a_key() {
-        let config = Config {
-            bind: "0.0.0.0:7870".parse().unwrap(),
-            ..Config::default()
-        };
-        assert!(matches!(
-            config.clone().check(),
-            Err(ConfigError::OpenToOthers(_))
-        ));
-        let with_key = Config {
-            api_key: Some("secret".to_owned()),
-            ..config
-        };
-        assert!(with_key.check().is_ok());
-    }
 
     #[test]
     fn an_unknown_name_in_the_file_is_refused() {

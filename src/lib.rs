@@ -15,6 +15,7 @@ pub mod training;
 pub mod plugin_host;
 pub mod store;
 
+pub mod access;
 pub mod bench;
 pub mod datasets;
 pub mod models;
@@ -27,5 +28,6 @@ pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod doctor;
+pub mod key_commands;
 pub mod listing;
 pub mod telemetry;

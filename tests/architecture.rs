@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 18] = [
+const MAY_USE: [(&str, &[&str]); 19] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
@@ -18,6 +18,7 @@ const MAY_USE: [(&str, &[&str]); 18] = [
     ("plugin_host", &["training"]),
     ("store", &[]),
     ("datasets", &["store"]),
+    ("access", &["store"]),
     ("models", &["diffusion"]),
     (
         "runs",
@@ -36,6 +37,7 @@ const MAY_USE: [(&str, &[&str]); 18] = [
     (
         "api",
         &[
+            "access",
             "datasets",
             "runs",
             "models",

@@ -36,6 +36,9 @@ codes! {
     MalformedBody = "malformed_body", 400, "The body could not be read";
     InvalidHeader = "invalid_header", 400, "A header has no usable value";
     Unauthorized = "unauthorized", 401, "An API key is needed";
+    MissingScope = "missing_scope", 403, "The API key does not allow this";
+    HostRefused = "host_refused", 403, "The service is not known under this name";
+    OriginRefused = "origin_refused", 403, "This web page may not call the service";
     NotFound = "not_found", 404, "There is nothing at this address";
     MethodNotAllowed = "method_not_allowed", 405, "The resource does not know this method";
     NotAcceptable = "not_acceptable", 406, "The answer cannot be given in the wanted form";
@@ -92,6 +95,7 @@ impl Code {
     pub fn for_status(status: StatusCode) -> Code {
         match status {
             StatusCode::UNAUTHORIZED => Code::Unauthorized,
+            StatusCode::FORBIDDEN => Code::MissingScope,
             StatusCode::NOT_FOUND => Code::NotFound,
             StatusCode::METHOD_NOT_ALLOWED => Code::MethodNotAllowed,
             StatusCode::NOT_ACCEPTABLE => Code::NotAcceptable,

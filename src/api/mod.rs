@@ -14,7 +14,9 @@ pub mod middleware;
 pub mod models;
 pub mod multipart;
 pub mod openapi;
+pub mod openapi30;
 pub mod operations;
+pub mod origin;
 pub mod page;
 pub mod patch;
 pub mod plugins;
@@ -37,11 +39,11 @@ use utoipa_swagger_ui::SwaggerUi;
 pub use codes::Code;
 pub use extract::{Json, Query};
 pub use openapi::openapi;
+pub use openapi30::openapi30;
 pub use page::{Page, PageQuery, PageRequest};
 pub use patch::{MergePatch, check_if_match, etag};
 pub use problem::{FieldError, Problem, ProblemBody};
 
-use auth::ApiKey;
 use middleware::RequestSpan;
 use openapi::RouteTable;
 
@@ -64,9 +66,9 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
 
 /// The whole application: routes, documentation, errors, request ids, keys.
 ///
-/// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like.
+/// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like; and `Access`
+/// and `Origins`, without which nothing is answered.
 pub fn app(
-    key: ApiKey,
     services: impl FnOnce(&mut web::ServiceConfig),
 ) -> App<
     impl ServiceFactory<
@@ -81,11 +83,11 @@ pub fn app(
     App::new()
         .configure(services)
         .app_data(extract::path_config())
-        .app_data(web::Data::new(key))
         .app_data(web::Data::new(RouteTable::new(&document)))
         .configure(|config| configure(&mut ServiceConfig::new(config)))
         .service(web::redirect("/docs", "/docs/"))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/openapi.json", document))
+        .route("/openapi-3.0.json", web::get().to(openapi30::get_document))
         .default_service(web::to(no_route))
         .wrap(from_fn(auth::guard))
         .wrap(from_fn(middleware::finish))

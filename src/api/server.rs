@@ -9,7 +9,8 @@ use actix_web::HttpServer;
 use actix_web::dev::{Server, ServerHandle};
 use actix_web::web::Data;
 
-use super::auth::ApiKey;
+use super::origin::Origins;
+use crate::access::Access;
 use crate::datasets::DatasetService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::PluginHost;
@@ -23,6 +24,10 @@ const SHUTDOWN_S: u64 = 5;
 /// What the handlers work with.
 #[derive(Clone)]
 pub struct Services {
+    /// Who may call.
+    pub access: Access,
+    /// From where, when nobody needs a key.
+    pub origins: Origins,
     /// Rows and blobs.
     pub store: Store,
     /// Datasets.
@@ -63,13 +68,14 @@ impl HttpService {
     pub fn listen(
         address: SocketAddr,
         threads: usize,
-        key: ApiKey,
         services: Services,
     ) -> io::Result<Self> {
         let server = HttpServer::new(move || {
             let services = services.clone();
-            super::app(key.clone(), move |app| {
-                app.app_data(Data::new(services.store))
+            super::app(move |app| {
+                app.app_data(Data::new(services.access))
+                    .app_data(Data::new(services.origins))
+                    .app_data(Data::new(services.store))
                     .app_data(Data::new(services.datasets))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))

@@ -3,6 +3,7 @@
 //! Several processes share one database: the server and one worker per run. Every transaction that writes takes the
 //! write lock when it begins, so that none has to be tried again half-way.
 
+pub mod api_keys;
 pub mod blobs;
 pub mod datasets;
 pub mod idempotency;

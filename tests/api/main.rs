@@ -1,5 +1,6 @@
 //! The REST API as a client sees it: the real application on a port, a database file, requests over TCP.
 
+mod auth;
 mod datasets;
 mod images;
 mod openapi;

@@ -2,12 +2,24 @@
 
 use std::io::{Cursor, Write as _};
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use lorasmith::app;
 use lorasmith::config::Config;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use ureq::http::{HeaderMap, Request, Response};
+
+/// The usual settings of a service in a folder.
+pub fn config_in(folder: &Path) -> Config {
+    Config {
+        bind: (Ipv4Addr::LOCALHOST, 0).into(),
+        data_dir: folder.join("data"),
+        models_dir: folder.join("models"),
+        http_workers: 1,
+        ..Config::default()
+    }
+}
 
 /// A running service; it stops when this is dropped.
 pub struct Service {
@@ -68,15 +80,15 @@ impl Answer {
 
 impl Service {
     pub fn start() -> Self {
+        Self::start_with(|_| {})
+    }
+
+    /// With other settings than the usual ones.
+    pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let running = app::Service::start_in_background(Config {
-            bind: (Ipv4Addr::LOCALHOST, 0).into(),
-            data_dir: folder.path().join("data"),
-            models_dir: folder.path().join("models"),
-            http_workers: 1,
-            ..Config::default()
-        });
-        let running = running.expect("a service that starts");
+        let mut config = config_in(folder.path());
+        change(&mut config);
+        let running = app::Service::start_in_background(config).expect("a service that starts");
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_idle_connections(0) // the service would wait for them at its end
