@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::access::Access;
+use crate::api::limits::{LimitSettings, Limits as RequestLimits};
 use crate::api::origin::Origins;
 use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
@@ -120,8 +121,14 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         access,
         origins: Origins {
             hosts: config.allowed_hosts.clone(),
-            pages: Vec::new(),
+            pages: config.cors_origins.clone(),
         },
+        limits: RequestLimits::new(LimitSettings {
+            requests_per_s: config.rate_limit_per_s,
+            burst: config.rate_limit_burst,
+            concurrent: config.max_concurrent_requests,
+            streams: config.max_event_streams,
+        }),
         store: store.clone(),
         datasets: DatasetService::new(store.clone(), Limits::default()),
         models,

@@ -99,7 +99,12 @@ pub enum KeysCommand {
         #[arg(long)]
         name: String,
         /// What it allows: `read`, `write` (and read), `admin` (and everything else). Can be given more than once.
-        #[arg(long = "scope", value_name = "SCOPE", required = true, value_delimiter = ',')]
+        #[arg(
+            long = "scope",
+            value_name = "SCOPE",
+            required = true,
+            value_delimiter = ','
+        )]
         scopes: Vec<Scope>,
         /// Print JSON instead of words.
         #[arg(long)]

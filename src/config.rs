@@ -41,6 +41,16 @@ pub struct Config {
     /// Names, besides `localhost` and loopback addresses, under which a service without keys may be called. Others are
     /// refused: a web page could have its name point here (DNS rebinding).
     pub allowed_hosts: Vec<String>,
+    /// Web pages on other origins that may call the service, such as `https://studio.example`; `*` for all.
+    pub cors_origins: Vec<String>,
+    /// Requests per second that one key, or without keys one address, may make on average; 0 for no limit.
+    pub rate_limit_per_s: u32,
+    /// Requests that may come at once before the average counts.
+    pub rate_limit_burst: u32,
+    /// Requests that are worked on at the same time; 0 for no limit. Open event streams do not count.
+    pub max_concurrent_requests: usize,
+    /// Event streams and waiting event lists that are open at the same time; 0 for no limit.
+    pub max_event_streams: usize,
     /// Threads that answer requests.
     pub http_workers: usize,
     /// How many runs may train at the same time.
@@ -64,6 +74,11 @@ impl Default for Config {
             api_key: None,
             require_key: false,
             allowed_hosts: Vec::new(),
+            cors_origins: Vec::new(),
+            rate_limit_per_s: 500,
+            rate_limit_burst: 1000,
+            max_concurrent_requests: 512,
+            max_event_streams: 4096,
             http_workers: 2,
             max_concurrent_runs: 1,
             cache_max_bytes: 10 << 30,
@@ -144,6 +159,22 @@ impl Config {
                 });
             }
         }
+        if self.rate_limit_per_s > 0 && self.rate_limit_burst == 0 {
+            return Err(ConfigError::OutOfRange {
+                name: "rate_limit_burst",
+                found: "0".to_owned(),
+                expected: "1 or more, or `rate_limit_per_s` = 0 for no limit",
+            });
+        }
+        for origin in &self.cors_origins {
+            if !is_origin(origin) {
+                return Err(ConfigError::OutOfRange {
+                    name: "cors_origins",
+                    found: origin.clone(),
+                    expected: "`*`, or scheme, host and port such as `https://studio.example`",
+                });
+            }
+        }
         Ok(self)
     }
 
@@ -158,6 +189,16 @@ impl Config {
     }
 }
 
+fn is_origin(text: &str) -> bool {
+    let host = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    text == "*"
+        || host.is_some_and(|host| {
+            !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +210,23 @@ mod tests {
         std::fs::write(&file, "bnid = \"127.0.0.1:1\"\n").unwrap();
         let error = Config::load(Some(&file), &Overrides::default()).unwrap_err();
         assert!(error.to_string().contains("bnid"), "{error}");
+    }
+
+    #[test]
+    fn an_origin_has_no_path() {
+        for (origin, right) in [
+            ("*", true),
+            ("https://studio.example", true),
+            ("http://localhost:3000", true),
+            ("https://studio.example/", false),
+            ("studio.example", false),
+        ] {
+            let config = Config {
+                cors_origins: vec![origin.to_owned()],
+                ..Config::default()
+            };
+            assert_eq!(config.check().is_ok(), right, "{origin}");
+        }
     }
 
     #[test]

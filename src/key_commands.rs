@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use time::format_description::well_known::Rfc3339;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::access::{Access, ApiKey};
 use crate::app;
@@ -80,7 +80,8 @@ fn text(time: Option<OffsetDateTime>) -> Option<String> {
 
 fn table(keys: &[ApiKey]) -> String {
     if keys.is_empty() {
-        return "There are no keys; `lorasmith keys create --name NAME --scope read` makes one.\n".to_owned();
+        return "There are no keys; `lorasmith keys create --name NAME --scope read` makes one.\n"
+            .to_owned();
     }
     let mut table = String::new();
     for key in keys {

@@ -6,9 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use lorasmith::allocator::{self, LargeBlocks};
 use lorasmith::bench::{self, BenchOptions, Moment};
-use lorasmith::cli::{
-    BenchArgs, Cli, Command, DemoArgs, DoctorArgs, OpenapiVersion, VerifyArgs,
-};
+use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, DoctorArgs, OpenapiVersion, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
 use lorasmith::demo::{self, DemoOptions};
 use lorasmith::doctor::{self, DoctorOptions};

@@ -61,7 +61,8 @@ const MAY_USE: [(&str, &[&str]); 19] = [
 ];
 
 /// Where a crate, or a word, may appear.
-const KNOWN_IN: [(&str, &[&str]); 8] = [
+const KNOWN_IN: [(&str, &[&str]); 9] = [
+    ("actix_cors", &["src/api/"]),
     ("actix_web", &["src/api/"]),
     ("utoipa", &["src/api/"]),
     ("multer", &["src/api/"]),

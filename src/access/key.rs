@@ -61,7 +61,13 @@ mod tests {
         assert_ne!(key, generate().expect("randomness"));
         assert_eq!(hint(&key).len(), 18);
         let swapped = key.replacen(|c: char| c.is_ascii_digit(), "x", 1);
-        for wrong in [&key[1..], &key[..key.len() - 1], &swapped, "", "lorasmith_é"] {
+        for wrong in [
+            &key[1..],
+            &key[..key.len() - 1],
+            &swapped,
+            "",
+            "lorasmith_é",
+        ] {
             assert!(!is_well_formed(wrong), "{wrong}");
         }
     }

@@ -342,7 +342,10 @@ mod tests {
         let (text, key) = access.create(" ci ", &scopes).await.expect("made");
         assert_eq!((key.name.as_str(), &key.scopes), ("ci", &scopes));
         let rows = access.store.api_keys().await.expect("rows");
-        assert!(!format!("{rows:?}").contains(&text), "the key is in its row");
+        assert!(
+            !format!("{rows:?}").contains(&text),
+            "the key is in its row"
+        );
 
         let caller = access.recognise(&text).await.expect("working");
         let expected = Caller {

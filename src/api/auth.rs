@@ -9,6 +9,7 @@ use actix_web::middleware::Next;
 use actix_web::{Error, HttpMessage as _, web};
 
 use super::codes::Code;
+use super::limits::{Limits, address_of};
 use super::origin::Origins;
 use super::problem::Problem;
 use crate::access::{Access, Caller, Scope};
@@ -91,6 +92,9 @@ async fn admit(request: &ServiceRequest) -> Result<Option<Caller>, Problem> {
     };
     let found = access.recognise(token).await.map_err(Problem::internal)?;
     let Some(caller) = found else {
+        if let Some(limits) = request.app_data::<web::Data<Limits>>() {
+            limits.try_key(address_of(request))?;
+        }
         let detail = "the API key is unknown, revoked or mistyped";
         let challenge = "Bearer realm=\"lorasmith\", error=\"invalid_token\"";
         return Err(unauthorized(detail, challenge));

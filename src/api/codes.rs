@@ -80,6 +80,8 @@ codes! {
     LoraNotFound = "lora_not_found", 404, "There is no such LoRA";
 
     // the service itself
+    TooManyRequests = "too_many_requests", 429, "More requests than allowed";
+    Overloaded = "overloaded", 503, "Too many requests at the same time";
     InternalError = "internal_error", 500, "The service has failed";
     NotReady = "not_ready", 503, "The service is not ready";
     StorageFull = "storage_full", 507, "The data folder is full";
@@ -105,6 +107,7 @@ impl Code {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::UnsupportedMediaType,
             StatusCode::RANGE_NOT_SATISFIABLE => Code::RangeNotSatisfiable,
             StatusCode::UNPROCESSABLE_ENTITY => Code::InvalidBody,
+            StatusCode::TOO_MANY_REQUESTS => Code::TooManyRequests,
             StatusCode::SERVICE_UNAVAILABLE => Code::NotReady,
             status if status.is_client_error() => Code::BadRequest,
             _ => Code::InternalError,

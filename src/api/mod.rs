@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod codes;
+mod cors;
 pub mod datasets;
 pub mod decode;
 pub mod download;
@@ -9,12 +10,14 @@ pub mod events;
 pub mod extract;
 pub mod idempotency;
 pub mod images;
+pub mod limits;
 pub mod loras;
 pub mod middleware;
 pub mod models;
 pub mod multipart;
 pub mod openapi;
 pub mod openapi30;
+mod openapi_shared;
 pub mod operations;
 pub mod origin;
 pub mod page;
@@ -26,6 +29,7 @@ pub mod runs;
 pub mod server;
 pub mod uploads;
 
+use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceFactory, ServiceRequest, ServiceResponse};
 use actix_web::http::header::{self, HeaderValue};
@@ -46,6 +50,7 @@ pub use problem::{FieldError, Problem, ProblemBody};
 
 use middleware::RequestSpan;
 use openapi::RouteTable;
+use openapi30::Document30;
 
 /// Every route of the API. A resource adds its own in its file.
 pub fn configure(config: &mut ServiceConfig<'_>) {
@@ -67,8 +72,9 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
 /// The whole application: routes, documentation, errors, request ids, keys.
 ///
 /// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like; and `Access`
-/// and `Origins`, without which nothing is answered.
+/// and `Origins`, without which nothing is answered. `cors` is of [`cors::cors`].
 pub fn app(
+    cors: Cors,
     services: impl FnOnce(&mut web::ServiceConfig),
 ) -> App<
     impl ServiceFactory<
@@ -84,12 +90,15 @@ pub fn app(
         .configure(services)
         .app_data(extract::path_config())
         .app_data(web::Data::new(RouteTable::new(&document)))
+        .app_data(web::Data::new(Document30::new()))
         .configure(|config| configure(&mut ServiceConfig::new(config)))
         .service(web::redirect("/docs", "/docs/"))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/openapi.json", document))
         .route("/openapi-3.0.json", web::get().to(openapi30::get_document))
         .default_service(web::to(no_route))
+        .wrap(from_fn(limits::guard))
         .wrap(from_fn(auth::guard))
+        .wrap(cors)
         .wrap(from_fn(middleware::finish))
         .wrap(TracingLogger::<RequestSpan>::new())
 }

@@ -57,7 +57,10 @@ impl Origins {
         let address: Option<IpAddr> = name.parse().ok();
         name.eq_ignore_ascii_case("localhost")
             || address.is_some_and(|address| address.is_loopback())
-            || self.hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
+            || self
+                .hosts
+                .iter()
+                .any(|host| host.eq_ignore_ascii_case(name))
     }
 }
 

@@ -9,6 +9,7 @@ use actix_web::HttpServer;
 use actix_web::dev::{Server, ServerHandle};
 use actix_web::web::Data;
 
+use super::limits::Limits;
 use super::origin::Origins;
 use crate::access::Access;
 use crate::datasets::DatasetService;
@@ -28,6 +29,8 @@ pub struct Services {
     pub access: Access,
     /// From where, when nobody needs a key.
     pub origins: Origins,
+    /// How much at once.
+    pub limits: Limits,
     /// Rows and blobs.
     pub store: Store,
     /// Datasets.
@@ -65,15 +68,13 @@ impl HttpService {
     ///
     /// # Errors
     /// When the address is taken.
-    pub fn listen(
-        address: SocketAddr,
-        threads: usize,
-        services: Services,
-    ) -> io::Result<Self> {
+    pub fn listen(address: SocketAddr, threads: usize, services: Services) -> io::Result<Self> {
         let server = HttpServer::new(move || {
             let services = services.clone();
-            super::app(move |app| {
+            let cors = super::cors::cors(&services.origins.pages);
+            super::app(cors, move |app| {
                 app.app_data(Data::new(services.access))
+                    .app_data(Data::new(services.limits))
                     .app_data(Data::new(services.origins))
                     .app_data(Data::new(services.store))
                     .app_data(Data::new(services.datasets))

@@ -104,7 +104,10 @@ fn every_route_but_health_wants_a_key() {
         };
         let admits = |key: &Value| {
             let answer = ask(&service, &method, &path, Some(key));
-            assert!(!matches!(answer.status, 401 | 403 | 500..), "{place}: {answer:?}");
+            assert!(
+                !matches!(answer.status, 401 | 403 | 500..),
+                "{place}: {answer:?}"
+            );
         };
         if hooks {
             refuses(&read, "admin");
@@ -194,7 +197,10 @@ fn an_address_that_others_can_reach_needs_a_key() {
     let refused = app::Service::start_in_background(open.clone())
         .err()
         .expect("no start without a key");
-    assert!(refused.to_string().contains("lorasmith keys create"), "{refused}");
+    assert!(
+        refused.to_string().contains("lorasmith keys create"),
+        "{refused}"
+    );
     make_key(&open, Scope::Read);
     let started = app::Service::start_in_background(open).expect("with a key it starts");
     started.stop().expect("stopped");

@@ -3,6 +3,7 @@
 mod auth;
 mod datasets;
 mod images;
+mod limits;
 mod openapi;
 mod operations;
 mod support;
