@@ -23,9 +23,12 @@ use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{CacheFolder, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
 use crate::selfcheck::Remembered;
 use crate::store::{Store, Swept};
+use crate::webhooks::{SendSettings, Sender, WebhookService};
 
 /// How often blobs that no row names are removed, after the first time at the start.
 const SWEEP_PERIOD: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the log of webhooks' messages goes back.
+const DELIVERIES_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// How long a blob stays without a row. An upload, a worker's report and a run that is being made take far less.
 const NAMELESS: Duration = Duration::from_secs(60 * 60);
 
@@ -117,6 +120,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     );
     let command = worker_command(&config)?;
 
+    let send = Arc::new(Notify::new());
     let services = Services {
         access,
         origins: Origins {
@@ -134,16 +138,23 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         models,
         runs,
         plugins,
+        webhooks: WebhookService::new(
+            store.clone(),
+            config.webhook_allowed_networks.clone(),
+            send.clone(),
+        ),
         self_checks: Remembered::new(&config.data_dir),
     };
     let http = HttpService::listen(config.bind, config.http_workers, services)
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
-    let sweeper = tokio::spawn(sweep_blobs(store));
+    let sender = tokio::spawn(message_sender(&config, &store, send).run());
+    let sweeper = tokio::spawn(sweep(store));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
     supervisor.stop().await;
+    sender.abort(); // the last events of workers had their chance; what is left is sent after the next start
     Ok(ended?)
 }
 
@@ -168,11 +179,23 @@ async fn open_access(config: &Config, store: &Store) -> Result<Access> {
     Ok(Access::new(store.clone(), configured, there_are_keys))
 }
 
+fn message_sender(config: &Config, store: &Store, wake: Arc<Notify>) -> Sender {
+    let settings = SendSettings {
+        allowed: config.webhook_allowed_networks.clone(),
+        first_pause: Duration::from_secs_f64(config.webhook_retry_s),
+        give_up_after: Duration::from_secs(config.webhook_give_up_s),
+    };
+    Sender::new(store.clone(), settings, wake)
+}
+
 /// Removes what deleted datasets, images and earlier attempts of runs have left, in the background.
-async fn sweep_blobs(store: Store) {
+async fn sweep(store: Store) {
     let mut period = tokio::time::interval(SWEEP_PERIOD);
     loop {
         period.tick().await; // the first one is now
+        if let Err(error) = store.forget_deliveries(DELIVERIES_KEPT).await {
+            tracing::error!(%error, "forgetting messages that were sent long ago");
+        }
         match store.sweep_blobs(NAMELESS).await {
             Ok(Swept { blobs: 0, .. }) => {}
             Ok(Swept { blobs, size_bytes }) => {

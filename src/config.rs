@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// The file that is read from the working directory when `--config` names none.
@@ -51,6 +52,13 @@ pub struct Config {
     pub max_concurrent_requests: usize,
     /// Event streams and waiting event lists that are open at the same time; 0 for no limit.
     pub max_event_streams: usize,
+    /// Networks that webhooks may be in besides public ones, and without TLS: `10.0.0.0/8`, `127.0.0.1/32`.
+    pub webhook_allowed_networks: Vec<IpNet>,
+    /// The pause after the first failure to send a message to a webhook, in seconds; each further one is three times as
+    /// long, up to six hours.
+    pub webhook_retry_s: f64,
+    /// When a message to a webhook is given up, in seconds after its event.
+    pub webhook_give_up_s: u64,
     /// Threads that answer requests.
     pub http_workers: usize,
     /// How many runs may train at the same time.
@@ -79,6 +87,9 @@ impl Default for Config {
             rate_limit_burst: 1000,
             max_concurrent_requests: 512,
             max_event_streams: 4096,
+            webhook_allowed_networks: Vec::new(),
+            webhook_retry_s: 5.0,
+            webhook_give_up_s: 3 * 24 * 60 * 60,
             http_workers: 2,
             max_concurrent_runs: 1,
             cache_max_bytes: 10 << 30,
@@ -158,6 +169,13 @@ impl Config {
                     expected: "1 to 256",
                 });
             }
+        }
+        if !(0.01..=3600.0).contains(&self.webhook_retry_s) {
+            return Err(ConfigError::OutOfRange {
+                name: "webhook_retry_s",
+                found: self.webhook_retry_s.to_string(),
+                expected: "0.01 to 3600",
+            });
         }
         if self.rate_limit_per_s > 0 && self.rate_limit_burst == 0 {
             return Err(ConfigError::OutOfRange {

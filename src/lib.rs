@@ -21,6 +21,7 @@ pub mod datasets;
 pub mod models;
 pub mod runs;
 pub mod verify;
+pub mod webhooks;
 
 pub mod api;
 pub mod app;

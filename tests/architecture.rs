@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 19] = [
+const MAY_USE: [(&str, &[&str]); 20] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
@@ -19,6 +19,7 @@ const MAY_USE: [(&str, &[&str]); 19] = [
     ("store", &[]),
     ("datasets", &["store"]),
     ("access", &["store"]),
+    ("webhooks", &["store"]),
     ("models", &["diffusion"]),
     (
         "runs",
@@ -45,6 +46,7 @@ const MAY_USE: [(&str, &[&str]); 19] = [
             "store",
             "diffusion",
             "selfcheck",
+            "webhooks",
         ],
     ),
     (

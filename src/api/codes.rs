@@ -79,6 +79,10 @@ codes! {
     SchedulerNotFound = "scheduler_not_found", 422, "No loaded plugin offers this scheduler";
     LoraNotFound = "lora_not_found", 404, "There is no such LoRA";
 
+    // webhooks
+    WebhookNotFound = "webhook_not_found", 404, "There is no such webhook";
+    InvalidWebhook = "invalid_webhook", 422, "The webhook's description has a wrong value";
+
     // the service itself
     TooManyRequests = "too_many_requests", 429, "More requests than allowed";
     Overloaded = "overloaded", 503, "Too many requests at the same time";

@@ -28,6 +28,7 @@ pub mod run_settings;
 pub mod runs;
 pub mod server;
 pub mod uploads;
+pub mod webhooks;
 
 use actix_cors::Cors;
 use actix_web::body::MessageBody;
@@ -65,6 +66,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(events::routes)
             .configure(loras::routes)
             .configure(plugins::routes)
+            .configure(webhooks::routes)
             .configure(operations::v1_routes);
     }));
 }

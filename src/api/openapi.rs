@@ -9,7 +9,7 @@ use utoipa_actix_web::AppExt as _;
 use super::openapi_shared;
 
 /// Tags in the order of a first visit.
-const TAGS: [(&str, &str); 7] = [
+const TAGS: [(&str, &str); 8] = [
     ("models", "Base models found in the model folder"),
     (
         "datasets",
@@ -24,6 +24,10 @@ const TAGS: [(&str, &str); 7] = [
     (
         "plugins",
         "Optimizers and learning rate schedulers, and the plugins that bring them",
+    ),
+    (
+        "webhooks",
+        "Messages to other services when something happens",
     ),
     ("operations", "Health, version, devices"),
 ];

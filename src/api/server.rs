@@ -18,6 +18,7 @@ use crate::plugin_host::PluginHost;
 use crate::runs::RunService;
 use crate::selfcheck::Remembered;
 use crate::store::Store;
+use crate::webhooks::WebhookService;
 
 /// How long open connections have to finish when the service ends, in seconds.
 const SHUTDOWN_S: u64 = 5;
@@ -41,6 +42,8 @@ pub struct Services {
     pub runs: RunService,
     /// Plugins.
     pub plugins: Arc<PluginHost>,
+    /// Webhooks.
+    pub webhooks: WebhookService,
     /// What is known of devices.
     pub self_checks: Remembered,
 }
@@ -81,6 +84,7 @@ impl HttpService {
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))
                     .app_data(Data::from(services.plugins))
+                    .app_data(Data::new(services.webhooks))
                     .app_data(Data::new(services.self_checks));
             })
         })

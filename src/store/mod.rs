@@ -11,6 +11,7 @@ pub mod loras;
 mod rows;
 pub mod runs;
 mod sweep;
+pub mod webhooks;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -8,3 +8,4 @@ mod openapi;
 mod operations;
 mod support;
 mod uploads;
+mod webhooks;

@@ -26,7 +26,7 @@ pub struct Service {
     base: String,
     agent: ureq::Agent,
     running: Option<app::Service>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// An answer, read to its end.
@@ -85,7 +85,18 @@ impl Service {
 
     /// With other settings than the usual ones.
     pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
+        Self::start_in(tempfile::tempdir().expect("a folder"), change)
+    }
+
+    /// Ends it and starts another one on its folder.
+    pub fn restart_with(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        let running = self.running.take().expect("a running service");
+        running.stop().expect("an end");
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a folder"));
+        Self::start_in(folder, change)
+    }
+
+    fn start_in(folder: TempDir, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = config_in(folder.path());
         change(&mut config);
         let running = app::Service::start_in_background(config).expect("a service that starts");
@@ -97,7 +108,7 @@ impl Service {
             base: format!("http://{}", running.address()),
             agent: config.new_agent(),
             running: Some(running),
-            _folder: folder,
+            folder,
         }
     }
 

@@ -10,3 +10,5 @@ pub mod run_event;
 pub mod run_metric;
 pub mod run_sample;
 pub mod subset;
+pub mod webhook;
+pub mod webhook_delivery;
