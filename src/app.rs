@@ -13,7 +13,9 @@ use uuid::Uuid;
 
 use crate::access::Access;
 use crate::api::limits::{LimitSettings, Limits as RequestLimits};
+use crate::api::metrics::HttpMetrics;
 use crate::api::origin::Origins;
+use crate::api::run_logs::LogFolder;
 use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
 use crate::datasets::DatasetService;
@@ -133,6 +135,8 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
             concurrent: config.max_concurrent_requests,
             streams: config.max_event_streams,
         }),
+        metrics: HttpMetrics::new()?,
+        logs: LogFolder(command.log_dir.clone()),
         store: store.clone(),
         datasets: DatasetService::new(store.clone(), Limits::default()),
         models,

@@ -6,6 +6,7 @@ use actix_web::http::header::{self, HeaderName};
 
 use super::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 use super::middleware::X_REQUEST_ID;
+use super::run_logs::NEXT_AFTER;
 
 /// How long a browser remembers what is allowed.
 const REMEMBERED_S: usize = 3600;
@@ -46,6 +47,7 @@ pub fn cors(pages: &[String]) -> Cors {
             header::WWW_AUTHENTICATE,
             HeaderName::from_static("repr-digest"),
             IDEMPOTENCY_REPLAYED,
+            NEXT_AFTER,
             X_REQUEST_ID,
         ])
         .max_age(REMEMBERED_S);

@@ -12,6 +12,7 @@ pub mod idempotency;
 pub mod images;
 pub mod limits;
 pub mod loras;
+pub mod metrics;
 pub mod middleware;
 pub mod models;
 pub mod multipart;
@@ -24,6 +25,7 @@ pub mod page;
 pub mod patch;
 pub mod plugins;
 pub mod problem;
+pub mod run_logs;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
@@ -56,6 +58,7 @@ use openapi30::Document30;
 /// Every route of the API. A resource adds its own in its file.
 pub fn configure(config: &mut ServiceConfig<'_>) {
     config.configure(operations::routes);
+    config.configure(metrics::routes);
     config.service(scope::scope("/v1").configure(|config| {
         config
             .configure(models::routes)
@@ -64,6 +67,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(uploads::routes)
             .configure(runs::routes)
             .configure(events::routes)
+            .configure(run_logs::routes)
             .configure(loras::routes)
             .configure(plugins::routes)
             .configure(webhooks::routes)
@@ -102,6 +106,7 @@ pub fn app(
         .wrap(from_fn(auth::guard))
         .wrap(cors)
         .wrap(from_fn(middleware::finish))
+        .wrap(from_fn(metrics::count))
         .wrap(TracingLogger::<RequestSpan>::new())
 }
 

@@ -10,7 +10,9 @@ use actix_web::dev::{Server, ServerHandle};
 use actix_web::web::Data;
 
 use super::limits::Limits;
+use super::metrics::HttpMetrics;
 use super::origin::Origins;
+use super::run_logs::LogFolder;
 use crate::access::Access;
 use crate::datasets::DatasetService;
 use crate::models::ModelCatalog;
@@ -32,6 +34,10 @@ pub struct Services {
     pub origins: Origins,
     /// How much at once.
     pub limits: Limits,
+    /// What is counted of requests.
+    pub metrics: HttpMetrics,
+    /// Where workers write.
+    pub logs: LogFolder,
     /// Rows and blobs.
     pub store: Store,
     /// Datasets.
@@ -79,6 +85,8 @@ impl HttpService {
                 app.app_data(Data::new(services.access))
                     .app_data(Data::new(services.limits))
                     .app_data(Data::new(services.origins))
+                    .app_data(Data::new(services.metrics))
+                    .app_data(Data::new(services.logs))
                     .app_data(Data::new(services.store))
                     .app_data(Data::new(services.datasets))
                     .app_data(Data::new(services.models))

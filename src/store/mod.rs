@@ -6,6 +6,7 @@
 pub mod api_keys;
 pub mod blobs;
 pub mod datasets;
+mod gauges;
 pub mod idempotency;
 pub mod loras;
 mod rows;
