@@ -7,11 +7,15 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::api::auth::ApiKey;
+use crate::access::Access;
+use crate::api::limits::{LimitSettings, Limits as RequestLimits};
+use crate::api::metrics::HttpMetrics;
+use crate::api::origin::Origins;
+use crate::api::run_logs::LogFolder;
 use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
 use crate::datasets::DatasetService;
@@ -21,9 +25,12 @@ use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{CacheFolder, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
 use crate::selfcheck::Remembered;
 use crate::store::{Store, Swept};
+use crate::webhooks::{SendSettings, Sender, WebhookService};
 
 /// How often blobs that no row names are removed, after the first time at the start.
 const SWEEP_PERIOD: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the log of webhooks' messages goes back.
+const DELIVERIES_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// How long a blob stays without a row. An upload, a worker's report and a run that is being made take far less.
 const NAMELESS: Duration = Duration::from_secs(60 * 60);
 
@@ -96,6 +103,7 @@ pub fn serve(config: Config) -> Result<()> {
 async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
     let config = with_absolute_paths(config)?;
     let store = open_store(&config).await?;
+    let access = open_access(&config, &store).await?;
     store.blobs().clear_scratch()?;
     let models = ModelCatalog::new(&config.models_dir);
     let plugins = Arc::new(find_plugins(&config));
@@ -114,31 +122,84 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     );
     let command = worker_command(&config)?;
 
+    let send = Arc::new(Notify::new());
     let services = Services {
+        access,
+        origins: Origins {
+            hosts: config.allowed_hosts.clone(),
+            pages: config.cors_origins.clone(),
+        },
+        limits: RequestLimits::new(LimitSettings {
+            requests_per_s: config.rate_limit_per_s,
+            burst: config.rate_limit_burst,
+            concurrent: config.max_concurrent_requests,
+            streams: config.max_event_streams,
+        }),
+        metrics: HttpMetrics::new()?,
+        logs: LogFolder(command.log_dir.clone()),
         store: store.clone(),
         datasets: DatasetService::new(store.clone(), Limits::default()),
         models,
         runs,
         plugins,
+        webhooks: WebhookService::new(
+            store.clone(),
+            config.webhook_allowed_networks.clone(),
+            send.clone(),
+        ),
         self_checks: Remembered::new(&config.data_dir),
     };
-    let key = ApiKey::new(config.api_key.as_deref());
-    let http = HttpService::listen(config.bind, config.http_workers, key, services)
+    let http = HttpService::listen(config.bind, config.http_workers, services)
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
-    let sweeper = tokio::spawn(sweep_blobs(store));
+    let sender = tokio::spawn(message_sender(&config, &store, send).run());
+    let sweeper = tokio::spawn(sweep(store));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
     supervisor.stop().await;
+    sender.abort(); // the last events of workers had their chance; what is left is sent after the next start
     Ok(ended?)
 }
 
+/// Keys are needed as soon as there is one, and an address that others can reach needs one.
+async fn open_access(config: &Config, store: &Store) -> Result<Access> {
+    let configured = config.api_key.as_deref().filter(|key| !key.is_empty());
+    let there_are_keys = configured.is_some() || store.count_active_api_keys().await? > 0;
+    let reachable = !config.bind.ip().is_loopback();
+    if (reachable || config.require_key) && !there_are_keys {
+        let why = if reachable {
+            format!("`bind` is {}, which others can reach", config.bind)
+        } else {
+            "`require_key` is set".to_owned()
+        };
+        bail!(
+            "{why}, and there is no API key: make one with `lorasmith keys create --name NAME --scope admin --data-dir {}`, \
+             set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1",
+            config.data_dir.display()
+        );
+    }
+    tracing::info!(keys_needed = there_are_keys, "who may call");
+    Ok(Access::new(store.clone(), configured, there_are_keys))
+}
+
+fn message_sender(config: &Config, store: &Store, wake: Arc<Notify>) -> Sender {
+    let settings = SendSettings {
+        allowed: config.webhook_allowed_networks.clone(),
+        first_pause: Duration::from_secs_f64(config.webhook_retry_s),
+        give_up_after: Duration::from_secs(config.webhook_give_up_s),
+    };
+    Sender::new(store.clone(), settings, wake)
+}
+
 /// Removes what deleted datasets, images and earlier attempts of runs have left, in the background.
-async fn sweep_blobs(store: Store) {
+async fn sweep(store: Store) {
     let mut period = tokio::time::interval(SWEEP_PERIOD);
     loop {
         period.tick().await; // the first one is now
+        if let Err(error) = store.forget_deliveries(DELIVERIES_KEPT).await {
+            tracing::error!(%error, "forgetting messages that were sent long ago");
+        }
         match store.sweep_blobs(NAMELESS).await {
             Ok(Swept { blobs: 0, .. }) => {}
             Ok(Swept { blobs, size_bytes }) => {
@@ -184,6 +245,14 @@ pub fn find_plugins(config: &Config) -> PluginHost {
     })
 }
 
+/// Rows and blobs of the settings, for commands that need no service.
+///
+/// # Errors
+/// When the data folder or the database cannot be used.
+pub async fn open_own_store(config: Config) -> Result<Store> {
+    open_store(&with_absolute_paths(config)?).await
+}
+
 async fn open_store(config: &Config) -> Result<Store> {
     Store::open(&config.database_url(), &config.data_dir)
         .await
@@ -216,7 +285,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("MODELS_DIR", &text(&config.models_dir)?),
         setting("DEVICE", &config.device),
         setting("FORCE_DEVICES", &config.force_devices.to_string()),
-        setting("BIND", "127.0.0.1:0"), // it listens nowhere; an open address would want a key
+        setting("BIND", "127.0.0.1:0"), // it listens nowhere
         setting("DATABASE_URL", &config.database_url()),
         setting("CACHE_MAX_BYTES", &config.cache_max_bytes.to_string()),
     ];

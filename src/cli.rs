@@ -1,4 +1,4 @@
-//! The command line: `serve`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `doctor`, `openapi`.
+//! The command line: `serve`, `keys`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `doctor`, `openapi`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
+use crate::access::Scope;
 use crate::bench::ModelSource;
 use crate::config::Overrides;
 use crate::diffusion::Family;
-use crate::training::ComputePrecision;
-use crate::training::GradientCheckpointing;
+use crate::training::{ComputePrecision, GradientCheckpointing};
 
 /// Trains LoRA adapters for Stable Diffusion on any GPU, behind a REST API.
 #[derive(Debug, Parser)]
@@ -29,6 +29,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve the REST API; documentation at /docs.
     Serve(ServeArgs),
+    /// Make, list and revoke keys of the API.
+    Keys(KeysArgs),
     /// Train one run; the service starts this by itself.
     Worker(WorkerArgs),
     /// Watch the whole path once: upload, train, sample, download, on a small bundled model.
@@ -46,7 +48,7 @@ pub enum Command {
     /// Tell what this binary holds and which devices there are, and check GPUs against the CPU.
     Doctor(DoctorArgs),
     /// Print the OpenAPI document.
-    Openapi,
+    Openapi(OpenapiArgs),
 }
 
 /// Flags of `serve`; each has a setting of the same name.
@@ -75,6 +77,65 @@ impl From<ServeArgs> for Overrides {
             device: args.device,
         }
     }
+}
+
+/// Flags of `keys`.
+#[derive(Debug, Args)]
+pub struct KeysArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: KeysCommand,
+    /// Where the service keeps its files.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+}
+
+/// What can be done with keys.
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key and print it; it cannot be shown again.
+    Create {
+        /// What it is for.
+        #[arg(long)]
+        name: String,
+        /// What it allows: `read`, `write` (and read), `admin` (and everything else). Can be given more than once.
+        #[arg(
+            long = "scope",
+            value_name = "SCOPE",
+            required = true,
+            value_delimiter = ','
+        )]
+        scopes: Vec<Scope>,
+        /// Print JSON instead of words.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the keys, without the keys themselves.
+    List(JsonArgs),
+    /// Make a key useless, within a second and for good.
+    Revoke {
+        /// Its id, as `list` shows it.
+        id: Uuid,
+    },
+}
+
+/// Flags of `openapi`.
+#[derive(Debug, Args)]
+pub struct OpenapiArgs {
+    /// Version of the OpenAPI specification: 3.0 is for generators that do not know 3.1.
+    #[arg(long, value_enum, default_value_t = OpenapiVersion::V3_1)]
+    pub spec: OpenapiVersion,
+}
+
+/// Versions of the OpenAPI specification.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OpenapiVersion {
+    /// 3.1
+    #[value(name = "3.1")]
+    V3_1,
+    /// 3.0.3
+    #[value(name = "3.0")]
+    V3_0,
 }
 
 /// Flags of `worker`.

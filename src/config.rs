@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// The file that is read from the working directory when `--config` names none.
@@ -33,8 +34,31 @@ pub struct Config {
     pub device: String,
     /// Use devices that fail the comparison with the CPU, and compare no others.
     pub force_devices: bool,
-    /// Bearer key that requests must carry; required as soon as `bind` is not a loopback address.
+    /// A bearer key that allows everything, besides those that `lorasmith keys` makes. An address that others can
+    /// reach needs a key; on loopback requests need one as soon as there is one when the service starts.
     pub api_key: Option<String>,
+    /// Ask for keys even on loopback where none was made.
+    pub require_key: bool,
+    /// Names, besides `localhost` and loopback addresses, under which a service without keys may be called. Others are
+    /// refused: a web page could have its name point here (DNS rebinding).
+    pub allowed_hosts: Vec<String>,
+    /// Web pages on other origins that may call the service, such as `https://studio.example`; `*` for all.
+    pub cors_origins: Vec<String>,
+    /// Requests per second that one key, or without keys one address, may make on average; 0 for no limit.
+    pub rate_limit_per_s: u32,
+    /// Requests that may come at once before the average counts.
+    pub rate_limit_burst: u32,
+    /// Requests that are worked on at the same time; 0 for no limit. Open event streams do not count.
+    pub max_concurrent_requests: usize,
+    /// Event streams and waiting event lists that are open at the same time; 0 for no limit.
+    pub max_event_streams: usize,
+    /// Networks that webhooks may be in besides public ones, and without TLS: `10.0.0.0/8`, `127.0.0.1/32`.
+    pub webhook_allowed_networks: Vec<IpNet>,
+    /// The pause after the first failure to send a message to a webhook, in seconds; each further one is three times as
+    /// long, up to six hours.
+    pub webhook_retry_s: f64,
+    /// When a message to a webhook is given up, in seconds after its event.
+    pub webhook_give_up_s: u64,
     /// Threads that answer requests.
     pub http_workers: usize,
     /// How many runs may train at the same time.
@@ -56,6 +80,16 @@ impl Default for Config {
             device: "auto".to_owned(),
             force_devices: false,
             api_key: None,
+            require_key: false,
+            allowed_hosts: Vec::new(),
+            cors_origins: Vec::new(),
+            rate_limit_per_s: 500,
+            rate_limit_burst: 1000,
+            max_concurrent_requests: 512,
+            max_event_streams: 4096,
+            webhook_allowed_networks: Vec::new(),
+            webhook_retry_s: 5.0,
+            webhook_give_up_s: 3 * 24 * 60 * 60,
             http_workers: 2,
             max_concurrent_runs: 1,
             cache_max_bytes: 10 << 30,
@@ -72,11 +106,6 @@ pub enum ConfigError {
     /// The file named by `--config` is not there.
     #[error("settings file `{0}` does not exist")]
     MissingFile(PathBuf),
-    /// The service would be reachable from outside without a key.
-    #[error(
-        "`bind` is {0}, which others can reach: set `api_key` (LORASMITH_API_KEY), or bind to 127.0.0.1"
-    )]
-    OpenToOthers(SocketAddr),
     /// A number is out of range.
     #[error("`{name}` is {found}; expected {expected}")]
     OutOfRange {
@@ -129,9 +158,6 @@ impl Config {
     }
 
     fn check(self) -> Result<Self, ConfigError> {
-        if !self.bind.ip().is_loopback() && self.api_key.as_deref().unwrap_or_default().is_empty() {
-            return Err(ConfigError::OpenToOthers(self.bind));
-        }
         for (name, value) in [
             ("http_workers", self.http_workers),
             ("max_concurrent_runs", self.max_concurrent_runs),
@@ -141,6 +167,29 @@ impl Config {
                     name,
                     found: value.to_string(),
                     expected: "1 to 256",
+                });
+            }
+        }
+        if !(0.01..=3600.0).contains(&self.webhook_retry_s) {
+            return Err(ConfigError::OutOfRange {
+                name: "webhook_retry_s",
+                found: self.webhook_retry_s.to_string(),
+                expected: "0.01 to 3600",
+            });
+        }
+        if self.rate_limit_per_s > 0 && self.rate_limit_burst == 0 {
+            return Err(ConfigError::OutOfRange {
+                name: "rate_limit_burst",
+                found: "0".to_owned(),
+                expected: "1 or more, or `rate_limit_per_s` = 0 for no limit",
+            });
+        }
+        for origin in &self.cors_origins {
+            if !is_origin(origin) {
+                return Err(ConfigError::OutOfRange {
+                    name: "cors_origins",
+                    found: origin.clone(),
+                    expected: "`*`, or scheme, host and port such as `https://studio.example`",
                 });
             }
         }
@@ -158,26 +207,19 @@ impl Config {
     }
 }
 
+fn is_origin(text: &str) -> bool {
+    let host = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    text == "*"
+        || host.is_some_and(|host| {
+            !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_reachable_address_needs_a_key() {
-        let config = Config {
-            bind: "0.0.0.0:7870".parse().unwrap(),
-            ..Config::default()
-        };
-        assert!(matches!(
-            config.clone().check(),
-            Err(ConfigError::OpenToOthers(_))
-        ));
-        let with_key = Config {
-            api_key: Some("secret".to_owned()),
-            ..config
-        };
-        assert!(with_key.check().is_ok());
-    }
 
     #[test]
     fn an_unknown_name_in_the_file_is_refused() {
@@ -186,6 +228,23 @@ mod tests {
         std::fs::write(&file, "bnid = \"127.0.0.1:1\"\n").unwrap();
         let error = Config::load(Some(&file), &Overrides::default()).unwrap_err();
         assert!(error.to_string().contains("bnid"), "{error}");
+    }
+
+    #[test]
+    fn an_origin_has_no_path() {
+        for (origin, right) in [
+            ("*", true),
+            ("https://studio.example", true),
+            ("http://localhost:3000", true),
+            ("https://studio.example/", false),
+            ("studio.example", false),
+        ] {
+            let config = Config {
+                cors_origins: vec![origin.to_owned()],
+                ..Config::default()
+            };
+            assert_eq!(config.check().is_ok(), right, "{origin}");
+        }
     }
 
     #[test]

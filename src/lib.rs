@@ -15,11 +15,13 @@ pub mod training;
 pub mod plugin_host;
 pub mod store;
 
+pub mod access;
 pub mod bench;
 pub mod datasets;
 pub mod models;
 pub mod runs;
 pub mod verify;
+pub mod webhooks;
 
 pub mod api;
 pub mod app;
@@ -27,5 +29,6 @@ pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod doctor;
+pub mod key_commands;
 pub mod listing;
 pub mod telemetry;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use lorasmith::allocator::{self, LargeBlocks};
 use lorasmith::bench::{self, BenchOptions, Moment};
-use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, DoctorArgs, VerifyArgs};
+use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, DoctorArgs, OpenapiVersion, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
 use lorasmith::demo::{self, DemoOptions};
 use lorasmith::doctor::{self, DoctorOptions};
@@ -14,7 +14,7 @@ use lorasmith::plugin_host::PluginHost;
 use lorasmith::runs::WorkerEnd;
 use lorasmith::selfcheck::Remembered;
 use lorasmith::verify::{self, VerifyOptions};
-use lorasmith::{app, listing, telemetry};
+use lorasmith::{api, app, key_commands, listing, telemetry};
 
 /// The mascot counts as learned when the held-out loss has fallen to at most this part of the base's.
 const LEARNED: f64 = 0.5;
@@ -33,6 +33,14 @@ fn main() -> Result<ExitCode> {
     match cli.command {
         Command::Serve(args) => {
             app::serve(load(args.into())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Keys(args) => {
+            let overrides = Overrides {
+                data_dir: args.data_dir.clone(),
+                ..Overrides::default()
+            };
+            print!("{}", key_commands::run(&args, load(overrides)?)?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Worker(args) => {
@@ -73,8 +81,12 @@ fn main() -> Result<ExitCode> {
             };
             run_doctor(&args, &load(overrides)?)
         }
-        Command::Openapi => {
-            println!("{}", lorasmith::api::openapi().to_pretty_json()?);
+        Command::Openapi(args) => {
+            let document = match args.spec {
+                OpenapiVersion::V3_1 => api::openapi().to_pretty_json()?,
+                OpenapiVersion::V3_0 => serde_json::to_string_pretty(&api::openapi30())?,
+            };
+            println!("{document}");
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 18] = [
+const MAY_USE: [(&str, &[&str]); 20] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("diffusion", &["kernels"]),
@@ -18,6 +18,8 @@ const MAY_USE: [(&str, &[&str]); 18] = [
     ("plugin_host", &["training"]),
     ("store", &[]),
     ("datasets", &["store"]),
+    ("access", &["store"]),
+    ("webhooks", &["store"]),
     ("models", &["diffusion"]),
     (
         "runs",
@@ -36,6 +38,7 @@ const MAY_USE: [(&str, &[&str]); 18] = [
     (
         "api",
         &[
+            "access",
             "datasets",
             "runs",
             "models",
@@ -43,6 +46,7 @@ const MAY_USE: [(&str, &[&str]); 18] = [
             "store",
             "diffusion",
             "selfcheck",
+            "webhooks",
         ],
     ),
     (
@@ -59,7 +63,8 @@ const MAY_USE: [(&str, &[&str]); 18] = [
 ];
 
 /// Where a crate, or a word, may appear.
-const KNOWN_IN: [(&str, &[&str]); 8] = [
+const KNOWN_IN: [(&str, &[&str]); 9] = [
+    ("actix_cors", &["src/api/"]),
     ("actix_web", &["src/api/"]),
     ("utoipa", &["src/api/"]),
     ("multer", &["src/api/"]),

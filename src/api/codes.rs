@@ -36,6 +36,9 @@ codes! {
     MalformedBody = "malformed_body", 400, "The body could not be read";
     InvalidHeader = "invalid_header", 400, "A header has no usable value";
     Unauthorized = "unauthorized", 401, "An API key is needed";
+    MissingScope = "missing_scope", 403, "The API key does not allow this";
+    HostRefused = "host_refused", 403, "The service is not known under this name";
+    OriginRefused = "origin_refused", 403, "This web page may not call the service";
     NotFound = "not_found", 404, "There is nothing at this address";
     MethodNotAllowed = "method_not_allowed", 405, "The resource does not know this method";
     NotAcceptable = "not_acceptable", 406, "The answer cannot be given in the wanted form";
@@ -76,7 +79,13 @@ codes! {
     SchedulerNotFound = "scheduler_not_found", 422, "No loaded plugin offers this scheduler";
     LoraNotFound = "lora_not_found", 404, "There is no such LoRA";
 
+    // webhooks
+    WebhookNotFound = "webhook_not_found", 404, "There is no such webhook";
+    InvalidWebhook = "invalid_webhook", 422, "The webhook's description has a wrong value";
+
     // the service itself
+    TooManyRequests = "too_many_requests", 429, "More requests than allowed";
+    Overloaded = "overloaded", 503, "Too many requests at the same time";
     InternalError = "internal_error", 500, "The service has failed";
     NotReady = "not_ready", 503, "The service is not ready";
     StorageFull = "storage_full", 507, "The data folder is full";
@@ -92,6 +101,7 @@ impl Code {
     pub fn for_status(status: StatusCode) -> Code {
         match status {
             StatusCode::UNAUTHORIZED => Code::Unauthorized,
+            StatusCode::FORBIDDEN => Code::MissingScope,
             StatusCode::NOT_FOUND => Code::NotFound,
             StatusCode::METHOD_NOT_ALLOWED => Code::MethodNotAllowed,
             StatusCode::NOT_ACCEPTABLE => Code::NotAcceptable,
@@ -101,6 +111,7 @@ impl Code {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::UnsupportedMediaType,
             StatusCode::RANGE_NOT_SATISFIABLE => Code::RangeNotSatisfiable,
             StatusCode::UNPROCESSABLE_ENTITY => Code::InvalidBody,
+            StatusCode::TOO_MANY_REQUESTS => Code::TooManyRequests,
             StatusCode::SERVICE_UNAVAILABLE => Code::NotReady,
             status if status.is_client_error() => Code::BadRequest,
             _ => Code::InternalError,

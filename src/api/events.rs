@@ -1,4 +1,4 @@
-//! `/v1/runs/{run_id}/events`: what happens in a run, as server-sent events.
+//! `/v1/runs/{run_id}/events`: what happens in a run, as server-sent events or, by `Accept`, as JSON.
 //!
 //! Events are rows with numbers, so a client that comes back misses nothing, and a worker on another machine is heard
 //! as well as one on this.
@@ -10,13 +10,17 @@ use actix_web::http::header;
 use actix_web::web::{self, Bytes, Data};
 use actix_web::{HttpRequest, HttpResponse, get};
 use futures_util::stream;
-use serde::Deserialize;
-use utoipa::IntoParams;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use time::OffsetDateTime;
+use tokio::sync::OwnedSemaphorePermit;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::codes::Code;
 use super::extract::Query;
+use super::limits::Limits;
 use super::problem::{Problem, ProblemBody};
 use crate::runs::{RunError, RunService, state};
 use crate::store::Store;
@@ -26,6 +30,8 @@ use crate::store::runs::Event;
 const POLL: Duration = Duration::from_millis(250);
 /// After so long without an event a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// The longest that a list waits for an event.
+const MAX_WAIT_S: u64 = 30;
 /// Events read at once.
 const BATCH: u64 = 500;
 
@@ -41,6 +47,46 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 pub struct EventQuery {
     /// Only events after this number; `Last-Event-ID` wins over it.
     after: Option<u64>,
+    /// JSON only: how long an answer may wait for the next event, in seconds.
+    #[param(minimum = 0, maximum = 30, default = 0)]
+    wait: Option<u64>,
+}
+
+/// Something that has happened in a run.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "id": 7, "event": "state", "data": {"state": "running", "previous": "preparing", "attempt": 1},
+    "created_at": "2026-11-25T06:42:09.5Z"
+}))]
+pub struct RunEvent {
+    /// Its number within the run, from 1, without gaps.
+    pub id: u64,
+    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora` and others.
+    pub event: String,
+    /// What it says; depends on `event`.
+    #[schema(value_type = Object)]
+    pub data: Value,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+}
+
+/// Events in their order.
+#[derive(Serialize, ToSchema)]
+pub struct RunEvents {
+    pub data: Vec<RunEvent>,
+    /// Give it as `?after=` to get what comes later; `null` when the run has ended and everything was seen.
+    pub next_after: Option<u64>,
+}
+
+impl From<Event> for RunEvent {
+    fn from(event: Event) -> Self {
+        Self {
+            id: event.seq,
+            event: event.kind,
+            data: event.data,
+            created_at: event.created_at,
+        }
+    }
 }
 
 /// Follow a run.
@@ -48,6 +94,9 @@ pub struct EventQuery {
 /// Server-sent events: `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, each with JSON data and a
 /// number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
 /// comes back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
+///
+/// With `Accept: application/json` the answer is a list of at most 500 events after `?after=`. With `?wait=` it comes
+/// when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
 ///
 /// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
 /// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
@@ -61,8 +110,11 @@ pub struct EventQuery {
         ("Last-Event-ID" = Option<u64>, Header, description = "The number of the last event that was seen"),
     ),
     responses(
-        (status = 200, description = "The events", content_type = "text/event-stream", body = String),
-        (status = 204, description = "The run has ended and everything was seen"),
+        (status = 200, description = "The events", content(
+            (String = "text/event-stream", example = json!("id: 7\nevent: state\ndata: {\"state\":\"running\",\"previous\":\"preparing\",\"attempt\":1}\n\n")),
+            (RunEvents = "application/json"),
+        )),
+        (status = 204, description = "As a stream: the run has ended and everything was seen"),
         (status = 400, description = "`invalid_header`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
@@ -73,13 +125,30 @@ pub async fn stream_events(
     request: HttpRequest,
     runs: Data<RunService>,
     store: Data<Store>,
+    limits: Data<Limits>,
     id: web::Path<Uuid>,
     query: Query<EventQuery>,
 ) -> Result<HttpResponse, Problem> {
-    let last = last_event_id(&request)?
-        .or(query.into_inner().after)
-        .unwrap_or(0);
+    let EventQuery { after, wait } = query.into_inner();
+    let wait = wait.unwrap_or(0);
+    if wait > MAX_WAIT_S {
+        let message = format!("found {wait}, expected 0 to {MAX_WAIT_S}");
+        return Err(Problem::field(
+            Code::InvalidQuery,
+            "/wait",
+            "out_of_range",
+            message,
+        ));
+    }
+    let last = last_event_id(&request)?.or(after).unwrap_or(0);
+    let place = limits.stream()?;
     let run = runs.get(id.into_inner()).await?;
+    if wants_json(&request) {
+        let wait = Duration::from_secs(wait);
+        return Ok(HttpResponse::Ok()
+            .insert_header((header::CACHE_CONTROL, "no-store"))
+            .json(list_events(&store, run.id, last, wait).await?));
+    }
     let waiting = store
         .events(run.id, last, BATCH)
         .await
@@ -94,12 +163,47 @@ pub async fn stream_events(
         waiting: waiting.into(),
         silent_since: Instant::now(),
         greeted: false,
+        _place: place,
     };
     Ok(HttpResponse::Ok()
         .insert_header((header::CONTENT_TYPE, "text/event-stream"))
         .insert_header((header::CACHE_CONTROL, "no-store"))
         .insert_header(("x-accel-buffering", "no")) // proxies would hold events back
         .streaming(stream::try_unfold(subscription, Subscription::next)))
+}
+
+fn wants_json(request: &HttpRequest) -> bool {
+    let accept = request.headers().get(header::ACCEPT);
+    accept
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.starts_with("application/json"))
+}
+
+/// The events after `last`, or those that come within `wait`.
+async fn list_events(
+    store: &Store,
+    run_id: Uuid,
+    last: u64,
+    wait: Duration,
+) -> Result<RunEvents, Problem> {
+    let began = Instant::now();
+    loop {
+        // The state is read before the events: what a run's end has written is then among them.
+        let state = store.run_state(run_id).await.map_err(RunError::from)?;
+        let found = store.events(run_id, last, BATCH).await;
+        let found = found.map_err(RunError::from)?;
+        let ended = state::has_ended(state);
+        if found.is_empty() && !ended && began.elapsed() < wait {
+            tokio::time::sleep(POLL).await;
+            continue;
+        }
+        let whole = (found.len() as u64) < BATCH;
+        let newest = found.last().map_or(last, |event| event.seq);
+        return Ok(RunEvents {
+            data: found.into_iter().map(Into::into).collect(),
+            next_after: (!(ended && whole)).then_some(newest),
+        });
+    }
 }
 
 fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
@@ -125,6 +229,8 @@ struct Subscription {
     waiting: VecDeque<Event>,
     silent_since: Instant,
     greeted: bool,
+    /// Among the streams that may be open.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Subscription {

@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod codes;
+mod cors;
 pub mod datasets;
 pub mod decode;
 pub mod download;
@@ -9,21 +10,29 @@ pub mod events;
 pub mod extract;
 pub mod idempotency;
 pub mod images;
+pub mod limits;
 pub mod loras;
+pub mod metrics;
 pub mod middleware;
 pub mod models;
 pub mod multipart;
 pub mod openapi;
+pub mod openapi30;
+mod openapi_shared;
 pub mod operations;
+pub mod origin;
 pub mod page;
 pub mod patch;
 pub mod plugins;
 pub mod problem;
+pub mod run_logs;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
 pub mod uploads;
+pub mod webhooks;
 
+use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceFactory, ServiceRequest, ServiceResponse};
 use actix_web::http::header::{self, HeaderValue};
@@ -37,17 +46,19 @@ use utoipa_swagger_ui::SwaggerUi;
 pub use codes::Code;
 pub use extract::{Json, Query};
 pub use openapi::openapi;
+pub use openapi30::openapi30;
 pub use page::{Page, PageQuery, PageRequest};
 pub use patch::{MergePatch, check_if_match, etag};
 pub use problem::{FieldError, Problem, ProblemBody};
 
-use auth::ApiKey;
 use middleware::RequestSpan;
 use openapi::RouteTable;
+use openapi30::Document30;
 
 /// Every route of the API. A resource adds its own in its file.
 pub fn configure(config: &mut ServiceConfig<'_>) {
     config.configure(operations::routes);
+    config.configure(metrics::routes);
     config.service(scope::scope("/v1").configure(|config| {
         config
             .configure(models::routes)
@@ -56,17 +67,20 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(uploads::routes)
             .configure(runs::routes)
             .configure(events::routes)
+            .configure(run_logs::routes)
             .configure(loras::routes)
             .configure(plugins::routes)
+            .configure(webhooks::routes)
             .configure(operations::v1_routes);
     }));
 }
 
 /// The whole application: routes, documentation, errors, request ids, keys.
 ///
-/// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like.
+/// `services` registers what the handlers want as [`web::Data`]: `Store`, `DatasetService` and their like; and `Access`
+/// and `Origins`, without which nothing is answered. `cors` is of [`cors::cors`].
 pub fn app(
-    key: ApiKey,
+    cors: Cors,
     services: impl FnOnce(&mut web::ServiceConfig),
 ) -> App<
     impl ServiceFactory<
@@ -81,14 +95,18 @@ pub fn app(
     App::new()
         .configure(services)
         .app_data(extract::path_config())
-        .app_data(web::Data::new(key))
         .app_data(web::Data::new(RouteTable::new(&document)))
+        .app_data(web::Data::new(Document30::new()))
         .configure(|config| configure(&mut ServiceConfig::new(config)))
         .service(web::redirect("/docs", "/docs/"))
         .service(SwaggerUi::new("/docs/{_:.*}").url("/openapi.json", document))
+        .route("/openapi-3.0.json", web::get().to(openapi30::get_document))
         .default_service(web::to(no_route))
+        .wrap(from_fn(limits::guard))
         .wrap(from_fn(auth::guard))
+        .wrap(cors)
         .wrap(from_fn(middleware::finish))
+        .wrap(from_fn(metrics::count))
         .wrap(TracingLogger::<RequestSpan>::new())
 }
 

@@ -3,11 +3,13 @@
 use actix_web::http::Method;
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{Info, OpenApi, SecurityRequirement, Tag};
+use utoipa::openapi::{Info, OpenApi, Tag};
 use utoipa_actix_web::AppExt as _;
 
+use super::openapi_shared;
+
 /// Tags in the order of a first visit.
-const TAGS: [(&str, &str); 7] = [
+const TAGS: [(&str, &str); 8] = [
     ("models", "Base models found in the model folder"),
     (
         "datasets",
@@ -22,6 +24,10 @@ const TAGS: [(&str, &str); 7] = [
     (
         "plugins",
         "Optimizers and learning rate schedulers, and the plugins that bring them",
+    ),
+    (
+        "webhooks",
+        "Messages to other services when something happens",
     ),
     ("operations", "Health, version, devices"),
 ];
@@ -55,8 +61,10 @@ fn finish(mut document: OpenApi) -> OpenApi {
     let bearer = SecurityScheme::Http(
         HttpBuilder::new()
             .scheme(HttpAuthScheme::Bearer)
+            .bearer_format("lorasmith_…")
             .description(Some(
-                "Needed when the service has an `api_key`; always when others can reach it.",
+                "A key that `lorasmith keys create` has made. Needed when others can reach the service or when there are keys. \
+                 Scopes: `read`; `write`, which includes it; `admin`, which includes both.",
             ))
             .build(),
     );
@@ -64,14 +72,10 @@ fn finish(mut document: OpenApi) -> OpenApi {
         .components
         .get_or_insert_default()
         .add_security_scheme("api_key", bearer);
-    // either of them: a service on loopback has no key
-    document.security = Some(vec![
-        SecurityRequirement::default(),
-        SecurityRequirement::new("api_key", Vec::<String>::new()),
-    ]);
     for item in document.paths.paths.values_mut() {
         name_head(item);
     }
+    openapi_shared::complete(&mut document);
     document
 }
 
@@ -143,6 +147,21 @@ pub fn operations(item: &PathItem) -> Vec<(Method, &Operation)> {
     ]
     .into_iter()
     .filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
+    .collect()
+}
+
+/// The same, to be completed.
+pub fn operations_mut(item: &mut PathItem) -> Vec<(Method, &mut Operation)> {
+    [
+        (Method::GET, &mut item.get),
+        (Method::HEAD, &mut item.head),
+        (Method::POST, &mut item.post),
+        (Method::PUT, &mut item.put),
+        (Method::PATCH, &mut item.patch),
+        (Method::DELETE, &mut item.delete),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
     .collect()
 }
 

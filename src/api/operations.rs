@@ -28,6 +28,7 @@ pub fn v1_routes(config: &mut ServiceConfig<'_>) {
 
 /// A word that says all is well.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"status": "ok"}))]
 pub struct Health {
     /// `ok`
     pub status: &'static str,

@@ -77,6 +77,20 @@ states!(Queued Preparing Running Saving Cancelling Interrupted Succeeded Failed 
 
 /// A training run.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11", "name": "lumo", "state": "running",
+    "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "base_model_id": "6d2a1f8b0c9e4a57",
+    "device": "vulkan:0 (AMD Radeon RX 7900 XTX)", "attempt": 1, "phase": "training",
+    "progress": {"step": 120, "total_steps": 400, "epoch": 3, "total_epochs": 10, "loss_average": 0.1043,
+                 "steps_per_s": 1.9, "eta_s": 147.4, "memory_bytes": 4123456789u64},
+    "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
+    "finished_at": null,
+    "settings": {
+        "name": "lumo", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "base_model": "6d2a1f8b0c9e4a57",
+        "network": {"kind": "lora", "rank": 32, "alpha": 16.0}, "unet_lr": 1e-4, "text_encoder_lr": 5e-5,
+        "max_train_epochs": 10, "batch_size": 2, "resolution": {"width_px": 512, "height_px": 512}
+    }
+}))]
 pub struct Run {
     pub id: Uuid,
     pub name: String,
@@ -327,6 +341,10 @@ pub struct MetricQuery {
 
 /// One optimizer step; step 0 is the measurement before the first.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "step": 120, "epoch": 3, "loss": 0.0981, "loss_average": 0.1043, "validation_loss": null, "lr_unet": 1e-4,
+    "lr_text_encoder": 5e-5, "grad_norm": 0.41, "step_time_s": 0.52, "memory_bytes": 4123456789u64
+}))]
 pub struct MetricPoint {
     pub step: u64,
     pub epoch: u64,
@@ -361,7 +379,8 @@ pub struct MetricSeries {
     params(("run_id" = Uuid, Path), MetricQuery),
     responses(
         (status = 200, description = "The series", content(
-            (MetricSeries = "application/json"), (String = "text/csv"),
+            (MetricSeries = "application/json"),
+            (String = "text/csv", example = json!("step,epoch,loss,loss_average,validation_loss,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n120,3,0.0981,0.1043,,0.0001,0.00005,0.41,0.52,4123456789\n")),
         )),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
@@ -459,6 +478,12 @@ fn csv(points: &[MetricPoint]) -> String {
 
 /// A preview picture.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "id": "019a9c1f-5a00-7c30-a4b2-3d1f2f6f0a11", "run_id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11", "step": 200,
+    "prompt_index": 0, "prompt": "lumo, blue background", "seed": 1, "width_px": 512, "height_px": 512,
+    "size_bytes": 412345, "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+    "created_at": "2026-11-25T06:44:00Z"
+}))]
 pub struct Sample {
     pub id: Uuid,
     pub run_id: Uuid,

@@ -9,13 +9,18 @@ use actix_web::HttpServer;
 use actix_web::dev::{Server, ServerHandle};
 use actix_web::web::Data;
 
-use super::auth::ApiKey;
+use super::limits::Limits;
+use super::metrics::HttpMetrics;
+use super::origin::Origins;
+use super::run_logs::LogFolder;
+use crate::access::Access;
 use crate::datasets::DatasetService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::PluginHost;
 use crate::runs::RunService;
 use crate::selfcheck::Remembered;
 use crate::store::Store;
+use crate::webhooks::WebhookService;
 
 /// How long open connections have to finish when the service ends, in seconds.
 const SHUTDOWN_S: u64 = 5;
@@ -23,6 +28,16 @@ const SHUTDOWN_S: u64 = 5;
 /// What the handlers work with.
 #[derive(Clone)]
 pub struct Services {
+    /// Who may call.
+    pub access: Access,
+    /// From where, when nobody needs a key.
+    pub origins: Origins,
+    /// How much at once.
+    pub limits: Limits,
+    /// What is counted of requests.
+    pub metrics: HttpMetrics,
+    /// Where workers write.
+    pub logs: LogFolder,
     /// Rows and blobs.
     pub store: Store,
     /// Datasets.
@@ -33,6 +48,8 @@ pub struct Services {
     pub runs: RunService,
     /// Plugins.
     pub plugins: Arc<PluginHost>,
+    /// Webhooks.
+    pub webhooks: WebhookService,
     /// What is known of devices.
     pub self_checks: Remembered,
 }
@@ -60,20 +77,22 @@ impl HttpService {
     ///
     /// # Errors
     /// When the address is taken.
-    pub fn listen(
-        address: SocketAddr,
-        threads: usize,
-        key: ApiKey,
-        services: Services,
-    ) -> io::Result<Self> {
+    pub fn listen(address: SocketAddr, threads: usize, services: Services) -> io::Result<Self> {
         let server = HttpServer::new(move || {
             let services = services.clone();
-            super::app(key.clone(), move |app| {
-                app.app_data(Data::new(services.store))
+            let cors = super::cors::cors(&services.origins.pages);
+            super::app(cors, move |app| {
+                app.app_data(Data::new(services.access))
+                    .app_data(Data::new(services.limits))
+                    .app_data(Data::new(services.origins))
+                    .app_data(Data::new(services.metrics))
+                    .app_data(Data::new(services.logs))
+                    .app_data(Data::new(services.store))
                     .app_data(Data::new(services.datasets))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))
                     .app_data(Data::from(services.plugins))
+                    .app_data(Data::new(services.webhooks))
                     .app_data(Data::new(services.self_checks));
             })
         })

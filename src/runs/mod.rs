@@ -1,6 +1,6 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
-mod memory;
+pub mod memory;
 mod reporter;
 pub mod service;
 pub mod spec;

@@ -3,13 +3,16 @@
 //! Several processes share one database: the server and one worker per run. Every transaction that writes takes the
 //! write lock when it begins, so that none has to be tried again half-way.
 
+pub mod api_keys;
 pub mod blobs;
 pub mod datasets;
+mod gauges;
 pub mod idempotency;
 pub mod loras;
 mod rows;
 pub mod runs;
 mod sweep;
+pub mod webhooks;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

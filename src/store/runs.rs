@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::rows::{run, run_event};
-use super::{Store, StoreError, now_ms, time_of};
+use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Lease, NewLora, Progress, WorkerReport};
 pub use records::{Event, Metric, NewSample, Sample};
@@ -392,9 +392,10 @@ async fn append(
         .into_tuple()
         .one(transaction)
         .await?;
+    let seq = last.flatten().unwrap_or(0) + 1;
     let event = run_event::ActiveModel {
         run_id: Set(run_id),
-        seq: Set(last.flatten().unwrap_or(0) + 1),
+        seq: Set(seq),
         kind: Set(kind.to_owned()),
         data: Set(data.to_string()),
         created_at_ms: Set(now_ms()),
@@ -402,7 +403,7 @@ async fn append(
     run_event::Entity::insert(event)
         .exec_without_returning(transaction)
         .await?;
-    Ok(())
+    webhooks::enqueue(transaction, run_id, seq, kind, data).await
 }
 
 fn words(states: &[RunState]) -> Vec<&'static str> {

@@ -1,8 +1,11 @@
 //! The REST API as a client sees it: the real application on a port, a database file, requests over TCP.
 
+mod auth;
 mod datasets;
 mod images;
+mod limits;
 mod openapi;
 mod operations;
 mod support;
 mod uploads;
+mod webhooks;

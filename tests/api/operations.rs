@@ -1,4 +1,4 @@
-//! `/v1/devices`.
+//! `/v1/devices` and `/metrics`.
 
 use serde_json::{Value, json};
 
@@ -15,4 +15,28 @@ fn devices_tell_what_is_remembered_of_them() {
     for device in devices {
         assert_eq!(device["self_check"], unknown, "{device}");
     }
+}
+
+#[test]
+fn metrics_count_requests_and_runs() {
+    let service = Service::start();
+    service.get("/v1/runs").expect(200);
+    service.get("/v1/runs/019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11");
+    service.get("/nothing/at/all");
+    let answer = service.get("/metrics");
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), "text/plain; version=0.0.4");
+    let text = String::from_utf8(answer.bytes).expect("UTF-8");
+    for line in [
+        "lorasmith_http_requests_total{method=\"GET\",route=\"/v1/runs\",status=\"200\"} 1",
+        "lorasmith_http_requests_total{method=\"GET\",route=\"/v1/runs/{run_id}\",status=\"404\"} 1",
+        "lorasmith_http_requests_total{method=\"GET\",route=\"none\",status=\"404\"} 1",
+        "lorasmith_http_request_duration_seconds_count{method=\"GET\",route=\"/v1/runs\"} 1",
+        "lorasmith_runs{state=\"running\"} 0",
+        "lorasmith_queue_length 0",
+        "lorasmith_webhook_deliveries{state=\"pending\"} 0",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    assert!(text.contains("process_resident_memory_bytes "), "{text}");
 }

@@ -2,6 +2,7 @@
 
 use std::io::{Cursor, Write as _};
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use lorasmith::app;
 use lorasmith::config::Config;
@@ -9,12 +10,23 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use ureq::http::{HeaderMap, Request, Response};
 
+/// The usual settings of a service in a folder.
+pub fn config_in(folder: &Path) -> Config {
+    Config {
+        bind: (Ipv4Addr::LOCALHOST, 0).into(),
+        data_dir: folder.join("data"),
+        models_dir: folder.join("models"),
+        http_workers: 1,
+        ..Config::default()
+    }
+}
+
 /// A running service; it stops when this is dropped.
 pub struct Service {
     base: String,
     agent: ureq::Agent,
     running: Option<app::Service>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// An answer, read to its end.
@@ -68,15 +80,26 @@ impl Answer {
 
 impl Service {
     pub fn start() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let running = app::Service::start_in_background(Config {
-            bind: (Ipv4Addr::LOCALHOST, 0).into(),
-            data_dir: folder.path().join("data"),
-            models_dir: folder.path().join("models"),
-            http_workers: 1,
-            ..Config::default()
-        });
-        let running = running.expect("a service that starts");
+        Self::start_with(|_| {})
+    }
+
+    /// With other settings than the usual ones.
+    pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(tempfile::tempdir().expect("a folder"), change)
+    }
+
+    /// Ends it and starts another one on its folder.
+    pub fn restart_with(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        let running = self.running.take().expect("a running service");
+        running.stop().expect("an end");
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a folder"));
+        Self::start_in(folder, change)
+    }
+
+    fn start_in(folder: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = config_in(folder.path());
+        change(&mut config);
+        let running = app::Service::start_in_background(config).expect("a service that starts");
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_idle_connections(0) // the service would wait for them at its end
@@ -85,7 +108,7 @@ impl Service {
             base: format!("http://{}", running.address()),
             agent: config.new_agent(),
             running: Some(running),
-            _folder: folder,
+            folder,
         }
     }
 

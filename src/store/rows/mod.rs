@@ -1,5 +1,6 @@
 //! One file per table, as the migrations made it. Nothing outside of the store sees these types.
 
+pub mod api_key;
 pub mod dataset;
 pub mod idempotency_key;
 pub mod image;
@@ -9,3 +10,5 @@ pub mod run_event;
 pub mod run_metric;
 pub mod run_sample;
 pub mod subset;
+pub mod webhook;
+pub mod webhook_delivery;
