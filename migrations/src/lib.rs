@@ -2,6 +2,7 @@
 
 mod m20261101_000001_datasets;
 mod m20261101_000002_runs;
+mod m20261125_000003_resume;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -15,6 +16,7 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(m20261101_000001_datasets::Migration),
             Box::new(m20261101_000002_runs::Migration),
+            Box::new(m20261125_000003_resume::Migration),
         ]
     }
 }

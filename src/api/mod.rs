@@ -19,6 +19,7 @@ pub mod page;
 pub mod patch;
 pub mod plugins;
 pub mod problem;
+pub mod run_actions;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
@@ -55,6 +56,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(runs::routes)
+            .configure(run_actions::routes)
             .configure(events::routes)
             .configure(loras::routes)
             .configure(plugins::routes)

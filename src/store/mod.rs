@@ -21,6 +21,7 @@ use sea_orm::{
     SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
 };
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 pub use blobs::{Blobs, StoredBlob, Swept};
 
@@ -82,6 +83,19 @@ impl From<DbErr> for StoreError {
 }
 
 impl StoreError {
+    /// Whether there is no room left where the data is.
+    pub fn is_storage_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_storage_full(source),
+            // SQLITE_FULL; of Postgres, 53100.
+            Self::Database(error) => {
+                let text = error.to_string();
+                text.contains("database or disk is full") || text.contains("No space left")
+            }
+            _ => false,
+        }
+    }
+
     fn io(path: &Path, source: std::io::Error) -> Self {
         Self::Io {
             path: path.to_owned(),
@@ -95,6 +109,7 @@ impl StoreError {
 pub struct Store {
     db: DatabaseConnection,
     blobs: Blobs,
+    data_dir: PathBuf,
 }
 
 impl Store {
@@ -118,12 +133,26 @@ impl Store {
             });
         let db = Database::connect(options).await?;
         Migrator::up(&db, None).await?;
-        Ok(Self { db, blobs })
+        Ok(Self {
+            db,
+            blobs,
+            data_dir: data_dir.to_owned(),
+        })
     }
 
     /// The files.
     pub fn blobs(&self) -> &Blobs {
         &self.blobs
+    }
+
+    /// Where everything is but a database that is elsewhere.
+    pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// What a run has on disk besides blobs: resume points, and files that are being written.
+    pub fn run_folder(&self, run: Uuid) -> PathBuf {
+        self.data_dir.join("runs").join(run.to_string())
     }
 
     /// Whether the database answers.
@@ -142,6 +171,15 @@ impl Store {
         };
         Ok(self.db.begin_with_options(options).await?)
     }
+}
+
+/// Whether the system has said that there is no room left.
+pub fn is_storage_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+    )
 }
 
 /// Now, as rows hold it.

@@ -9,6 +9,7 @@ use crate::networks::{Leaves, LoraNetwork};
 use crate::training::TrainError;
 use crate::training::objective::{Objective, weighted_mse};
 use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
+use crate::training::resume::Parts;
 use crate::training::settings::TrainSettings;
 
 /// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
@@ -137,6 +138,20 @@ impl<'a> Trainer<'a> {
     /// Optimizer steps done.
     pub fn steps_done(&self) -> u64 {
         self.step
+    }
+
+    /// Everything here that a resume point holds.
+    pub fn resumable(&mut self) -> Parts<'_> {
+        vec![
+            ("adapters", &mut *self.network),
+            ("optimizer", &mut self.optimizer),
+        ]
+    }
+
+    /// Goes on after so many steps, with what [`resumable`](Self::resumable) parts have taken up.
+    pub fn resume_at(&mut self, step: u64) {
+        self.step = step;
+        self.network.attach(self.model, false);
     }
 
     /// What the UNet learns to predict.
