@@ -31,7 +31,6 @@ fn columns() -> Vec<ColumnDef> {
         string_null("worker_host"),
         uuid_null("continued_from"),
         zero("priority"),
-        no("held"),
     ]
 }
 

@@ -127,8 +127,6 @@ pub struct Run {
     pub continued_from: Option<Uuid>,
     /// Higher goes first.
     pub priority: i32,
-    /// Whether the queue passes it over.
-    pub held: bool,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -260,7 +258,6 @@ impl Store {
             stalls: Set(0),
             continued_from: Set(new.continued_from),
             priority: Set(new.priority),
-            held: Set(false),
             ..Default::default()
         };
         let transaction = self.begin().await?;
@@ -568,7 +565,6 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         }),
         continued_from: row.continued_from,
         priority: row.priority,
-        held: row.held,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

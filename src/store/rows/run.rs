@@ -49,7 +49,6 @@ pub struct Model {
     pub worker_host: Option<String>,
     pub continued_from: Option<Uuid>,
     pub priority: i32,
-    pub held: bool,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
