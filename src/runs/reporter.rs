@@ -202,6 +202,7 @@ impl Reporter {
     fn send(&mut self, message: Message) {
         if let Some(sender) = &self.sender
             && sender.send(message).is_err()
+            && !self.stop.is_storage_full()
         {
             self.stop.lost.store(true, Ordering::Relaxed);
         }

@@ -216,8 +216,8 @@ async fn leave(
     let (to, failure, end) = match &ending {
         None => (RunState::Succeeded, None, WorkerEnd::Succeeded),
         Some(Ending::Failed(failure)) => (RunState::Failed, Some(failure), WorkerEnd::Failed),
-        Some(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
         Some(Ending::StorageFull(_)) => (RunState::Interrupted, None, WorkerEnd::StorageFull),
+        Some(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
         Some(Ending::Stopped) if stop.is_cancelled() => {
             (RunState::Cancelled, None, WorkerEnd::Cancelled)
         }

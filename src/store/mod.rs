@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lorasmith_migrations::{Migrator, MigratorTrait as _};
+use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbErr, SqlErr,
@@ -130,6 +131,15 @@ impl Store {
                     .journal_mode(SqliteJournalMode::Wal)
                     .synchronous(SqliteSynchronous::Full) // an answered request survives a power cut
                     .busy_timeout(BUSY_TIMEOUT)
+            })
+            .map_sqlx_sqlite_pool_opts(|pool| {
+                // A commit that fails for want of room leaves its transaction open, and with it the write lock.
+                pool.after_release(|connection, _| {
+                    Box::pin(async move {
+                        connection.ping().await?; // what was asked of it before is done now
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
             });
         let db = Database::connect(options).await?;
         Migrator::up(&db, None).await?;
