@@ -1,5 +1,6 @@
 //! The service put together: store, plugins, runs and API. The only module that sees all of them.
 
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -102,6 +103,7 @@ pub fn serve(config: Config) -> Result<()> {
 /// The whole life of a service.
 async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
     let config = with_absolute_paths(config)?;
+    let _alone = OneServer::begin(&config.data_dir)?;
     let store = open_store(&config).await?;
     let access = open_access(&config, &store).await?;
     store.blobs().clear_scratch()?;
@@ -153,7 +155,8 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
     let sender = tokio::spawn(message_sender(&config, &store, send).run());
-    let sweeper = tokio::spawn(sweep(store));
+    let extendable = Duration::from_secs(config.extendable_days.saturating_mul(24 * 60 * 60));
+    let sweeper = tokio::spawn(sweep(store, extendable));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
@@ -192,8 +195,8 @@ fn message_sender(config: &Config, store: &Store, wake: Arc<Notify>) -> Sender {
     Sender::new(store.clone(), settings, wake)
 }
 
-/// Removes what deleted datasets, images and earlier attempts of runs have left, in the background.
-async fn sweep(store: Store) {
+/// Removes what deleted datasets, images and ended runs have left, in the background.
+async fn sweep(store: Store, extendable: Duration) {
     let mut period = tokio::time::interval(SWEEP_PERIOD);
     loop {
         period.tick().await; // the first one is now
@@ -207,6 +210,48 @@ async fn sweep(store: Store) {
             }
             Err(error) => tracing::error!(%error, "removing blobs that no row names"),
         }
+        if let Err(error) = crate::runs::sweep_folders(&store, extendable).await {
+            tracing::error!(%error, "removing the folders of ended runs");
+        }
+    }
+}
+
+/// The right to be the only server of a data folder; it ends with the process.
+struct OneServer {
+    _lock: File,
+}
+
+impl OneServer {
+    fn begin(data_dir: &Path) -> Result<Self> {
+        let path = data_dir.join("server.lock");
+        let mut options = File::options();
+        let opened = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path);
+        let lock = opened.with_context(|| format!("opening {}", path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                // The pid is in a file of its own: some systems let nobody read a locked one.
+                let pid = std::fs::read_to_string(path.with_extension("pid")).unwrap_or_default();
+                bail!(
+                    "another server (process {}) already uses the data folder {}: stop it, or choose another folder \
+                     with --data-dir",
+                    pid.trim(),
+                    data_dir.display()
+                );
+            }
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!(%error, "the data folder cannot be locked: take care that it has one server only");
+            }
+        }
+        let pid = std::process::id().to_string();
+        std::fs::write(path.with_extension("pid"), pid)
+            .with_context(|| format!("writing to {}", data_dir.display()))?;
+        Ok(Self { _lock: lock })
     }
 }
 
@@ -305,6 +350,7 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         removed: vec!["LORASMITH_API_KEY".to_owned()],
         log_dir: config.data_dir.join("logs"),
         max_workers: config.max_concurrent_runs,
+        farewell: Duration::from_secs(config.shutdown_grace_s),
     })
 }
 

@@ -66,6 +66,10 @@ pub struct Config {
     /// Most bytes that latents and states of captions take in `data_dir/cache`, so that later runs need not compute
     /// them again; checked when a run begins. 0 switches the cache off.
     pub cache_max_bytes: u64,
+    /// Seconds that workers have to keep their runs and leave when the service is stopped.
+    pub shutdown_grace_s: u64,
+    /// Days for which a succeeded run can be made longer; its resume point takes room until then.
+    pub extendable_days: u64,
 }
 
 impl Default for Config {
@@ -93,6 +97,8 @@ impl Default for Config {
             http_workers: 2,
             max_concurrent_runs: 1,
             cache_max_bytes: 10 << 30,
+            shutdown_grace_s: 30,
+            extendable_days: 7,
         }
     }
 }

@@ -11,7 +11,7 @@ use lorasmith::config::{Config, Overrides};
 use lorasmith::demo::{self, DemoOptions};
 use lorasmith::doctor::{self, DoctorOptions};
 use lorasmith::plugin_host::PluginHost;
-use lorasmith::runs::WorkerEnd;
+use lorasmith::runs::{STORAGE_FULL, WorkerEnd};
 use lorasmith::selfcheck::Remembered;
 use lorasmith::verify::{self, VerifyOptions};
 use lorasmith::{api, app, key_commands, listing, telemetry};
@@ -48,9 +48,11 @@ fn main() -> Result<ExitCode> {
             let end = app::work(load(Overrides::default())?, args.run)?;
             Ok(match end {
                 WorkerEnd::Failed => ExitCode::FAILURE,
+                WorkerEnd::StorageFull => ExitCode::from(STORAGE_FULL),
                 WorkerEnd::Succeeded
                 | WorkerEnd::Cancelled
                 | WorkerEnd::NotOurs
+                | WorkerEnd::Paused
                 | WorkerEnd::Released => ExitCode::SUCCESS,
             })
         }

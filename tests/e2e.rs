@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use lorasmith::demo::{self, DemoOptions};
@@ -49,12 +50,19 @@ struct Server {
 
 impl Server {
     fn start(data: &Path) -> Self {
+        Self::start_with(data, &root().join("examples/demo"))
+    }
+
+    /// With base models of another folder.
+    fn start_with(data: &Path, models: &Path) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
             .args(["serve", "--bind", "127.0.0.1:0", "--device", "cpu"])
             .arg("--data-dir")
             .arg(data)
             .arg("--models-dir")
-            .arg(root().join("examples/demo"))
+            .arg(models)
+            // Two runs of the same settings then write the same file, time and all.
+            .env("SOURCE_DATE_EPOCH", "1700000000")
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -84,8 +92,8 @@ impl Server {
         answer.body_mut().read_json().expect("JSON")
     }
 
-    /// A dataset of three pictures and a run on it.
-    fn start_run(&self, steps: u64) -> String {
+    /// A dataset of three pictures.
+    fn make_dataset(&self) -> String {
         let dataset = self.post("/v1/datasets", &json!({"name": "lumo"}));
         let id = dataset["id"].as_str().expect("an id");
         let mut body = Vec::new();
@@ -104,15 +112,49 @@ impl Server {
             .header("content-type", "multipart/form-data; boundary=x")
             .send(&body)
             .expect("an upload");
-        let run = self.post(
-            "/v1/runs",
-            &json!({
-                "name": "crash", "dataset_id": id, "base_model": "base", "max_train_steps": steps,
-                "network": {"rank": 4, "alpha": 4.0}, "resolution": {"width_px": 64, "height_px": 64},
-                "buckets": {"enabled": false, "min_px": 32, "max_px": 128, "step_px": 16},
-            }),
-        );
+        id.to_owned()
+    }
+
+    /// A dataset of three pictures and a run on it.
+    fn start_run(&self, steps: u64) -> String {
+        let dataset = self.make_dataset();
+        self.start_run_on(&dataset, steps, &json!({}))
+    }
+
+    /// A run with other settings than the rest.
+    fn start_run_on(&self, dataset: &str, steps: u64, more: &Value) -> String {
+        let mut settings = json!({
+            "name": "crash", "dataset_id": dataset, "base_model": "base", "max_train_steps": steps,
+            "network": {"rank": 4, "alpha": 4.0}, "resolution": {"width_px": 64, "height_px": 64},
+            "buckets": {"enabled": false, "min_px": 32, "max_px": 128, "step_px": 16},
+        });
+        for (name, value) in more.as_object().expect("settings") {
+            settings[name] = value.clone();
+        }
+        let run = self.post("/v1/runs", &settings);
         run["id"].as_str().expect("an id").to_owned()
+    }
+
+    fn act(&self, run: &str, action: &str) -> Value {
+        self.post(&format!("/v1/runs/{run}/{action}"), &json!({}))
+    }
+
+    /// Step and loss of the whole run.
+    fn losses(&self, run: &str) -> Vec<(u64, f64)> {
+        let series = self.get(&format!("/v1/runs/{run}/metrics"));
+        let points = series["data"].as_array().expect("points");
+        let losses = points.iter().filter_map(|point| {
+            let loss = point["loss"].as_f64()?;
+            Some((point["step"].as_u64()?, loss))
+        });
+        losses.collect()
+    }
+
+    /// SHA-256 of the result.
+    fn result(&self, run: &Value) -> String {
+        let id = run["lora_id"].as_str().expect("a LoRA");
+        let lora = self.get(&format!("/v1/loras/{id}"));
+        lora["sha256"].as_str().expect("a digest").to_owned()
     }
 
     fn wait(&self, run: &str, what: &str, done: impl Fn(&Value) -> bool) -> Value {
@@ -161,20 +203,272 @@ fn kill_worker(run: &str) {
     assert!(status.expect("pkill").success(), "there is no worker");
 }
 
+/// Whether the run's worker was there to be killed.
+fn try_to_kill_worker(run: &str) -> bool {
+    let status = Command::new("pkill")
+        .args(["-9", "-f", &format!("worker --run {run}")])
+        .status();
+    status.expect("pkill").success()
+}
+
 #[test]
-fn a_killed_worker_is_started_once_more_and_then_given_up() {
+fn a_run_whose_workers_do_not_come_further_is_given_up() {
     let folder = tempfile::tempdir().expect("a folder");
     let server = Server::start(folder.path());
     let run = server.start_run(100_000);
-    server.wait(&run, "in mid-run", in_mid_run);
-    kill_worker(&run);
-    let again = server.wait(&run, "begun again", |run| {
-        run["attempt"] == 2 && in_mid_run(run)
+    server.wait(&run, "in mid-run", |run| {
+        run["progress"]["step"].as_u64() >= Some(10)
     });
-    assert_eq!(again["error"], Value::Null);
     kill_worker(&run);
+    for attempt in 2..=4 {
+        let again = server.wait(&run, "begun again", |run| run["attempt"] == attempt);
+        assert_eq!(again["error"], Value::Null);
+        kill_worker(&run);
+    }
     let end = server.wait(&run, "failed", |run| run["state"] == "failed");
     assert_eq!(end["error"]["code"], "worker_lost", "{end}");
+    let message = end["error"]["message"].as_str().expect("words");
+    for part in ["SIGKILL", "gone on with 3 times", "GiB", "batch_size"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn a_paused_run_gives_back_its_device_and_goes_on_exactly() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = Server::start(folder.path());
+    let dataset = server.make_dataset();
+    let settings = json!({"samples": {"prompts": [{"prompt": "lumo", "width_px": 64, "height_px": 64, "steps": 2}]}});
+    let whole = server.start_run_on(&dataset, 60, &settings);
+    let ended = server.wait(&whole, "succeeded", |run| run["state"] == "succeeded");
+
+    let run = server.start_run_on(&dataset, 60, &settings);
+    server.wait(&run, "in mid-run", in_mid_run);
+    server.act(&run, "save");
+    server.act(&run, "sample");
+    server.wait(&run, "saved", |_| {
+        let loras = server.get(&format!("/v1/loras?run_id={run}"));
+        loras["data"]
+            .as_array()
+            .is_some_and(|loras| !loras.is_empty())
+    });
+    server.act(&run, "pause");
+    server.act(&run, "pause");
+    let paused = server.wait(&run, "paused", |run| run["state"] == "paused");
+    assert_eq!(
+        paused["resumable_step"], paused["progress"]["step"],
+        "{paused}"
+    );
+    assert!(!try_to_kill_worker(&run), "it has given back the device");
+    // Another service may go on with it.
+    server.kill();
+    let server = Server::start(folder.path());
+    server.act(&run, "resume");
+    let end = server.wait(&run, "succeeded", |run| run["state"] == "succeeded");
+    assert_eq!(end["attempt"], 2);
+    assert_eq!(server.losses(&run), server.losses(&whole));
+    assert_eq!(server.result(&end), server.result(&ended));
+    let samples = server.get(&format!("/v1/runs/{run}/samples"));
+    assert_eq!(samples["data"].as_array().expect("samples").len(), 2);
+
+    // A run that has ended can be made longer, as another one.
+    let longer = server.post(&format!("/v1/runs/{run}/extend"), &json!({"steps": 10}));
+    assert_eq!(longer["continued_from"], run.as_str());
+    let longer = longer["id"].as_str().expect("an id");
+    let end = server.wait(longer, "succeeded", |run| run["state"] == "succeeded");
+    assert_eq!(end["progress"]["step"], 70);
+    let steps: Vec<u64> = server
+        .losses(longer)
+        .iter()
+        .map(|(step, _)| *step)
+        .collect();
+    assert_eq!(steps, (61..=70).collect::<Vec<u64>>());
+}
+
+#[test]
+fn a_data_folder_has_one_server() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = Server::start(folder.path());
+    let second = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
+        .args(["serve", "--bind", "127.0.0.1:0", "--data-dir"])
+        .arg(folder.path())
+        .output()
+        .expect("the program");
+    assert!(!second.status.success());
+    let message = String::from_utf8_lossy(&second.stderr).into_owned();
+    let pid = format!("process {}", server.process.id());
+    assert!(message.contains(&pid), "{message}");
+    server.kill();
+    drop(Server::start(folder.path()));
+}
+
+/// Five kills, seeded.
+#[test]
+#[cfg(unix)]
+fn a_run_survives_kills_to_the_bit() {
+    survive(5, 10.0, 1);
+}
+
+/// The same for long: `cargo test --release --test e2e -- --ignored hundred`.
+#[test]
+#[cfg(unix)]
+#[ignore = "takes several minutes"]
+fn a_run_survives_a_hundred_kills_to_the_bit() {
+    survive(100, 200.0, 2);
+}
+
+/// What a client has heard: number, kind and data of each event.
+type Heard = Vec<(u64, String, Value)>;
+
+/// Kills the worker, or the server, of a run of so many seconds at random moments, and compares what comes out with a
+/// run that was left alone.
+#[cfg(unix)]
+fn survive(kills: usize, seconds: f64, seed: u64) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let models = root().join("tests/fixtures/tiny-sd15");
+    let start = || Server::start_with(folder.path(), &models);
+    let server = start();
+    let dataset = server.make_dataset();
+    let images = server.get(&format!("/v1/datasets/{dataset}/images"));
+    let tiny = json!({"base_model": "tiny-sd15-ldm"});
+    let probe = server.start_run_on(&dataset, 8, &tiny);
+    server.wait(&probe, "succeeded", |run| run["state"] == "succeeded");
+    let series = server.get(&format!("/v1/runs/{probe}/metrics"));
+    let step_s = series["data"][7]["step_time_s"].as_f64().expect("a time");
+    let steps = ((seconds / step_s) as u64).clamp(30, 20_000);
+    let settings = json!({
+        "base_model": "tiny-sd15-ldm", "resume": {"every_n_steps": (steps / (4 * kills as u64)).max(1)},
+        "save": {"every_n_steps": steps / 3 + 1},
+        "validation": {"image_ids": [images["data"][2]["id"]], "every_n_steps": 20},
+    });
+    let whole = server.start_run_on(&dataset, steps, &settings);
+    let ended = server.wait(&whole, "succeeded", |run| run["state"] == "succeeded");
+    let (expected, expected_losses) = (server.result(&ended), server.losses(&whole));
+
+    let run = server.start_run_on(&dataset, steps, &settings);
+    let base = Arc::new(Mutex::new(server.base.clone()));
+    let listener = {
+        let (base, run) = (base.clone(), run.clone());
+        std::thread::spawn(move || listen(&base, &run))
+    };
+    let mut random = Random(seed);
+    let mut server = Some(server);
+    let mut done = 0;
+    while done < kills {
+        std::thread::sleep(Duration::from_millis(100 + random.below(900)));
+        let alive = server.take().expect("a server");
+        let state = alive.get(&format!("/v1/runs/{run}"))["state"].clone();
+        if state == "succeeded" || state == "failed" {
+            server = Some(alive);
+            break;
+        }
+        let (kills_server, kills_worker) = (random.below(3) == 0, random.below(3) != 0);
+        if kills_worker && try_to_kill_worker(&run) {
+            done += 1;
+        }
+        server = Some(if kills_server {
+            done += 1;
+            alive.kill();
+            let next = start();
+            next.base.clone_into(&mut base.lock().expect("no panic"));
+            next
+        } else {
+            alive
+        });
+    }
+    assert!(
+        2 * done >= kills,
+        "only {done} of {kills} kills: the run is too short"
+    );
+    let server = server.expect("a server");
+    let end = server.wait(&run, "at its end", |run| {
+        run["state"] == "succeeded" || run["state"] == "failed"
+    });
+    assert_eq!(end["state"], "succeeded", "{end}");
+    assert_eq!(server.losses(&run), expected_losses);
+    assert_eq!(server.result(&end), expected, "another file");
+    check(&listener.join().expect("a listener"), steps);
+    assert!(!try_to_kill_worker(&run));
+}
+
+/// Every event once and in order, and everything that was done told once.
+#[cfg(unix)]
+fn check(heard: &Heard, steps: u64) {
+    let numbers: Vec<u64> = heard.iter().map(|(number, ..)| *number).collect();
+    assert_eq!(numbers, (1..=heard.len() as u64).collect::<Vec<u64>>());
+    let of = |wanted: &str, field: &str| -> Vec<Value> {
+        let events = heard.iter().filter(|(_, kind, _)| kind == wanted);
+        events.map(|(.., data)| data[field].clone()).collect()
+    };
+    let told: Vec<u64> = of("progress", "step")
+        .iter()
+        .filter_map(Value::as_u64)
+        .collect();
+    assert!(told.is_sorted_by(|a, b| a < b), "{told:?}");
+    assert_eq!(told.last(), Some(&steps));
+    let mut measured: Vec<u64> = (0..steps).step_by(20).collect();
+    measured.push(steps);
+    assert_eq!(
+        of("validation", "step"),
+        measured.iter().map(|step| json!(step)).collect::<Vec<_>>()
+    );
+    let mut files = of("lora", "file_name");
+    let all = files.len();
+    files.dedup();
+    assert_eq!((files.len(), all), (3, 3), "{files:?}");
+    assert_eq!(heard.last().expect("events").2["state"], "succeeded");
+}
+
+/// Follows a run to its end, through any number of servers.
+#[cfg(unix)]
+fn listen(base: &Mutex<String>, run: &str) -> Heard {
+    let mut heard = Heard::new();
+    let began = Instant::now();
+    while began.elapsed() < 10 * PATIENCE {
+        let url = format!("{}/v1/runs/{run}/events", base.lock().expect("no panic"));
+        let last = heard.last().map_or(0, |(number, ..)| *number);
+        let answer = ureq::get(&url)
+            .header("last-event-id", last.to_string())
+            .call();
+        let Ok(answer) = answer else {
+            std::thread::sleep(Duration::from_millis(50));
+            continue;
+        };
+        if answer.status() == 204 {
+            return heard;
+        }
+        let (mut number, mut kind) = (0, String::new());
+        for line in BufReader::new(answer.into_body().into_reader()).lines() {
+            let Ok(line) = line else { break };
+            if let Some(id) = line.strip_prefix("id: ") {
+                number = id.parse().expect("a number");
+            } else if let Some(name) = line.strip_prefix("event: ") {
+                name.clone_into(&mut kind);
+            } else if let Some(data) = line.strip_prefix("data: ") {
+                // A line that was cut off is no event.
+                if let Ok(data) = serde_json::from_str(data) {
+                    heard.push((number, kind.clone(), data));
+                }
+            }
+        }
+    }
+    panic!("the run has no end");
+}
+
+/// A small generator: the same kills for the same seed.
+#[cfg(unix)]
+struct Random(u64);
+
+#[cfg(unix)]
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        // The constants of Knuth's MMIX.
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
 }
 
 #[test]

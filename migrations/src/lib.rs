@@ -4,6 +4,7 @@ mod m20261101_000001_datasets;
 mod m20261101_000002_runs;
 mod m20261125_000001_api_keys;
 mod m20261125_000002_webhooks;
+mod m20261125_000003_resume;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -19,6 +20,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261101_000002_runs::Migration),
             Box::new(m20261125_000001_api_keys::Migration),
             Box::new(m20261125_000002_webhooks::Migration),
+            Box::new(m20261125_000003_resume::Migration),
         ]
     }
 }

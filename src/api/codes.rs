@@ -74,6 +74,9 @@ codes! {
     RunNotFound = "run_not_found", 404, "There is no such run";
     InvalidSettings = "invalid_settings", 422, "The settings have a wrong value";
     IllegalTransition = "illegal_transition", 409, "The run's state does not allow this";
+    RunNotTraining = "run_not_training", 409, "The run does not train now";
+    NoPrompts = "no_prompts", 409, "The run has no prompts";
+    NotExtendable = "not_extendable", 409, "The run cannot be extended";
     SampleNotFound = "sample_not_found", 404, "There is no such sample";
     OptimizerNotFound = "optimizer_not_found", 422, "No loaded plugin offers this optimizer";
     SchedulerNotFound = "scheduler_not_found", 422, "No loaded plugin offers this scheduler";

@@ -25,6 +25,7 @@ pub mod page;
 pub mod patch;
 pub mod plugins;
 pub mod problem;
+pub mod run_actions;
 pub mod run_logs;
 pub mod run_settings;
 pub mod runs;
@@ -66,6 +67,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(runs::routes)
+            .configure(run_actions::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
             .configure(loras::routes)

@@ -115,12 +115,19 @@ pub struct CreateRun {
     /// LoRA files on the way; the last one is always saved.
     #[serde(default)]
     pub save: Save,
+    /// When the run is kept so that it can go on exactly after a crash.
+    #[serde(default)]
+    pub resume: Resume,
     /// Preview pictures.
     #[serde(default)]
     pub samples: Samples,
     /// Loss on held-out images.
     #[serde(default)]
     pub validation: Validation,
+    /// Its place in the queue: runs of a higher number go first, of the same number the older one.
+    #[serde(default)]
+    #[schema(minimum = -100, maximum = 100)]
+    pub priority: i32,
 }
 
 /// Kind and size of the adapters.
@@ -227,6 +234,25 @@ pub enum ComputePrecision {
     Fp16,
     /// 8 significant bits, the range of fp32.
     Bf16,
+}
+
+/// When the run is kept so that it can go on exactly after a crash, besides at each saved LoRA. What it computes does
+/// not depend on this. The last two points are kept, each about three times the size of the LoRA in fp32.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Resume {
+    /// After every so many optimizer steps.
+    #[schema(minimum = 1)]
+    pub every_n_steps: Option<u64>,
+    /// After so many minutes.
+    #[schema(exclusive_minimum = 0, maximum = 1440)]
+    pub every_minutes: f64,
+}
+
+impl Default for Resume {
+    fn default() -> Self {
+        domain::ResumeSettings::default().into()
+    }
 }
 
 /// Number formats of a LoRA file.
@@ -415,6 +441,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
             dataset_id: wire.dataset_id,
             base_model: wire.base_model,
             device: wire.device,
+            priority: wire.priority,
             buckets: BucketSettings {
                 width_px,
                 height_px,
@@ -443,6 +470,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 max_token_length: wire.max_token_length,
                 seed: wire.seed,
                 save: wire.save.into(),
+                resume: wire.resume.into(),
                 samples: wire.samples.into(),
                 validation: wire.validation.into(),
                 optimizer: wire.optimizer.into(),
@@ -460,6 +488,7 @@ impl CreateRun {
             base_model_id,
             settings,
             buckets,
+            recorded_at: _,
         } = spec;
         let (max_train_steps, max_train_epochs) = match settings.length {
             domain::TrainLength::Steps(steps) => (Some(steps), None),
@@ -495,8 +524,10 @@ impl CreateRun {
             buckets: buckets.into(),
             seed: settings.seed,
             save: settings.save.into(),
+            resume: settings.resume.into(),
             samples: settings.samples.into(),
             validation: settings.validation.into(),
+            priority: run.priority,
         }
     }
 }
@@ -636,6 +667,24 @@ impl From<domain::SaveSettings> for Save {
             every_n_steps: domain.every_n_steps,
             every_n_epochs: domain.every_n_epochs,
             precision: domain.precision.into(),
+        }
+    }
+}
+
+impl From<Resume> for domain::ResumeSettings {
+    fn from(wire: Resume) -> Self {
+        Self {
+            every_n_steps: wire.every_n_steps,
+            every_minutes: wire.every_minutes,
+        }
+    }
+}
+
+impl From<domain::ResumeSettings> for Resume {
+    fn from(domain: domain::ResumeSettings) -> Self {
+        Self {
+            every_n_steps: domain.every_n_steps,
+            every_minutes: domain.every_minutes,
         }
     }
 }

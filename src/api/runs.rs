@@ -47,9 +47,13 @@ pub enum RunState {
     Running,
     /// Writes the LoRA, measures and draws with it.
     Saving,
+    /// Leaves the device after the current step, as it was asked to.
+    Pausing,
+    /// Rests without a device until it is resumed.
+    Paused,
     /// Ends after the current step, as it was asked to.
     Cancelling,
-    /// Has lost its worker; is queued again once.
+    /// Has lost its worker; is queued again by itself, and goes on where it was last kept.
     Interrupted,
     /// Done; `lora_id` has the result.
     Succeeded,
@@ -73,7 +77,7 @@ macro_rules! states {
         }
     };
 }
-states!(Queued Preparing Running Saving Cancelling Interrupted Succeeded Failed Cancelled);
+states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Succeeded Failed Cancelled);
 
 /// A training run.
 #[derive(Serialize, ToSchema)]
@@ -99,12 +103,18 @@ pub struct Run {
     pub base_model_id: String,
     /// The device it is trained on, once a worker has opened it.
     pub device: Option<String>,
-    /// How many workers have begun it: 2 after a crash.
+    /// How many workers have begun it: one more after each crash and each pause.
     pub attempt: u32,
     /// What the worker does: `checking_device`, `loading`, `caching_latents`, `caching_text`, `training`, `validating`,
     /// `sampling`, `saving`.
     pub phase: Option<String>,
     pub progress: RunProgress,
+    /// What it waits for while it is `interrupted`.
+    pub waiting_for: Option<RunWait>,
+    /// The step at which it would go on after a crash or a pause; `null` before the first such point.
+    pub resumable_step: Option<u64>,
+    /// The run that this one makes longer.
+    pub continued_from: Option<Uuid>,
     /// Why it failed.
     pub error: Option<RunFailure>,
     /// The result; see `/v1/loras/{lora_id}`.
@@ -137,18 +147,29 @@ pub struct RunProgress {
     pub memory_bytes: Option<u64>,
 }
 
+/// What an interrupted run waits for; it goes on by itself.
+#[derive(Serialize, ToSchema)]
+pub struct RunWait {
+    /// A stable word: `storage_full`, there is no room left in the data folder.
+    pub code: String,
+    pub message: String,
+    /// How much room there has to be.
+    pub needed_bytes: u64,
+}
+
 /// Why a run failed.
 #[derive(Serialize, ToSchema)]
 pub struct RunFailure {
     /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `device_failed_self_check`,
     /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
-    /// change), `memory_limit` (it has outgrown it), `worker_lost` and others.
+    /// change), `memory_limit` (it has outgrown it), `worker_lost` (its workers die without coming further),
+    /// `resume_refused` (what it was kept for has changed) and others.
     pub code: String,
     pub message: String,
 }
 
 impl Run {
-    fn of(run: rows::Run, lora_id: Option<Uuid>) -> Result<Self, Problem> {
+    pub(super) fn of(run: rows::Run, lora_id: Option<Uuid>) -> Result<Self, Problem> {
         let spec: RunSpec = serde_json::from_str(&run.spec).map_err(Problem::internal)?;
         Ok(Self {
             settings: CreateRun::of(&run, spec),
@@ -170,6 +191,13 @@ impl Run {
                 eta_s: run.eta_s,
                 memory_bytes: run.memory_bytes,
             },
+            waiting_for: run.wait.map(|wait| RunWait {
+                code: wait.code,
+                message: wait.message,
+                needed_bytes: wait.needed_bytes,
+            }),
+            resumable_step: run.kept_step,
+            continued_from: run.continued_from,
             error: run.error_code.map(|code| RunFailure {
                 code,
                 message: run.error_message.unwrap_or_default(),
@@ -299,7 +327,7 @@ pub async fn get_run(
     with_result(&store, run).await
 }
 
-async fn with_result(store: &Store, run: rows::Run) -> Result<web::Json<Run>, Problem> {
+pub(super) async fn with_result(store: &Store, run: rows::Run) -> Result<web::Json<Run>, Problem> {
     let lora = store.final_lora(run.id).await.map_err(RunError::from)?;
     Ok(web::Json(Run::of(run, lora.map(|lora| lora.id))?))
 }
@@ -609,9 +637,18 @@ impl From<RunError> for Problem {
                 });
                 Self::fields(Code::InvalidSettings, fields.collect())
             }
-            RunError::Models(_) | RunError::Task(_) | RunError::Spec(_) | RunError::Store(_) => {
-                Self::internal(text)
+            RunError::NotTraining(_) => Self::new(Code::RunNotTraining, text),
+            RunError::NoPrompts => Self::new(Code::NoPrompts, text),
+            RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
+            RunError::Store(error) if error.is_storage_full() => {
+                let detail = "there is no room left in the data folder";
+                Self::new(Code::StorageFull, detail)
             }
+            RunError::Models(_)
+            | RunError::Task(_)
+            | RunError::Spec(_)
+            | RunError::Resume(_)
+            | RunError::Store(_) => Self::internal(text),
         }
     }
 }

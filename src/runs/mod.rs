@@ -1,14 +1,20 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
+mod crash;
+mod folders;
+mod liveness;
 pub mod memory;
 mod reporter;
+mod room;
 pub mod service;
 pub mod spec;
 pub mod state;
 pub mod supervisor;
 pub mod worker;
 
-pub use service::{NewRunRequest, RunError, RunProblem, RunService};
+pub use crash::STORAGE_FULL;
+pub use folders::sweep_folders;
+pub use service::{Extension, NewRunRequest, RunError, RunProblem, RunService};
 pub use spec::{RunSpec, SnapshotImage};
 pub use supervisor::{Supervisor, WorkerCommand};
 pub use worker::{CacheFolder, WorkerEnd, WorkerParts, work};
@@ -20,7 +26,7 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings,
-        SaveSettings, TrainLength, TrainSettings, ValidationSettings,
+        ComputePrecision, GradientCheckpointing, PluginChoice, ResumeSettings, SamplePrompt,
+        SampleSettings, SaveSettings, TrainLength, TrainSettings, ValidationSettings,
     };
 }

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use image::{ImageFormat, RgbImage};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
@@ -19,10 +20,11 @@ use super::memory::{MemoryPlan, SystemMemory, outgrown, own_bytes};
 use super::state;
 use super::worker::LEASE;
 use crate::store::runs::{
-    Lease, Metric, NewLora, NewSample, Progress, RunFailure, RunState, WorkerReport,
+    Lease, Metric, NewLora, NewSample, Progress, Run, RunFailure, RunState, Told, Wish,
+    WorkerReport,
 };
 use crate::store::{Store, StoreError};
-use crate::training::{Control, Phase, ProgressSink, Report, StepReport};
+use crate::training::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 
 /// Reports that come closer together than this are written together.
 const FLUSH: Duration = Duration::from_millis(300);
@@ -32,20 +34,29 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// What the supervisor writes to a worker's standard input when the service ends.
 pub const LEAVE: &str = "leave\n";
 
-/// Why a worker should stop.
+/// Why a worker should stop, and what else somebody wants of it.
 #[derive(Debug, Default)]
 pub struct Stop {
     cancelled: AtomicBool,
+    pausing: AtomicBool,
     lost: AtomicBool,
     leaving: AtomicBool,
+    storage_full: AtomicBool,
     /// 0 as long as the process has not outgrown its memory.
     outgrown_bytes: AtomicU64,
+    save: AtomicBool,
+    sample: AtomicBool,
 }
 
 impl Stop {
     /// Somebody wants the run to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Somebody wants the run to rest.
+    pub fn is_pausing(&self) -> bool {
+        self.pausing.load(Ordering::Relaxed)
     }
 
     /// The run is no longer this worker's, or cannot be written to.
@@ -58,6 +69,11 @@ impl Stop {
         self.leaving.load(Ordering::Relaxed)
     }
 
+    /// Reports could not be written, as there is no room left.
+    pub fn is_storage_full(&self) -> bool {
+        self.storage_full.load(Ordering::Relaxed)
+    }
+
     /// How large the process was when it had more memory than it may have.
     pub fn outgrown_bytes(&self) -> Option<u64> {
         let bytes = self.outgrown_bytes.load(Ordering::Relaxed);
@@ -66,9 +82,21 @@ impl Stop {
 
     fn any(&self) -> bool {
         self.is_cancelled()
+            || self.is_pausing()
             || self.is_lost()
             || self.is_leaving()
+            || self.is_storage_full()
             || self.outgrown_bytes().is_some()
+    }
+
+    fn flag(&self, wish: Wish) -> &AtomicBool {
+        match wish {
+            Wish::Cancel => &self.cancelled,
+            Wish::Pause => &self.pausing,
+            Wish::Save => &self.save,
+            Wish::Sample => &self.sample,
+            Wish::Leave => &self.leaving,
+        }
     }
 }
 
@@ -81,7 +109,11 @@ pub struct Reporter {
     stop: Arc<Stop>,
     progress: Progress,
     phase: String,
-    failed: Option<String>,
+    failed: Option<StoreError>,
+    attempt: u32,
+    told: Told,
+    /// Wakes the writer from its rest between two writings.
+    hurry: Arc<Notify>,
 }
 
 enum Message {
@@ -89,22 +121,27 @@ enum Message {
     Report(Box<WorkerReport>),
     /// A state to go to.
     State(RunState),
+    /// Somebody waits until everything before is written.
+    Settle(std::sync::mpsc::Sender<()>),
 }
 
 impl Reporter {
-    /// Starts writing for the run that `owner` has taken.
+    /// Starts writing for the run that `owner` has taken. Subscribers of it have heard what is `told`.
     pub fn start(
         runtime: &Runtime,
         store: Store,
-        run_id: Uuid,
+        run: &Run,
         owner: String,
+        told: Told,
         stop: Arc<Stop>,
     ) -> Self {
         let (sender, receiver) = unbounded_channel();
+        let hurry = Arc::new(Notify::new());
         let writer = Writer {
             store: store.clone(),
-            run_id,
+            run_id: run.id,
             owner,
+            hurry: hurry.clone(),
             stop: stop.clone(),
             allowed_bytes: SystemMemory::now().map(SystemMemory::allowed_bytes),
         };
@@ -118,6 +155,9 @@ impl Reporter {
             progress: Progress::default(),
             phase: String::new(),
             failed: None,
+            attempt: run.attempt,
+            told,
+            hurry,
         }
     }
 
@@ -162,6 +202,7 @@ impl Reporter {
     fn send(&mut self, message: Message) {
         if let Some(sender) = &self.sender
             && sender.send(message).is_err()
+            && !self.stop.is_storage_full()
         {
             self.stop.lost.store(true, Ordering::Relaxed);
         }
@@ -216,32 +257,38 @@ impl Reporter {
             metrics: vec![Metric {
                 step: step.step,
                 epoch: step.epoch,
-                loss: Some(step.loss),
+                loss: finite(step.loss),
                 loss_average: Some(step.loss_average),
                 validation_loss: None,
                 lr_unet: Some(step.lr_unet),
                 lr_text_encoder: Some(step.lr_text_encoder),
-                grad_norm: Some(step.grad_norm),
+                grad_norm: finite(step.grad_norm),
                 step_time_s: Some(step.step_time_s),
                 memory_bytes,
             }],
-            events: vec![(
-                "progress".to_owned(),
-                json!({
-                    "step": step.step,
-                    "total_steps": step.total_steps,
-                    "epoch": step.epoch,
-                    "total_epochs": step.total_epochs,
-                    "loss": step.loss,
-                    "loss_average": step.loss_average,
-                    "lr_unet": step.lr_unet,
-                    "lr_text_encoder": step.lr_text_encoder,
-                    "images_per_s": step.images_per_s,
-                    "step_time_s": step.step_time_s,
-                    "eta_s": step.eta_s,
-                    "memory_bytes": memory_bytes,
-                }),
-            )],
+            // A worker before this one may have come further, and told it.
+            events: if self.told.last_step >= Some(step.step) {
+                Vec::new()
+            } else {
+                vec![(
+                    "progress".to_owned(),
+                    json!({
+                        "step": step.step,
+                        "total_steps": step.total_steps,
+                        "epoch": step.epoch,
+                        "total_epochs": step.total_epochs,
+                        "loss": finite(step.loss),
+                        "loss_average": step.loss_average,
+                        "lr_unet": step.lr_unet,
+                        "lr_text_encoder": step.lr_text_encoder,
+                        "images_per_s": step.images_per_s,
+                        "step_time_s": step.step_time_s,
+                        "eta_s": step.eta_s,
+                        "memory_bytes": memory_bytes,
+                        "skipped_steps": step.skipped_steps,
+                    }),
+                )]
+            },
             ..WorkerReport::default()
         });
     }
@@ -254,21 +301,49 @@ impl Reporter {
                 validation_loss: Some(loss),
                 ..Metric::default()
             }],
-            events: vec![("validation".to_owned(), json!({"step": step, "loss": loss}))],
+            events: if self
+                .was_told("validation", |told| told["step"] == step)
+                .is_some()
+            {
+                Vec::new()
+            } else {
+                vec![("validation".to_owned(), json!({"step": step, "loss": loss}))]
+            },
             ..WorkerReport::default()
         });
     }
 
-    fn sample(&mut self, new: NewSample, image: &RgbImage) -> Result<(), String> {
+    /// What subscribers have heard of a result that a worker before this one had.
+    fn was_told(&self, kind: &str, same: impl Fn(&Value) -> bool) -> Option<&Value> {
+        let mut results = self.told.results.iter();
+        let found = results.find(|(known, data)| known == kind && same(data));
+        found.map(|(_, data)| data)
+    }
+
+    fn resumed(&mut self, step: u64, epoch: u64, loss_average: f64) {
+        self.progress = Progress {
+            step,
+            epoch,
+            loss_average: (step > 0).then_some(loss_average),
+            ..self.progress.clone()
+        };
+        let data = json!({"step": step, "epoch": epoch, "attempt": self.attempt});
+        self.write(WorkerReport {
+            progress: Some(self.progress.clone()),
+            events: vec![("resumed".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+    }
+
+    fn sample(&mut self, new: NewSample, image: &RgbImage) -> Result<(), StoreError> {
         let mut png = Cursor::new(Vec::new());
         image
             .write_to(&mut png, ImageFormat::Png)
-            .map_err(|error| format!("encoding a preview: {error}"))?;
-        let blob = self
-            .store
-            .blobs()
-            .put(png.get_ref())
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| StoreError::Corrupt {
+                what: "a preview".to_owned(),
+                message: error.to_string(),
+            })?;
+        let blob = self.store.blobs().put(png.get_ref())?;
         let sample = NewSample {
             sha256: blob.sha256,
             size_bytes: blob.size_bytes,
@@ -278,26 +353,39 @@ impl Reporter {
             "id": sample.id, "step": sample.step, "prompt_index": sample.prompt_index,
             "prompt": sample.prompt,
         });
+        let same = |told: &Value| {
+            told["step"] == data["step"] && told["prompt_index"] == data["prompt_index"]
+        };
+        let events = match self.was_told("sample", same) {
+            Some(_) => Vec::new(),
+            None => vec![("sample".to_owned(), data)],
+        };
         self.write(WorkerReport {
             samples: vec![sample],
-            events: vec![("sample".to_owned(), data)],
+            events,
             ..WorkerReport::default()
         });
         Ok(())
     }
 
-    fn checkpoint(&mut self, step: u64, epoch: u64, last: bool, path: &Path) -> Result<(), String> {
+    fn checkpoint(
+        &mut self,
+        step: u64,
+        epoch: u64,
+        last: bool,
+        path: &Path,
+    ) -> Result<(), StoreError> {
         let file_name = path
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let blob = self
-            .store
-            .blobs()
-            .adopt(path)
-            .map_err(|error| error.to_string())?;
+        let blob = self.store.blobs().adopt(path)?;
+        let same = |told: &Value| told["file_name"] == file_name.as_str();
+        let told = self.was_told("lora", same);
+        let known = told.is_some_and(|told| told["sha256"] == blob.sha256.as_str());
+        let id = told.and_then(|told| told["id"].as_str()?.parse().ok());
         let lora = NewLora {
-            id: Uuid::now_v7(),
+            id: id.unwrap_or_else(Uuid::now_v7),
             file_name,
             step,
             epoch,
@@ -311,7 +399,11 @@ impl Reporter {
         });
         self.write(WorkerReport {
             loras: vec![lora],
-            events: vec![("lora".to_owned(), data)],
+            events: if known {
+                Vec::new()
+            } else {
+                vec![("lora".to_owned(), data)]
+            },
             ..WorkerReport::default()
         });
         Ok(())
@@ -327,6 +419,21 @@ impl ProgressSink for Reporter {
             }
             Report::Step(step) => {
                 self.step(step);
+                Ok(())
+            }
+            Report::Resumed {
+                step,
+                epoch,
+                loss_average,
+            } => {
+                self.resumed(step, epoch, loss_average);
+                Ok(())
+            }
+            Report::Kept { step } => {
+                self.write(WorkerReport {
+                    kept_step: Some(step),
+                    ..WorkerReport::default()
+                });
                 Ok(())
             }
             Report::Validation { step, loss } => {
@@ -361,9 +468,9 @@ impl ProgressSink for Reporter {
                 saved: _,
             } => self.checkpoint(step, epoch, last, path),
         };
-        if let Err(message) = outcome {
-            tracing::error!(message, "a result could not be kept");
-            self.failed.get_or_insert(message);
+        if let Err(error) = outcome {
+            tracing::error!(%error, "a result could not be kept");
+            self.failed.get_or_insert(error);
             return Control::Stop;
         }
         if self.stop.any() {
@@ -372,12 +479,50 @@ impl ProgressSink for Reporter {
             Control::Continue
         }
     }
+
+    fn wishes(&mut self) -> Wishes {
+        let stop = &self.stop;
+        // A result that could not be kept must be made again.
+        let may_stay = !stop.is_cancelled() && !stop.is_lost() && self.failed.is_none();
+        Wishes {
+            save: stop.save.load(Ordering::Relaxed),
+            sample: stop.sample.load(Ordering::Relaxed),
+            leave: may_stay && (stop.is_pausing() || stop.is_leaving()),
+        }
+    }
+
+    fn fulfilled(&mut self, wishes: Wishes) {
+        let wished = [(wishes.save, Wish::Save), (wishes.sample, Wish::Sample)];
+        let fulfilled: Vec<Wish> = wished
+            .into_iter()
+            .filter_map(|(wished, wish)| wished.then_some(wish))
+            .collect();
+        if !fulfilled.is_empty() {
+            self.write(WorkerReport {
+                fulfilled,
+                ..WorkerReport::default()
+            });
+            let _ = self.settle(); // the next step would do it again
+        }
+    }
+
+    fn settle(&mut self) -> Control {
+        let (sender, settled) = std::sync::mpsc::channel();
+        self.send(Message::Settle(sender));
+        self.hurry.notify_one();
+        // The writer drops the sender when it ends.
+        if settled.recv().is_ok() && !self.stop.is_lost() && !self.stop.is_storage_full() {
+            Control::Continue
+        } else {
+            Control::Stop
+        }
+    }
 }
 
 impl Reporter {
     /// What could not be kept, when that is why the training was stopped.
-    pub fn failure(&self) -> Option<&str> {
-        self.failed.as_deref()
+    pub fn take_failure(&mut self) -> Option<StoreError> {
+        self.failed.take()
     }
 }
 
@@ -387,6 +532,7 @@ struct Writer {
     run_id: Uuid,
     owner: String,
     stop: Arc<Stop>,
+    hurry: Arc<Notify>,
     /// What the process may grow to.
     allowed_bytes: Option<u64>,
 }
@@ -401,11 +547,20 @@ impl Writer {
                     let began = Instant::now();
                     let ended = self.write_together(first, &mut receiver).await;
                     if let Err(error) = ended {
-                        self.stop.lost.store(true, Ordering::Relaxed);
+                        let flag = if error.is_storage_full() {
+                            &self.stop.storage_full
+                        } else {
+                            &self.stop.lost
+                        };
+                        flag.store(true, Ordering::Relaxed);
                         return Err(error);
                     }
                     // Steps of a fast device are gathered meanwhile.
-                    tokio::time::sleep(FLUSH.saturating_sub(began.elapsed())).await;
+                    let rest = FLUSH.saturating_sub(began.elapsed());
+                    tokio::select! {
+                        () = tokio::time::sleep(rest) => {}
+                        () = self.hurry.notified() => {}
+                    }
                 }
                 _ = beat.tick() => self.beat().await,
             }
@@ -430,6 +585,10 @@ impl Writer {
                         .move_own_run(self.run_id, &self.owner, from, to, None)
                         .await?;
                 }
+                Message::Settle(waiting) => {
+                    self.flush(std::mem::take(&mut gathered)).await?;
+                    let _ = waiting.send(()); // nobody waits any more: no matter
+                }
             }
             next = receiver.try_recv().ok();
         }
@@ -438,8 +597,12 @@ impl Writer {
 
     async fn flush(&self, mut report: WorkerReport) -> Result<(), StoreError> {
         thin(&mut report.events);
+        let fulfilled = report.fulfilled.clone();
         if !self.store.record(self.run_id, &self.owner, report).await? {
             self.stop.lost.store(true, Ordering::Relaxed);
+        }
+        for wish in fulfilled {
+            self.stop.flag(wish).store(false, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -460,9 +623,9 @@ impl Writer {
             .renew_lease(self.run_id, &self.owner, LEASE)
             .await
         {
-            Ok(Lease::Held { cancel_requested }) => {
-                if cancel_requested {
-                    self.stop.cancelled.store(true, Ordering::Relaxed);
+            Ok(Lease::Held { wishes }) => {
+                for wish in wishes {
+                    self.stop.flag(wish).store(true, Ordering::Relaxed);
                 }
             }
             Ok(Lease::Lost) => self.stop.lost.store(true, Ordering::Relaxed),
@@ -488,11 +651,13 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
     into.samples.extend(report.samples);
     into.loras.extend(report.loras);
     into.events.extend(report.events);
+    into.kept_step = report.kept_step.or(into.kept_step);
+    into.fulfilled.extend(report.fulfilled);
 }
 
 /// Of several progress events at once only the last says something, and of several of one phase.
-fn thin(events: &mut Vec<(String, serde_json::Value)>) {
-    let subject = |kind: &str, data: &serde_json::Value| {
+fn thin(events: &mut Vec<(String, Value)>) {
+    let subject = |kind: &str, data: &Value| {
         let phase = data["phase"].as_str().unwrap_or_default();
         (kind.to_owned(), phase.to_owned())
     };
@@ -509,7 +674,7 @@ fn thin(events: &mut Vec<(String, serde_json::Value)>) {
     });
 }
 
-fn describe(phase: Phase) -> (&'static str, serde_json::Value) {
+fn describe(phase: Phase) -> (&'static str, Value) {
     let counted = |name, done, total, cached: Option<usize>| {
         let mut data = json!({"phase": name, "done": done, "total": total});
         if let Some(cached) = cached {
@@ -579,4 +744,8 @@ async fn wait_for_end_of_process() -> std::io::Result<()> {
     }
     #[cfg(not(unix))]
     tokio::signal::ctrl_c().await
+}
+/// JSON has no infinity.
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
 }

@@ -2,21 +2,24 @@
 
 use std::sync::Arc;
 
+use time::OffsetDateTime;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::spec::{RunSpec, SnapshotImage};
+use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::{BaseModel, ModelCatalog, ModelFolderError};
 use crate::plugin_host::PluginHost;
-use crate::store::runs::{NewRun, Run, RunFilter, RunState};
+use crate::store::runs::{NewRun, Run, RunFilter, RunState, Wish};
 use crate::store::{Store, StoreError};
-use crate::training::{PluginChoice, TrainSettings};
+use crate::training::{PluginChoice, ResumeError, ResumeFolder, TrainLength, TrainSettings};
 
 /// Longest name of a run, in characters.
 const MAX_NAME_CHARS: usize = 128;
+/// How far from 0 a priority may be.
+const MAX_PRIORITY: i32 = 100;
 
 /// What a client asks for. Types are right, values are not checked yet.
 #[derive(Clone, Debug)]
@@ -33,6 +36,26 @@ pub struct NewRunRequest {
     pub settings: TrainSettings,
     /// Sizes of the pictures.
     pub buckets: BucketSettings,
+    /// Its place in the queue: higher goes first.
+    pub priority: i32,
+}
+
+/// How much longer a run is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extension {
+    /// By optimizer steps.
+    Steps(u64),
+    /// By epochs.
+    Epochs(u64),
+}
+
+impl Extension {
+    fn pointer(self) -> &'static str {
+        match self {
+            Self::Steps(_) => "/steps",
+            Self::Epochs(_) => "/epochs",
+        }
+    }
 }
 
 /// One wrong value of a request.
@@ -71,6 +94,18 @@ pub enum RunError {
         /// Where it should go.
         to: &'static str,
     },
+    /// Only a run that trains can do this.
+    #[error("the run is {0}, expected preparing or running")]
+    NotTraining(&'static str),
+    /// There is nothing to draw.
+    #[error("the run has no prompts to draw")]
+    NoPrompts,
+    /// The run cannot be made longer.
+    #[error("the run cannot be extended: {0}")]
+    NotExtendable(String),
+    /// A resume point cannot be copied.
+    #[error(transparent)]
+    Resume(ResumeError),
     /// The model folder cannot be read.
     #[error(transparent)]
     Models(#[from] ModelFolderError),
@@ -139,10 +174,14 @@ impl RunService {
             base_model_id: base.id.clone(),
             settings: request.settings,
             buckets: request.buckets,
+            recorded_at: recorded_at(),
         };
         let run = self
             .store
             .create_run(NewRun {
+                id: Uuid::now_v7(),
+                priority: request.priority,
+                continued_from: None,
                 name: request.name,
                 spec: serde_json::to_string(&spec)?,
                 images: serde_json::to_string(&images)?,
@@ -187,15 +226,11 @@ impl RunService {
         if run.state == RunState::Cancelled {
             return Ok(run);
         }
-        let illegal = |from: RunState| RunError::IllegalTransition {
-            from: from.as_str(),
-            to: RunState::Cancelled.as_str(),
-        };
         if state::has_ended(run.state) {
-            return Err(illegal(run.state));
+            return Err(illegal(&run, RunState::Cancelled));
         }
-        self.store.request_cancel(id).await?;
-        let at_once = [RunState::Queued, RunState::Interrupted];
+        self.store.request(id, Wish::Cancel).await?;
+        let at_once = [RunState::Queued, RunState::Paused, RunState::Interrupted];
         if !self
             .store
             .move_run(id, &at_once, RunState::Cancelled, None)
@@ -209,9 +244,180 @@ impl RunService {
         self.wake.notify_one();
         let run = self.get(id).await?;
         match run.state {
-            RunState::Succeeded | RunState::Failed => Err(illegal(run.state)),
+            RunState::Succeeded | RunState::Failed => Err(illegal(&run, RunState::Cancelled)),
             _ => Ok(run),
         }
+    }
+
+    /// Lets a run rest: at once when it waits, after the current step when it trains. Its worker leaves a resume point
+    /// behind, and the device. Asking twice is no mistake.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::IllegalTransition`] when it is about to end, or has ended.
+    pub async fn pause(&self, id: Uuid) -> Result<Run, RunError> {
+        let at_once = [RunState::Queued, RunState::Interrupted];
+        let mut run = self.get(id).await?;
+        // Its worker may take it, or leave it, between the two.
+        for _ in 0..3 {
+            if matches!(run.state, RunState::Pausing | RunState::Paused) {
+                return Ok(run);
+            }
+            let waits = at_once.contains(&run.state);
+            let to = if waits {
+                RunState::Paused
+            } else {
+                RunState::Pausing
+            };
+            let from = if waits { &at_once } else { state::before(to) };
+            if !from.contains(&run.state) {
+                return Err(illegal(&run, RunState::Pausing));
+            }
+            if !waits {
+                self.store.request(id, Wish::Pause).await?;
+            }
+            self.store.move_run(id, from, to, None).await?;
+            run = self.get(id).await?;
+        }
+        match run.state {
+            RunState::Pausing | RunState::Paused => Ok(run),
+            _ => Err(illegal(&run, RunState::Pausing)),
+        }
+    }
+
+    /// Queues a run that rests; it goes on where it was.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::IllegalTransition`] when it does not rest.
+    pub async fn resume(&self, id: Uuid) -> Result<Run, RunError> {
+        let run = self.get(id).await?;
+        let from = [RunState::Paused];
+        if !self
+            .store
+            .move_run(id, &from, RunState::Queued, None)
+            .await?
+        {
+            return Err(illegal(&run, RunState::Queued));
+        }
+        self.wake.notify_one();
+        self.get(id).await
+    }
+
+    /// Has a LoRA file written after the current step.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::NotTraining`] when no worker is at it.
+    pub async fn save(&self, id: Uuid) -> Result<Run, RunError> {
+        self.wish(id, Wish::Save).await
+    }
+
+    /// Has the run's prompts drawn after the current step.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::NotTraining`] when no worker is at it; [`RunError::NoPrompts`].
+    pub async fn sample(&self, id: Uuid) -> Result<Run, RunError> {
+        let run = self.get(id).await?;
+        let spec: RunSpec = serde_json::from_str(&run.spec)?;
+        if spec.settings.samples.prompts.is_empty() {
+            return Err(RunError::NoPrompts);
+        }
+        self.wish(id, Wish::Sample).await
+    }
+
+    async fn wish(&self, id: Uuid, wish: Wish) -> Result<Run, RunError> {
+        let run = self.get(id).await?;
+        if !matches!(run.state, RunState::Preparing | RunState::Running) {
+            return Err(RunError::NotTraining(run.state.as_str()));
+        }
+        self.store.request(id, wish).await?;
+        Ok(run)
+    }
+
+    /// Makes a run that goes on where a succeeded one has ended, which itself stays as it is.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::NotExtendable`] when it has not succeeded, or its last resume point is gone.
+    pub async fn extend(&self, id: Uuid, extension: Extension) -> Result<Run, RunError> {
+        let run = self.get(id).await?;
+        let refused = |why: String| RunError::NotExtendable(why);
+        if run.state != RunState::Succeeded {
+            let found = run.state.as_str();
+            return Err(refused(format!("it is {found}, expected succeeded")));
+        }
+        let mut spec: RunSpec = serde_json::from_str(&run.spec)?;
+        let images = self.store.run_images(id).await?;
+        spec.settings.length = self.longer(&spec, &images, &extension)?;
+        spec.recorded_at = recorded_at();
+        if let Some(problem) = spec.settings.problems().into_iter().next() {
+            return Err(RunError::Invalid(vec![RunProblem {
+                pointer: extension.pointer().to_owned(),
+                code: "out_of_range",
+                message: problem.message,
+            }]));
+        }
+        let new = Uuid::now_v7();
+        let (from, to) = (self.store.run_folder(id), self.store.run_folder(new));
+        let copied = tokio::task::spawn_blocking(move || {
+            let from = ResumeFolder::open(&from.join(RESUME))?;
+            from.copy_newest_to(&ResumeFolder::open(&to.join(RESUME))?)
+        });
+        match copied.await? {
+            Ok(true) => {}
+            Ok(false) => {
+                let _ = std::fs::remove_dir_all(self.store.run_folder(new)); // an empty one
+                return Err(refused("its last resume point is gone".to_owned()));
+            }
+            Err(error) => return Err(RunError::Resume(error)),
+        }
+        let run = self
+            .store
+            .create_run(NewRun {
+                id: new,
+                name: run.name,
+                spec: serde_json::to_string(&spec)?,
+                images,
+                dataset_id: run.dataset_id,
+                base_model_id: run.base_model_id,
+                continued_from: Some(id),
+                priority: run.priority,
+            })
+            .await?;
+        self.wake.notify_one();
+        Ok(run)
+    }
+
+    /// The length of a run that is to be longer, in its own unit where that is possible.
+    fn longer(
+        &self,
+        spec: &RunSpec,
+        images: &str,
+        extension: &Extension,
+    ) -> Result<TrainLength, RunError> {
+        let in_steps = |length| -> Result<u64, RunError> {
+            let images: Vec<SnapshotImage> = serde_json::from_str(images)?;
+            let base = std::path::Path::new("");
+            let data = super::worker::training_set(&self.store, images, spec, base, None);
+            let settings = TrainSettings {
+                length,
+                ..spec.settings.clone()
+            };
+            let planned = crate::training::planned_steps(&data, &settings);
+            planned.map_err(|error| RunError::NotExtendable(error.to_string()))
+        };
+        Ok(match (spec.settings.length, extension) {
+            (TrainLength::Steps(n), Extension::Steps(more)) => {
+                TrainLength::Steps(n.saturating_add(*more))
+            }
+            (TrainLength::Epochs(n), Extension::Epochs(more)) => {
+                TrainLength::Epochs(n.saturating_add(*more))
+            }
+            (TrainLength::Steps(n), Extension::Epochs(more)) => {
+                let more = in_steps(TrainLength::Epochs(*more))?;
+                TrainLength::Steps(n.saturating_add(more))
+            }
+            (length @ TrainLength::Epochs(_), Extension::Steps(more)) => {
+                TrainLength::Steps(in_steps(length)?.saturating_add(*more))
+            }
+        })
     }
 
     fn check_values(&self, request: &NewRunRequest) -> Vec<RunProblem> {
@@ -230,6 +436,11 @@ impl RunService {
                 name.chars().count()
             );
             report("/name".to_owned(), "out_of_range", message);
+        }
+        if !(-MAX_PRIORITY..=MAX_PRIORITY).contains(&request.priority) {
+            let found = request.priority;
+            let message = format!("is {found}, expected -{MAX_PRIORITY} to {MAX_PRIORITY}");
+            report("/priority".to_owned(), "out_of_range", message);
         }
         for problem in request.settings.problems() {
             report(problem.pointer, "out_of_range", problem.message);
@@ -307,6 +518,22 @@ impl RunService {
             })
             .collect())
     }
+}
+
+fn illegal(run: &Run, to: RunState) -> RunError {
+    RunError::IllegalTransition {
+        from: run.state.as_str(),
+        to: to.as_str(),
+    }
+}
+
+/// The time that files tell: now, or what `SOURCE_DATE_EPOCH` says, as reproducible-builds.org has it.
+fn recorded_at() -> OffsetDateTime {
+    let set = std::env::var("SOURCE_DATE_EPOCH").ok();
+    let seconds = set.and_then(|text| text.trim().parse().ok());
+    seconds
+        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .unwrap_or_else(OffsetDateTime::now_utc)
 }
 
 fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunProblem> {

@@ -2,8 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use time::OffsetDateTime;
+
 use crate::dataloader::BucketSettings;
 use crate::training::TrainSettings;
+
+/// The folder of a run's resume points, below its own.
+pub const RESUME: &str = "resume";
 
 /// Everything that was asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +22,13 @@ pub struct RunSpec {
     pub settings: TrainSettings,
     /// Sizes of the pictures.
     pub buckets: BucketSettings,
+    /// When it was asked for; the LoRA files tell it.
+    #[serde(with = "time::serde::timestamp", default = "epoch")]
+    pub recorded_at: OffsetDateTime,
+}
+
+fn epoch() -> OffsetDateTime {
+    OffsetDateTime::UNIX_EPOCH
 }
 
 /// One image of the dataset as it was when the run was made: later edits do not change a run.

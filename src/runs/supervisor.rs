@@ -1,35 +1,37 @@
 //! Starts a worker for each queued run, and notices when one is gone.
 //!
-//! The row is not trusted over the process. A run whose worker's lease has ended, or whose process has ended without
-//! a result, becomes `interrupted` and is queued again, once.
+//! The row is not trusted over the process. A run whose worker gives no sign of life, or whose process has ended without
+//! a result, becomes `interrupted` and is queued again, as long as its workers come further.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use super::crash::{self, Exit};
 use super::reporter::LEAVE;
-use super::state;
-use crate::store::runs::{Run, RunFailure, RunState};
+use super::worker::{LEASE, storage_wait};
+use super::{liveness, room, state};
+use crate::store::runs::{HeldBy, Run, RunFailure, RunState, Wish};
 use crate::store::{Store, StoreError};
 
 /// How often rows are looked at when nothing wakes the supervisor.
 const PERIOD: Duration = Duration::from_millis(500);
-/// How many workers may begin a run: one, and one more after a crash.
-const MAX_ATTEMPTS: u32 = 2;
-/// How long workers have to leave when the service ends.
-const FAREWELL: Duration = Duration::from_secs(15);
-/// How much of a worker's log is told when it ends badly, in bytes.
-const LOG_TAIL_BYTES: usize = 2000;
+/// How many workers in a row may go on with a run without coming further than those before.
+const MAX_STALLS: u32 = 3;
+/// How many processes in a row may end before they take the run.
+const MAX_FALSE_STARTS: u32 = 3;
+/// How often it is looked whether there is room again.
+const ROOM_PERIOD: Duration = Duration::from_secs(2);
 
 /// How a worker's process is started.
 #[derive(Clone, Debug)]
@@ -46,6 +48,8 @@ pub struct WorkerCommand {
     pub log_dir: PathBuf,
     /// How many may run at once.
     pub max_workers: usize,
+    /// How long workers have to leave when the service ends.
+    pub farewell: Duration,
 }
 
 /// The running supervisor.
@@ -63,6 +67,10 @@ impl Supervisor {
             command,
             wake,
             children: HashMap::new(),
+            seen: HashMap::new(),
+            false_starts: HashMap::new(),
+            begun: HashMap::new(),
+            looked_for_room: None,
         };
         Self {
             stop,
@@ -85,6 +93,13 @@ struct Loop {
     command: WorkerCommand,
     wake: Arc<Notify>,
     children: HashMap<Uuid, Child>,
+    /// The last sign of life of other services' workers, and when it was new, by this process's own clock: what their
+    /// clocks say, and whether ours is set, does not matter.
+    seen: HashMap<Uuid, (HeldBy, Instant)>,
+    false_starts: HashMap<Uuid, u32>,
+    /// The attempt of each run when its process was started.
+    begun: HashMap<Uuid, u32>,
+    looked_for_room: Option<Instant>,
 }
 
 impl Loop {
@@ -114,38 +129,110 @@ impl Loop {
         for (id, child) in &mut self.children {
             match child.try_wait() {
                 Ok(None) => {}
-                Ok(Some(status)) => ended.push((*id, status.to_string())),
-                Err(error) => ended.push((*id, error.to_string())),
+                Ok(Some(status)) => ended.push((*id, Exit::of(status))),
+                Err(error) => ended.push((*id, Exit::unknown(&error))),
             }
         }
-        for (id, status) in ended {
+        for (id, exit) in ended {
+            // A child is forgotten when its end was written down: the database may fail, or be full.
+            self.child_ended(id, &exit).await?;
             self.children.remove(&id);
-            let run = self.store.run(id).await?;
-            let how = format!("the worker process ended ({status}){}", self.log_tail(id));
-            if state::HELD.contains(&run.state) {
-                self.worker_gone(&run, &how).await?;
-            } else if run.state == RunState::Queued && run.attempt == 0 {
-                // It has not even taken the run: starting it again would fail again.
+            self.begun.remove(&id);
+        }
+        Ok(())
+    }
+
+    async fn child_ended(&mut self, id: Uuid, exit: &Exit) -> Result<(), StoreError> {
+        let run = self.store.run(id).await?;
+        if state::HELD.contains(&run.state) {
+            self.false_starts.remove(&id);
+            if exit.is_storage_full() {
+                return self.wait_for_room(&run).await;
+            }
+            let log = self.log_file(id);
+            return self
+                .worker_gone(&run, &crash::describe(&run, exit, &log))
+                .await;
+        }
+        if run.state == RunState::Queued && !self.was_taken(&run) {
+            // It has not even taken the run.
+            let starts = self.false_starts.entry(id).or_default();
+            *starts += 1;
+            if *starts >= MAX_FALSE_STARTS {
+                self.false_starts.remove(&id);
+                let how = crash::describe(&run, exit, &self.log_file(id));
                 self.fail(&run, "worker_not_started", &how).await?;
+            }
+        } else {
+            self.false_starts.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// Whether the process that was started last has taken the run; it may be queued again by now.
+    fn was_taken(&self, run: &Run) -> bool {
+        let begun = self.begun.get(&run.id);
+        begun.is_some_and(|attempt| run.attempt > *attempt)
+    }
+
+    /// Runs that nobody works on: no sign of life, or a crash came between two changes of the row.
+    async fn reconcile(&mut self) -> Result<(), StoreError> {
+        let held = self.store.runs_in(&state::HELD).await?;
+        self.seen
+            .retain(|id, _| held.iter().any(|run| run.id == *id));
+        for run in held {
+            if !self.children.contains_key(&run.id) && self.is_abandoned(&run) {
+                self.seen.remove(&run.id);
+                let log = self.log_file(run.id);
+                self.worker_gone(&run, &crash::describe(&run, &Exit::Silent, &log))
+                    .await?;
+            }
+        }
+        let interrupted = self.store.runs_in(&[RunState::Interrupted]).await?;
+        let looks = interrupted.iter().any(|run| run.wait.is_some())
+            && self
+                .looked_for_room
+                .is_none_or(|at| at.elapsed() >= ROOM_PERIOD);
+        if looks {
+            self.looked_for_room = Some(Instant::now());
+        }
+        for run in interrupted {
+            let may_go_on = match &run.wait {
+                None => true,
+                Some(wait) => looks && room::is_enough(self.store.data_dir(), wait.needed_bytes),
+            };
+            if may_go_on {
+                self.requeue(&run).await?;
             }
         }
         Ok(())
     }
 
-    /// Runs that nobody works on: the lease has ended, or a crash came between two changes of the row.
-    async fn reconcile(&mut self) -> Result<(), StoreError> {
-        let now = OffsetDateTime::now_utc();
-        for run in self.store.runs_in(&state::HELD).await? {
-            let gone = run.lease_until.is_none_or(|until| until < now);
-            if gone && !self.children.contains_key(&run.id) {
-                self.worker_gone(&run, "the worker gave no sign of life")
-                    .await?;
+    /// Whether the worker of another service is gone: its lock is free, or it was silent for the whole lease.
+    fn is_abandoned(&mut self, run: &Run) -> bool {
+        let Some(worker) = &run.lease else {
+            return true;
+        };
+        if liveness::is_gone(&self.store.run_folder(run.id), worker) {
+            return true;
+        }
+        match self.seen.get(&run.id) {
+            Some((known, since)) if known == worker => since.elapsed() >= LEASE,
+            _ => {
+                self.seen.insert(run.id, (worker.clone(), Instant::now()));
+                false
             }
         }
-        for run in self.store.runs_in(&[RunState::Interrupted]).await? {
-            self.requeue(&run, "the worker was interrupted").await?;
-        }
-        Ok(())
+    }
+
+    async fn wait_for_room(&self, run: &Run) -> Result<(), StoreError> {
+        let from = state::before(RunState::Interrupted);
+        let store = &self.store;
+        store
+            .move_run(run.id, from, RunState::Interrupted, None)
+            .await?;
+        let wait = storage_wait("the worker had no room left to write to".to_owned());
+        store.set_wait(run.id, &wait).await
     }
 
     async fn worker_gone(&self, run: &Run, how: &str) -> Result<(), StoreError> {
@@ -161,25 +248,34 @@ impl Loop {
                 .await?;
             return Ok(());
         }
+        if run.state == RunState::Pausing {
+            // Nothing is lost but the steps since the last resume point.
+            let from = state::before(RunState::Paused);
+            self.store
+                .move_run(run.id, from, RunState::Paused, None)
+                .await?;
+            return Ok(());
+        }
+        let stalls = self.store.judge_lost_worker(run.id).await?;
+        if stalls >= MAX_STALLS {
+            let message = crash::given_up(how, run, stalls);
+            return self.fail(run, "worker_lost", &message).await;
+        }
         let from = state::before(RunState::Interrupted);
         if self
             .store
             .move_run(run.id, from, RunState::Interrupted, None)
             .await?
         {
-            self.requeue(run, how).await?;
+            self.requeue(run).await?;
         }
         Ok(())
     }
 
-    async fn requeue(&self, run: &Run, how: &str) -> Result<(), StoreError> {
-        if run.attempt >= MAX_ATTEMPTS {
-            let message = format!("{how}; it was started {} times", run.attempt);
-            return self.fail(run, "worker_lost", &message).await;
-        }
-        let from = state::before(RunState::Queued);
+    async fn requeue(&self, run: &Run) -> Result<(), StoreError> {
+        let from = [RunState::Interrupted];
         self.store
-            .move_run(run.id, from, RunState::Queued, None)
+            .move_run(run.id, &from, RunState::Queued, None)
             .await?;
         Ok(())
     }
@@ -196,6 +292,7 @@ impl Loop {
     async fn start_queued(&mut self) -> Result<(), StoreError> {
         let mut waiting = self.store.runs_in(&[RunState::Queued]).await?;
         waiting.retain(|run| !self.children.contains_key(&run.id));
+        waiting.sort_by_key(|run| Reverse(run.priority)); // stable: of the same priority the older one
         if waiting.is_empty() {
             return Ok(());
         }
@@ -216,6 +313,7 @@ impl Loop {
             match self.spawn(run.id) {
                 Ok(child) => {
                     self.children.insert(run.id, child);
+                    self.begun.insert(run.id, run.attempt);
                     free -= 1;
                 }
                 Err(error) => {
@@ -255,26 +353,41 @@ impl Loop {
         self.command.log_dir.join(format!("run-{id}.log"))
     }
 
-    fn log_tail(&self, id: Uuid) -> String {
-        match tail(&self.log_file(id)) {
-            Some(text) if !text.is_empty() => format!(", its last words: {text}"),
-            _ => String::new(),
-        }
-    }
-
+    /// Asks all workers to leave, those of earlier services too, and waits for them.
     async fn dismiss(&mut self) {
         for child in self.children.values_mut() {
             ask_to_leave(child).await;
         }
+        let farewell = self.command.farewell;
         let everyone = async {
+            self.dismiss_others().await;
             for child in self.children.values_mut() {
                 let _ = child.wait().await; // gone either way
             }
         };
-        if tokio::time::timeout(FAREWELL, everyone).await.is_err() {
+        if tokio::time::timeout(farewell, everyone).await.is_err() {
             for child in self.children.values_mut() {
-                let _ = child.kill().await; // its lease tells the next service
+                let _ = child.kill().await; // the next service goes on from the last resume point
             }
+        }
+    }
+
+    /// Other services' workers hear it through the database.
+    async fn dismiss_others(&self) {
+        loop {
+            let Ok(mut others) = self.store.runs_in(&state::HELD).await else {
+                return;
+            };
+            others.retain(|run| !self.children.contains_key(&run.id));
+            if others.is_empty() {
+                return;
+            }
+            for run in others {
+                if let Err(error) = self.store.request(run.id, Wish::Leave).await {
+                    tracing::warn!(%error, "a worker could not be asked to leave");
+                }
+            }
+            tokio::time::sleep(PERIOD).await;
         }
     }
 }
@@ -288,12 +401,4 @@ async fn ask_to_leave(child: &mut Child) {
     {
         tracing::warn!(%error, "a worker could not be asked to leave");
     }
-}
-
-fn tail(file: &Path) -> Option<String> {
-    let bytes = std::fs::read(file).ok()?;
-    let start = bytes.len().saturating_sub(LOG_TAIL_BYTES);
-    let text = String::from_utf8_lossy(&bytes[start..]);
-    let lines: Vec<&str> = text.lines().rev().take(3).collect();
-    Some(lines.into_iter().rev().collect::<Vec<_>>().join(" / "))
 }

@@ -7,29 +7,36 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
+use super::folders;
+use super::liveness::{self, Alive};
 use super::memory::MemoryPlan;
 use super::reporter::{Reporter, Stop};
-use super::spec::{RunSpec, SnapshotImage};
+use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, AdapterClass, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
-use crate::networks::{LoraNetwork, TrainParts};
-use crate::plugin_host::PluginHost;
+use crate::networks::{LoraNetwork, NetworkError, TrainParts};
+use crate::plugin_host::{ComponentInfo, PluginHost};
 use crate::selfcheck::{self, Remembered, SelfCheck};
-use crate::store::runs::{Run, RunFailure, RunState};
-use crate::store::{Store, StoreError};
+use crate::store::runs::{Run, RunFailure, RunState, Wait};
+use crate::store::{Store, StoreError, is_storage_full};
 use crate::training::{
-    Control, Phase, ProgressSink as _, Report, TrainError, TrainLength, TrainOutcome, TrainingSet,
-    train,
+    Control, Phase, ProgressSink as _, Report, ResumeError, ResumeFolder, RunPlace, TrainError,
+    TrainLength, TrainOutcome, TrainingSet, train,
 };
 
 /// How long a worker is believed to be alive after its last sign of life.
 pub const LEASE: Duration = Duration::from_secs(20);
+
+/// Room that there must be before a run goes on that had none.
+const NEEDED_BYTES: u64 = 64 << 20;
 
 /// What a worker needs besides the run's id.
 pub struct WorkerParts {
@@ -77,8 +84,52 @@ pub enum WorkerEnd {
     Cancelled,
     /// The run was not queued, or somebody else has taken it.
     NotOurs,
-    /// The process was asked to leave; the run will be begun again.
+    /// The process was asked to leave; another will go on with the run.
     Released,
+    /// Somebody asked for the run's rest.
+    Paused,
+    /// There is no room left to write to; the run goes on when there is.
+    StorageFull,
+}
+
+/// Why there is no result.
+enum Ending {
+    /// The training was asked to stop.
+    Stopped,
+    /// There is no room left to write to.
+    StorageFull(String),
+    /// It has failed.
+    Failed(RunFailure),
+}
+
+impl From<RunFailure> for Ending {
+    fn from(failure: RunFailure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<TrainError> for Ending {
+    fn from(error: TrainError) -> Self {
+        match &error {
+            TrainError::Stopped { .. } => Self::Stopped,
+            TrainError::Network(NetworkError::Io { source, .. })
+            | TrainError::Resume(ResumeError::Io { source, .. })
+                if is_storage_full(source) =>
+            {
+                Self::StorageFull(error.to_string())
+            }
+            _ => Self::Failed(error.into()),
+        }
+    }
+}
+
+/// Words of an error of rows or files.
+fn store_failed(error: StoreError) -> Ending {
+    if error.is_storage_full() {
+        Ending::StorageFull(error.to_string())
+    } else {
+        Ending::Failed(RunFailure::new("store_failed", error))
+    }
 }
 
 impl From<TrainError> for RunFailure {
@@ -90,6 +141,8 @@ impl From<TrainError> for RunFailure {
             TrainError::NotFinite { .. } => "loss_not_finite",
             TrainError::Optimizer(_) => "plugin_failed",
             TrainError::BaseModel { .. } | TrainError::Model(_) => "model_unusable",
+            TrainError::Resume(ResumeError::Foreign { .. }) => "resume_refused",
+            TrainError::Resume(_) => "resume_failed",
             TrainError::Network(_)
             | TrainError::NothingToTrain
             | TrainError::Device(_)
@@ -106,61 +159,107 @@ impl From<TrainError> for RunFailure {
 pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEnd, StoreError> {
     let owner = Uuid::new_v4().to_string();
     let pid = std::process::id();
-    let claimed = runtime.block_on(parts.store.claim_run(id, &owner, pid, LEASE))?;
+    let store = &parts.store;
+    let folder = store.run_folder(id);
+    let alive = Alive::begin(&folder, &owner);
+    let host = alive.as_ref().and_then(|_| liveness::host());
+    let claimed = runtime.block_on(store.claim_run(id, &owner, pid, host.as_deref(), LEASE))?;
     let Some(run) = claimed else {
         return Ok(WorkerEnd::NotOurs);
     };
+    let told = runtime.block_on(store.told(id))?;
     let stop = Arc::new(Stop::default());
     let mut reporter = Reporter::start(
         runtime,
-        parts.store.clone(),
-        id,
+        store.clone(),
+        &run,
         owner.clone(),
+        told,
         stop.clone(),
     );
     // A panic in a driver or a library must end as a failed run, with its message.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let trained = run_training(runtime, parts, &run, &mut reporter).map_err(|failure| {
-            match reporter.failure() {
-                Some(message) => RunFailure::new("store_failed", message),
-                None => failure,
-            }
-        });
-        if let Err(error) = reporter.finish() {
-            tracing::error!(%error, "the last reports were not written");
+        let trained = run_training(runtime, parts, &run, &mut reporter);
+        match reporter.finish() {
+            Ok(()) => {}
+            Err(error) if trained.is_ok() => return Err(store_failed(error)),
+            Err(error) => tracing::error!(%error, "the last reports were not written"),
         }
         trained
     }))
     .unwrap_or_else(|panic| {
-        Err(RunFailure::new(
-            "worker_panicked",
-            panic_text(panic.as_ref()),
-        ))
+        let text = panic_text(panic.as_ref());
+        Err(RunFailure::new("worker_panicked", text).into())
     });
-
-    let (to, failure, end) = match outcome {
-        Ok(_) => (RunState::Succeeded, None, WorkerEnd::Succeeded),
-        Err(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
-        Err(_) if stop.is_leaving() => (RunState::Interrupted, None, WorkerEnd::Released),
-        Err(_) if stop.is_cancelled() => (RunState::Cancelled, None, WorkerEnd::Cancelled),
-        Err(failure) => (RunState::Failed, Some(failure), WorkerEnd::Failed),
+    let ending = match outcome {
+        Ok(_) => None,
+        Err(Ending::Stopped) => Some(match reporter.take_failure() {
+            Some(error) => store_failed(error),
+            None if stop.is_storage_full() => {
+                Ending::StorageFull("the reports could not be written".to_owned())
+            }
+            None => Ending::Stopped,
+        }),
+        Err(ending) => Some(ending),
     };
-    runtime.block_on(async {
-        let store = &parts.store;
-        if to == RunState::Cancelled {
-            let from = state::before(RunState::Cancelling);
-            store
-                .move_own_run(id, &owner, from, RunState::Cancelling, None)
-                .await?;
+    runtime.block_on(leave(store, &run, &owner, ending, &stop))
+}
+
+/// Moves the run to where it belongs now that its worker has done what it could.
+async fn leave(
+    store: &Store,
+    run: &Run,
+    owner: &str,
+    ending: Option<Ending>,
+    stop: &Stop,
+) -> Result<WorkerEnd, StoreError> {
+    let (to, failure, end) = match &ending {
+        None => (RunState::Succeeded, None, WorkerEnd::Succeeded),
+        Some(Ending::Failed(failure)) => (RunState::Failed, Some(failure), WorkerEnd::Failed),
+        Some(Ending::StorageFull(_)) => (RunState::Interrupted, None, WorkerEnd::StorageFull),
+        Some(_) if stop.is_lost() => return Ok(WorkerEnd::NotOurs),
+        Some(Ending::Stopped) if stop.is_cancelled() => {
+            (RunState::Cancelled, None, WorkerEnd::Cancelled)
         }
+        Some(Ending::Stopped) if stop.is_pausing() => (RunState::Paused, None, WorkerEnd::Paused),
+        Some(Ending::Stopped) => (RunState::Interrupted, None, WorkerEnd::Released),
+    };
+    let on_the_way = match to {
+        RunState::Cancelled => Some(RunState::Cancelling),
+        RunState::Paused => Some(RunState::Pausing),
+        _ => None,
+    };
+    if let Some(between) = on_the_way {
+        let from = state::before(between);
         store
-            .move_own_run(id, &owner, state::before(to), to, failure.as_ref())
+            .move_own_run(run.id, owner, from, between, None)
             .await?;
-        if end == WorkerEnd::Released {
-            store.forgive_attempt(id).await?;
+    }
+    let moved = store
+        .move_own_run(run.id, owner, state::before(to), to, failure)
+        .await;
+    if let Some(Ending::StorageFull(message)) = &ending {
+        tracing::error!(message, "there is no room left");
+        // The database may have no room either: then the supervisor tells from how this process ends.
+        if moved.is_ok() {
+            let wait = storage_wait(message.clone());
+            let _ = store.set_wait(run.id, &wait).await; // the same
         }
-        Ok(end)
-    })
+        return Ok(end);
+    }
+    if moved? && matches!(to, RunState::Failed | RunState::Cancelled) {
+        folders::remove(&store.run_folder(run.id).join(RESUME));
+    }
+    Ok(end)
+}
+
+/// What a run waits for that had no room to write to.
+pub fn storage_wait(message: String) -> Wait {
+    Wait {
+        code: "storage_full".to_owned(),
+        message,
+        needed_bytes: NEEDED_BYTES,
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -176,12 +275,13 @@ fn run_training(
     parts: &WorkerParts,
     run: &Run,
     reporter: &mut Reporter,
-) -> Result<TrainOutcome, RunFailure> {
+) -> Result<TrainOutcome, Ending> {
     let unreadable = |error: serde_json::Error| RunFailure::new("spec_unreadable", error);
     let spec: RunSpec = serde_json::from_str(&run.spec).map_err(unreadable)?;
     let images = runtime
         .block_on(parts.store.run_images(run.id))
-        .map_err(|error| RunFailure::new("store_failed", error))?;
+        .map_err(store_failed)?;
+    let digest = images_digest(&images, &spec);
     let images: Vec<SnapshotImage> = serde_json::from_str(&images).map_err(unreadable)?;
     let settings = &spec.settings;
 
@@ -193,7 +293,7 @@ fn run_training(
     let noted = format!("{} ({})", device.info.id, device.info.name);
     runtime
         .block_on(parts.store.set_device(run.id, &noted))
-        .map_err(|error| RunFailure::new("store_failed", error))?;
+        .map_err(store_failed)?;
 
     device
         .check(settings.precision.into())
@@ -209,7 +309,7 @@ fn run_training(
         .map_err(|error| RunFailure::new("model_unusable", error))?;
     let Some(base) = found else {
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
-        return Err(RunFailure::new("model_unusable", message));
+        return Err(RunFailure::new("model_unusable", message).into());
     };
     let cache = parts.cache.as_ref().and_then(CacheFolder::open);
     let data = training_set(&parts.store, images, &spec, &base.path, cache);
@@ -258,11 +358,7 @@ fn run_training(
             total_steps,
         )
         .map_err(plugin)?;
-    let scratch = parts
-        .store
-        .blobs()
-        .scratch()
-        .map_err(|error| RunFailure::new("store_failed", error))?;
+    let place = run_place(parts, run, &spec, digest)?;
     reporter.expect_steps(total_steps);
     let trained = train(
         &mut model,
@@ -272,12 +368,66 @@ fn run_training(
         optimizer.as_mut(),
         scheduler.as_ref(),
         reporter,
-        scratch.path(),
+        &place,
     );
     trained.map_err(|error| match reporter.outgrown(plan.as_ref()) {
-        Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure,
+        Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure.into(),
         _ => error.into(),
     })
+}
+
+/// Where the run's files go, and what its resume points belong to.
+fn run_place(
+    parts: &WorkerParts,
+    run: &Run,
+    spec: &RunSpec,
+    images: String,
+) -> Result<RunPlace, Ending> {
+    let folder = parts.store.run_folder(run.id);
+    let points = ResumeFolder::open(&folder.join(RESUME)).map_err(TrainError::from)?;
+    let settings = &spec.settings;
+    let optimizers = parts.plugins.optimizers();
+    let schedulers = parts.plugins.schedulers();
+    let owner = [
+        ("the settings", digest(&settings.deciding())),
+        ("the set of pictures", images),
+        (
+            "the optimizer",
+            version_of(&optimizers, &settings.optimizer.id),
+        ),
+        (
+            "the scheduler",
+            version_of(&schedulers, &settings.scheduler.id),
+        ),
+    ];
+    let session = Sha256::digest(run.spec.as_bytes());
+    Ok(RunPlace {
+        output_dir: folder.join("out"),
+        resume: Some((
+            points,
+            owner.map(|(name, value)| (name.to_owned(), value)).into(),
+        )),
+        recorded_at: spec.recorded_at,
+        session_id: u32::from_le_bytes([session[0], session[1], session[2], session[3]]),
+    })
+}
+
+fn version_of(known: &[ComponentInfo], id: &str) -> String {
+    let found = known.iter().find(|component| component.id == id);
+    found.map_or_else(
+        || id.to_owned(),
+        |found| format!("{id} of {} {}", found.plugin_id, found.plugin_version),
+    )
+}
+
+fn images_digest(images: &str, spec: &RunSpec) -> String {
+    digest(&(images, &spec.buckets))
+}
+
+/// Long enough to tell things apart, short enough for a message.
+fn digest(value: &impl Serialize) -> String {
+    let json = serde_json::to_vec(value).unwrap_or_default();
+    hex::encode(&Sha256::digest(json)[..8])
 }
 
 /// Lets a run pass whose device computes what the CPU computes; finds that out at the device's first use.
@@ -285,7 +435,7 @@ fn check_device(
     self_checks: &Remembered,
     device: &ComputeDevice,
     reporter: &mut Reporter,
-) -> Result<(), RunFailure> {
+) -> Result<(), Ending> {
     if !selfcheck::applies_to(&device.info) {
         return Ok(());
     }
@@ -298,8 +448,8 @@ fn check_device(
         .or_else(|| self_checks.run(device, go_on));
     match found {
         Some(found) if found.passed() => Ok(()),
-        Some(found) => Err(failed_self_check(device, &found)),
-        None => Err(RunFailure::new("training_failed", "stopped by request")),
+        Some(found) => Err(failed_self_check(device, &found).into()),
+        None => Err(Ending::Stopped),
     }
 }
 
@@ -319,7 +469,7 @@ fn failed_self_check(device: &ComputeDevice, found: &SelfCheck) -> RunFailure {
     RunFailure::new("device_failed_self_check", message)
 }
 
-fn training_set(
+pub(super) fn training_set(
     store: &Store,
     images: Vec<SnapshotImage>,
     spec: &RunSpec,

@@ -18,12 +18,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lorasmith_migrations::{Migrator, MigratorTrait as _};
+use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbErr, SqlErr,
     SqliteTransactionMode, TransactionOptions, TransactionTrait as _,
 };
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 pub use blobs::{Blobs, StoredBlob, Swept};
 
@@ -85,6 +87,19 @@ impl From<DbErr> for StoreError {
 }
 
 impl StoreError {
+    /// Whether there is no room left where the data is.
+    pub fn is_storage_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_storage_full(source),
+            // SQLITE_FULL; of Postgres, 53100.
+            Self::Database(error) => {
+                let text = error.to_string();
+                text.contains("database or disk is full") || text.contains("No space left")
+            }
+            _ => false,
+        }
+    }
+
     fn io(path: &Path, source: std::io::Error) -> Self {
         Self::Io {
             path: path.to_owned(),
@@ -98,6 +113,7 @@ impl StoreError {
 pub struct Store {
     db: DatabaseConnection,
     blobs: Blobs,
+    data_dir: PathBuf,
 }
 
 impl Store {
@@ -118,15 +134,38 @@ impl Store {
                     .journal_mode(SqliteJournalMode::Wal)
                     .synchronous(SqliteSynchronous::Full) // an answered request survives a power cut
                     .busy_timeout(BUSY_TIMEOUT)
+            })
+            .map_sqlx_sqlite_pool_opts(|pool| {
+                // A commit that fails for want of room leaves its transaction open, and with it the write lock.
+                pool.after_release(|connection, _| {
+                    Box::pin(async move {
+                        connection.ping().await?; // what was asked of it before is done now
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
             });
         let db = Database::connect(options).await?;
         Migrator::up(&db, None).await?;
-        Ok(Self { db, blobs })
+        Ok(Self {
+            db,
+            blobs,
+            data_dir: data_dir.to_owned(),
+        })
     }
 
     /// The files.
     pub fn blobs(&self) -> &Blobs {
         &self.blobs
+    }
+
+    /// Where everything is but a database that is elsewhere.
+    pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// What a run has on disk besides blobs: resume points, and files that are being written.
+    pub fn run_folder(&self, run: Uuid) -> PathBuf {
+        self.data_dir.join("runs").join(run.to_string())
     }
 
     /// Whether the database answers.
@@ -145,6 +184,15 @@ impl Store {
         };
         Ok(self.db.begin_with_options(options).await?)
     }
+}
+
+/// Whether the system has said that there is no room left.
+pub fn is_storage_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+    )
 }
 
 /// Now, as rows hold it.

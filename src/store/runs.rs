@@ -20,7 +20,7 @@ use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Lease, NewLora, Progress, WorkerReport};
-pub use records::{Event, Metric, NewSample, Sample};
+pub use records::{Event, Metric, NewSample, Sample, Told};
 
 /// Where a run is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +33,10 @@ pub enum RunState {
     Running,
     /// The last LoRA is written, measured and shown.
     Saving,
+    /// Was asked to pause, and its worker is about to leave.
+    Pausing,
+    /// Rests without a worker until somebody resumes it.
+    Paused,
     /// Was asked to end, and its worker is about to.
     Cancelling,
     /// Its worker is gone.
@@ -47,11 +51,13 @@ pub enum RunState {
 
 impl RunState {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Queued,
         Self::Preparing,
         Self::Running,
         Self::Saving,
+        Self::Pausing,
+        Self::Paused,
         Self::Cancelling,
         Self::Interrupted,
         Self::Succeeded,
@@ -66,6 +72,8 @@ impl RunState {
             Self::Preparing => "preparing",
             Self::Running => "running",
             Self::Saving => "saving",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
             Self::Cancelling => "cancelling",
             Self::Interrupted => "interrupted",
             Self::Succeeded => "succeeded",
@@ -103,10 +111,22 @@ pub struct Run {
     pub cancel_requested: bool,
     /// How many workers have begun it.
     pub attempt: u32,
-    /// Until when its worker is believed to be alive.
-    pub lease_until: Option<OffsetDateTime>,
-    /// The worker's process.
-    pub worker_pid: Option<u32>,
+    /// Whether somebody has asked for its rest.
+    pub pause_requested: bool,
+    /// The worker that holds it: its name, its process, its machine, and a number that changes with each sign of life.
+    pub lease: Option<HeldBy>,
+    /// The optimizer step of its newest resume point.
+    pub kept_step: Option<u64>,
+    /// The furthest step that any worker of it has come to.
+    pub furthest_step: u64,
+    /// How many of its workers in a row were lost without having come further than the one before.
+    pub stalls: u32,
+    /// What it waits for while it is interrupted.
+    pub wait: Option<Wait>,
+    /// The run whose end was its beginning.
+    pub continued_from: Option<Uuid>,
+    /// Higher goes first.
+    pub priority: i32,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -135,9 +155,35 @@ pub struct Run {
     pub finished_at: Option<OffsetDateTime>,
 }
 
+/// A worker, as the row of its run has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldBy {
+    /// The worker's own name.
+    pub owner: String,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// Its machine since that was started.
+    pub host: Option<String>,
+    /// Changes with each sign of life. It is a time of the worker's clock, which need not be ours.
+    pub beat: i64,
+}
+
+/// What an interrupted run waits for before it is queued again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// A stable word: `storage_full`.
+    pub code: String,
+    /// A sentence.
+    pub message: String,
+    /// How much room it needs.
+    pub needed_bytes: u64,
+}
+
 /// A run to be made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct NewRun {
+    /// Its id; a resume point can then be there before the run.
+    pub id: Uuid,
     /// See [`Run::name`].
     pub name: String,
     /// See [`Run::spec`].
@@ -148,6 +194,10 @@ pub struct NewRun {
     pub dataset_id: Uuid,
     /// See [`Run::base_model_id`].
     pub base_model_id: String,
+    /// See [`Run::continued_from`].
+    pub continued_from: Option<Uuid>,
+    /// See [`Run::priority`].
+    pub priority: i32,
 }
 
 /// Why a run ended badly.
@@ -186,7 +236,7 @@ impl Store {
     pub async fn create_run(&self, new: NewRun) -> Result<Run, StoreError> {
         let now = now_ms();
         let row = run::ActiveModel {
-            id: Set(Uuid::now_v7()),
+            id: Set(new.id),
             name: Set(new.name),
             state: Set(RunState::Queued.as_str().to_owned()),
             spec: Set(new.spec),
@@ -199,6 +249,15 @@ impl Store {
             epoch: Set(0),
             created_at_ms: Set(now),
             updated_at_ms: Set(now),
+            pause_requested: Set(false),
+            save_requested: Set(false),
+            sample_requested: Set(false),
+            leave_requested: Set(false),
+            furthest_step: Set(0),
+            judged_furthest_step: Set(0),
+            stalls: Set(0),
+            continued_from: Set(new.continued_from),
+            priority: Set(new.priority),
             ..Default::default()
         };
         let transaction = self.begin().await?;
@@ -301,17 +360,52 @@ impl Store {
         Ok(moved)
     }
 
-    /// Notes that somebody wants the run to end; its worker looks at this.
+    /// Notes what somebody wants of the run; its worker looks at this. Wanted twice is wanted once.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn request_cancel(&self, id: Uuid) -> Result<(), StoreError> {
+    pub async fn request(&self, id: Uuid, wish: Wish) -> Result<(), StoreError> {
         run::Entity::update_many()
-            .col_expr(run::Column::CancelRequested, Expr::value(true))
+            .col_expr(wish.column(), Expr::value(true))
             .filter(run::Column::Id.eq(id))
             .exec(&self.db)
             .await?;
         Ok(())
+    }
+}
+
+/// What somebody can want of a running run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Its end.
+    Cancel,
+    /// Its rest.
+    Pause,
+    /// A LoRA file of this moment.
+    Save,
+    /// Previews of this moment.
+    Sample,
+    /// That its worker leaves; another goes on with it.
+    Leave,
+}
+
+impl Wish {
+    const ALL: [Self; 5] = [
+        Self::Cancel,
+        Self::Pause,
+        Self::Save,
+        Self::Sample,
+        Self::Leave,
+    ];
+
+    fn column(self) -> run::Column {
+        match self {
+            Self::Cancel => run::Column::CancelRequested,
+            Self::Pause => run::Column::PauseRequested,
+            Self::Save => run::Column::SaveRequested,
+            Self::Sample => run::Column::SampleRequested,
+            Self::Leave => run::Column::LeaveRequested,
+        }
     }
 }
 
@@ -358,10 +452,27 @@ async fn move_in(
         change.eta_s = Set(None);
         change.phase = Set(None);
     }
-    if ended || matches!(to, RunState::Interrupted | RunState::Queued) {
+    if ended
+        || matches!(
+            to,
+            RunState::Interrupted | RunState::Queued | RunState::Paused
+        )
+    {
         change.lease_owner = Set(None);
         change.lease_until_ms = Set(None);
         change.worker_pid = Set(None);
+        change.worker_host = Set(None);
+    }
+    // Wishes are for the worker that leaves; the next one begins without.
+    if ended || to == RunState::Paused {
+        change.pause_requested = Set(false);
+        change.save_requested = Set(false);
+        change.sample_requested = Set(false);
+    }
+    if to != RunState::Interrupted {
+        change.wait_code = Set(None);
+        change.wait_message = Set(None);
+        change.wait_bytes = Set(None);
     }
     if let Some(failure) = failure {
         change.error_code = Set(Some(failure.code.clone()));
@@ -438,8 +549,23 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         error_message: row.error_message,
         cancel_requested: row.cancel_requested,
         attempt: u32::try_from(row.attempt).unwrap_or(0),
-        lease_until: row.lease_until_ms.map(time_of),
-        worker_pid: row.worker_pid.and_then(|pid| u32::try_from(pid).ok()),
+        pause_requested: row.pause_requested,
+        lease: row.lease_owner.map(|owner| HeldBy {
+            owner,
+            pid: row.worker_pid.and_then(|pid| u32::try_from(pid).ok()),
+            host: row.worker_host,
+            beat: row.lease_until_ms.unwrap_or(0),
+        }),
+        kept_step: row.kept_step.map(unsigned),
+        furthest_step: unsigned(row.furthest_step),
+        stalls: u32::try_from(row.stalls).unwrap_or(0),
+        wait: row.wait_code.map(|code| Wait {
+            code,
+            message: row.wait_message.unwrap_or_default(),
+            needed_bytes: row.wait_bytes.map_or(0, unsigned),
+        }),
+        continued_from: row.continued_from,
+        priority: row.priority,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

@@ -146,15 +146,17 @@ mod tests {
             ["image", "snapshot", "sample", "lora"].map(|content| old(&store, content));
         let (dataset, _) = images(&store, &[&image]).await;
         let run = store.create_run(NewRun {
+            id: Uuid::now_v7(),
             name: "run".to_owned(),
             spec: "{}".to_owned(),
             images: json!([{"id": Uuid::nil(), "sha256": snapshot.sha256, "caption": "a face"}])
                 .to_string(),
             dataset_id: dataset,
             base_model_id: "m".to_owned(),
+            ..NewRun::default()
         });
         let run = run.await.expect("made").id;
-        let claimed = store.claim_run(run, "worker", 1, HOUR).await;
+        let claimed = store.claim_run(run, "worker", 1, None, HOUR).await;
         claimed.expect("claimed").expect("queued");
         let report = WorkerReport {
             samples: vec![NewSample {

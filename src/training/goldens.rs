@@ -11,7 +11,7 @@ use crate::diffusion::{LoadOptions, Part, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::{
     Conditioning, GradientCheckpointing, LrScheduler, MicroBatch, Optimizer, OptimizerError,
-    ParamUpdate, StateTensor, TrainError, TrainSettings, Trainer,
+    ParamUpdate, StateDtype, StateTensor, TrainError, TrainSettings, Trainer,
 };
 
 /// The reference's own error, f32 against f64, is 3e-8 to 2.4e-7.
@@ -105,10 +105,42 @@ impl Optimizer for AdamW {
     }
 
     fn state(&mut self) -> Result<Vec<StateTensor>, OptimizerError> {
-        Ok(Vec::new())
+        let mut states = Vec::new();
+        for (id, (m, v, t)) in &self.moments {
+            let mut state = |name: &str, shape: &[usize], data: Vec<u8>, dtype| {
+                states.push(StateTensor {
+                    param: id.to_string(),
+                    name: name.to_owned(),
+                    shape: shape.to_vec(),
+                    data,
+                    dtype,
+                });
+            };
+            for (name, tensor) in [("m", m), ("v", v)] {
+                let values = tensor.to_data();
+                let data = values.iter::<f32>().flat_map(f32::to_le_bytes).collect();
+                state(name, &tensor.dims(), data, StateDtype::F32);
+            }
+            let count = i64::from(*t).to_le_bytes().to_vec();
+            state("t", &[], count, StateDtype::I64);
+        }
+        Ok(states)
     }
 
-    fn restore(&mut self, _: Vec<StateTensor>) -> Result<(), OptimizerError> {
+    fn restore(&mut self, states: Vec<StateTensor>) -> Result<(), OptimizerError> {
+        let device = Device::flex();
+        for [m, v, t] in states.as_chunks::<3>().0 {
+            let tensor = |state: &StateTensor| {
+                let values = state.data.as_chunks::<4>().0.iter();
+                let values: Vec<f32> = values.map(|bytes| f32::from_le_bytes(*bytes)).collect();
+                let data = TensorData::new(values, state.shape.clone());
+                Tensor::<4>::from_data(data, (&device, DType::F32))
+            };
+            let count = i64::from_le_bytes(t.data.clone().try_into().expect("8 bytes"));
+            let id = m.param.parse().expect("a number");
+            self.moments
+                .insert(id, (tensor(m), tensor(v), count as i32));
+        }
         Ok(())
     }
 }

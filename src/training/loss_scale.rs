@@ -4,46 +4,94 @@
 //! gradients overflow is left out and halves the scale; two thousand steps without one double it (Micikevicius et al.
 //! 2017, arXiv:1710.03740; the numbers are those of `torch.amp.GradScaler`).
 
-/// Where it begins.
-const FIRST: f64 = 65_536.0;
+use serde_json::json;
+
+use crate::training::TrainError;
+use crate::training::resume::{Part, Resumable};
+
+/// The exponent that it begins with: 65 536.
+const FIRST: u32 = 16;
 /// Steps without overflow after which the scale is doubled.
 const GROWTH_INTERVAL: u32 = 2000;
-/// What the scale never exceeds: f32 would overflow soon after.
-const MOST: f64 = 16_777_216.0;
+/// The largest exponent: f32 would overflow soon after.
+const MOST: u32 = 24;
 
-/// The factor of the loss.
+/// The factor of the loss, and the steps that were left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScale {
-    /// The factor, a power of two.
-    pub scale: f64,
-    /// Steps since it last changed.
-    pub good_steps: u32,
-}
-
-impl Default for LossScale {
-    fn default() -> Self {
-        Self {
-            scale: FIRST,
-            good_steps: 0,
-        }
-    }
+    /// The exponent of the factor, a power of two; none where nothing is scaled.
+    exponent: Option<u32>,
+    good_steps: u32,
+    skipped: u64,
 }
 
 impl LossScale {
-    /// Notes a step that overflowed; false when the scale cannot help any more.
+    /// As a run begins.
+    pub fn new(needed: bool) -> Self {
+        Self {
+            exponent: needed.then_some(FIRST),
+            good_steps: 0,
+            skipped: 0,
+        }
+    }
+
+    /// What the loss is multiplied by.
+    pub fn factor(&self) -> f64 {
+        self.exponent
+            .map_or(1.0, |exponent| f64::exp2(exponent.into()))
+    }
+
+    /// Steps that were left out.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Notes a step whose gradients overflowed; false when no scale is the cause, or none is left.
     pub fn overflowed(&mut self) -> bool {
+        let Some(smaller) = self.exponent.and_then(|exponent| exponent.checked_sub(1)) else {
+            return false;
+        };
+        self.exponent = Some(smaller);
         self.good_steps = 0;
-        self.scale /= 2.0;
-        self.scale >= 1.0
+        self.skipped += 1;
+        true
     }
 
     /// Notes a step that did not.
     pub fn succeeded(&mut self) {
+        let Some(exponent) = &mut self.exponent else {
+            return;
+        };
         self.good_steps += 1;
         if self.good_steps == GROWTH_INTERVAL {
             self.good_steps = 0;
-            self.scale = (2.0 * self.scale).min(MOST);
+            *exponent = (*exponent + 1).min(MOST);
         }
+    }
+}
+
+impl Resumable for LossScale {
+    fn keep(&mut self) -> Result<Part, TrainError> {
+        Ok(Part {
+            values: json!({
+                "exponent": self.exponent,
+                "good_steps": self.good_steps,
+                "skipped": self.skipped,
+            }),
+            tensors: Vec::new(),
+        })
+    }
+
+    fn take_up(&mut self, part: Part) -> Result<(), TrainError> {
+        let small = |name: &str| -> Result<u32, TrainError> {
+            Ok(u32::try_from(part.count(name)?).unwrap_or(u32::MAX))
+        };
+        if self.exponent.is_some() {
+            self.exponent = Some(small("exponent")?.min(MOST));
+        }
+        self.good_steps = small("good_steps")?.min(GROWTH_INTERVAL - 1);
+        self.skipped = part.count("skipped")?;
+        Ok(())
     }
 }
 
@@ -53,19 +101,31 @@ mod tests {
 
     #[test]
     fn the_scale_falls_at_once_and_rises_slowly() {
-        let mut scale = LossScale::default();
+        let mut scale = LossScale::new(true);
         assert!(scale.overflowed());
-        assert_eq!(scale.scale, FIRST / 2.0);
+        assert_eq!(scale.factor(), 32_768.0);
         (0..GROWTH_INTERVAL - 1).for_each(|_| scale.succeeded());
-        assert_eq!(scale.scale, FIRST / 2.0);
+        assert_eq!(scale.factor(), 32_768.0);
         scale.succeeded();
-        assert_eq!((scale.scale, scale.good_steps), (FIRST, 0));
+        assert_eq!((scale.factor(), scale.skipped()), (65_536.0, 1));
     }
 
     #[test]
-    fn it_gives_up_below_one() {
-        let mut scale = LossScale::default();
-        let halvings = (0..100).take_while(|_| scale.overflowed()).count();
-        assert_eq!(halvings, 16);
+    fn it_gives_up_below_one_and_where_nothing_is_scaled() {
+        let mut scale = LossScale::new(true);
+        assert_eq!((0..100).take_while(|_| scale.overflowed()).count(), 16);
+        assert!(!LossScale::new(false).overflowed());
+    }
+
+    #[test]
+    fn it_goes_on_where_it_was() {
+        let mut scale = LossScale::new(true);
+        scale.overflowed();
+        scale.succeeded();
+        let mut resumed = LossScale::new(true);
+        resumed
+            .take_up(scale.keep().expect("a part"))
+            .expect("the same");
+        assert_eq!(resumed, scale);
     }
 }

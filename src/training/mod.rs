@@ -9,12 +9,14 @@ pub mod loss_scale;
 pub mod memory;
 pub mod objective;
 pub mod optimizer;
+mod position;
 #[cfg(test)]
 mod precision_tests;
 pub mod previews;
 pub mod progress;
 pub mod random;
 pub mod record;
+pub mod resume;
 pub mod settings;
 pub mod step;
 pub mod text;
@@ -26,13 +28,14 @@ pub mod validation;
 pub use data::TrainingSet;
 pub use memory::Workload;
 pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
-pub use progress::{Control, Phase, ProgressSink, Report, StepReport};
+pub use progress::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
+pub use resume::{ResumeError, ResumeFolder};
 pub use settings::{
-    ComputePrecision, GradientCheckpointing, PluginChoice, SamplePrompt, SampleSettings,
-    SaveSettings, SettingProblem, TrainLength, TrainSettings, ValidationSettings,
+    ComputePrecision, GradientCheckpointing, PluginChoice, ResumeSettings, SamplePrompt,
+    SampleSettings, SaveSettings, SettingProblem, TrainLength, TrainSettings, ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
-pub use train::{TrainOutcome, planned_steps, train};
+pub use train::{RunPlace, TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;
 use crate::diffusion::LoadError;
@@ -84,6 +87,9 @@ pub enum TrainError {
         /// Its gradient norm.
         grad_norm: f64,
     },
+    /// A resume point cannot be written, read or used.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
     /// No parameter has a gradient.
     #[error("no adapter receives a gradient")]
     NothingToTrain,

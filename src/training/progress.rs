@@ -8,6 +8,32 @@ use crate::networks::SavedLora;
 pub trait ProgressSink {
     /// Takes one report.
     fn report(&mut self, report: Report<'_>) -> Control;
+
+    /// What somebody wants to be done after this step.
+    fn wishes(&mut self) -> Wishes {
+        Wishes::default()
+    }
+
+    /// Tells that the wishes to save or to draw were fulfilled.
+    fn fulfilled(&mut self, wishes: Wishes) {
+        let _ = wishes;
+    }
+
+    /// Waits until all that was reported is safe: a resume point that is ahead of it would lose it.
+    fn settle(&mut self) -> Control {
+        Control::Continue
+    }
+}
+
+/// What somebody wants besides the settings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// A LoRA file of this moment.
+    pub save: bool,
+    /// The preview pictures of this moment.
+    pub sample: bool,
+    /// The process should end; a resume point is to be left behind.
+    pub leave: bool,
 }
 
 /// Whether to go on.
@@ -24,6 +50,20 @@ pub enum Control {
 pub enum Report<'a> {
     /// Another kind of work begins or advances.
     Phase(Phase),
+    /// The run goes on where it was kept.
+    Resumed {
+        /// Optimizer steps done.
+        step: u64,
+        /// Epoch, from 1.
+        epoch: u64,
+        /// Mean of the latest loss at each position of the epoch.
+        loss_average: f64,
+    },
+    /// A resume point is safely on disk.
+    Kept {
+        /// Optimizer steps done.
+        step: u64,
+    },
     /// An optimizer step is done.
     Step(&'a StepReport),
     /// The held-out images were measured.
@@ -112,12 +152,14 @@ pub struct StepReport {
     pub epoch: u64,
     /// Epochs of the whole run.
     pub total_epochs: u64,
-    /// Loss of this step.
+    /// Loss of this step; not finite only in a step that was left out.
     pub loss: f64,
     /// Mean of the latest loss at each position of the epoch, as sd-scripts shows it.
     pub loss_average: f64,
-    /// L2 norm of all gradients before clipping.
+    /// L2 norm of all gradients before clipping; not finite in a step that was left out.
     pub grad_norm: f64,
+    /// Steps so far that were left out because their gradients overflowed in f16.
+    pub skipped_steps: u64,
     /// Learning rate of the UNet in this step.
     pub lr_unet: f64,
     /// Learning rate of the text encoder in this step.

@@ -31,18 +31,21 @@ pub struct RunFacts<'a> {
     pub total_epochs: u64,
     /// The base model.
     pub base_model: BaseModelRecord,
+    /// When the run was made.
+    pub recorded_at: OffsetDateTime,
+    /// A number that tells runs apart.
+    pub session_id: u32,
 }
 
-/// The record of a run at its start.
+/// The record of a run at its start. It reads no clock: a run that was interrupted writes the same file as one that was
+/// not.
 pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> TrainingRecord {
-    let now = OffsetDateTime::now_utc();
     let trained = |lr: f64| (lr != 0.0).then_some(lr);
     let buckets = &facts.set.buckets;
     TrainingRecord {
         output_name: settings.output_name.clone(),
-        session_id: (now.unix_timestamp_nanos() % i128::from(u32::MAX)) as u32,
-        started_at: now,
-        finished_at: now,
+        session_id: facts.session_id,
+        recorded_at: facts.recorded_at,
         network: settings.network.clone(),
         unet_lr: trained(settings.unet_lr),
         text_encoder_lr: trained(settings.text_encoder_lr),

@@ -48,6 +48,8 @@ pub struct TrainSettings {
     pub seed: u64,
     /// When to save, and in which number format.
     pub save: SaveSettings,
+    /// When the run is kept so that it can go on after a crash.
+    pub resume: ResumeSettings,
     /// Preview pictures.
     pub samples: SampleSettings,
     /// Loss on held-out images.
@@ -122,6 +124,26 @@ pub struct SaveSettings {
     pub every_n_epochs: Option<u64>,
     /// Number format.
     pub precision: SavePrecision,
+}
+
+/// When resume points are written, besides at each LoRA file, at the end and when the worker is asked to leave. They
+/// change nothing of what is computed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResumeSettings {
+    /// After every so many optimizer steps.
+    pub every_n_steps: Option<u64>,
+    /// After so many minutes.
+    pub every_minutes: f64,
+}
+
+impl Default for ResumeSettings {
+    fn default() -> Self {
+        Self {
+            every_n_steps: None,
+            every_minutes: 5.0,
+        }
+    }
 }
 
 /// Preview pictures during training.
@@ -204,6 +226,7 @@ impl Default for TrainSettings {
             max_token_length: 75,
             seed: 0,
             save: SaveSettings::default(),
+            resume: ResumeSettings::default(),
             samples: SampleSettings::default(),
             validation: ValidationSettings::default(),
             optimizer: plugin("adamw"),
@@ -242,6 +265,25 @@ pub struct SettingProblem {
 }
 
 impl TrainSettings {
+    /// These with defaults for all that does not change what the next optimizer step computes from the same state:
+    /// two runs may differ in it, and one still go on where the other was.
+    pub fn deciding(&self) -> Self {
+        let ours = self.clone();
+        Self {
+            output_name: String::new(),
+            length: TrainLength::Steps(1),
+            gradient_checkpointing: GradientCheckpointing::None,
+            save: SaveSettings::default(),
+            resume: ResumeSettings::default(),
+            samples: SampleSettings::default(),
+            validation: ValidationSettings {
+                every_n_steps: None,
+                ..ours.validation
+            },
+            ..ours
+        }
+    }
+
     /// All settings that are out of range. Plugins check their own.
     pub fn problems(&self) -> Vec<SettingProblem> {
         let mut check = Check(Vec::new());
@@ -291,12 +333,18 @@ impl TrainSettings {
         for (pointer, value) in [
             ("/save/every_n_steps", self.save.every_n_steps),
             ("/save/every_n_epochs", self.save.every_n_epochs),
+            ("/resume/every_n_steps", self.resume.every_n_steps),
             ("/samples/every_n_steps", self.samples.every_n_steps),
             ("/validation/every_n_steps", self.validation.every_n_steps),
         ] {
             if let Some(value) = value {
                 check.count(pointer, value, u64::MAX);
             }
+        }
+        let minutes = self.resume.every_minutes;
+        if !(minutes > 0.0 && minutes <= 1440.0) {
+            let message = format!("is {minutes}, expected a number above 0 and at most 1440");
+            check.report("/resume/every_minutes", message);
         }
         if self.samples.prompts.len() > 64 {
             let message = format!(

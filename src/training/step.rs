@@ -11,6 +11,7 @@ use crate::training::TrainError;
 use crate::training::loss_scale::LossScale;
 use crate::training::objective::{Objective, weighted_mse};
 use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
+use crate::training::resume::Parts;
 use crate::training::settings::{ComputePrecision, TrainSettings};
 
 /// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
@@ -96,8 +97,7 @@ pub struct Trainer<'a> {
     keep: Keep,
     waits: bool,
     step: u64,
-    skipped: u64,
-    loss_scale: Option<LossScale>,
+    loss_scale: LossScale,
 }
 
 impl<'a> Trainer<'a> {
@@ -128,8 +128,7 @@ impl<'a> Trainer<'a> {
             keep: settings.gradient_checkpointing.into(),
             waits: false,
             step: 0,
-            skipped: 0,
-            loss_scale: scaled.then(LossScale::default),
+            loss_scale: LossScale::new(scaled),
         }
     }
 
@@ -148,14 +147,24 @@ impl<'a> Trainer<'a> {
         self.step
     }
 
-    /// Steps among them whose gradients overflowed, and changed nothing.
-    pub fn steps_skipped(&self) -> u64 {
-        self.skipped
+    /// The factor of the loss, and the steps that changed nothing because their gradients overflowed.
+    pub fn loss_scale(&self) -> &LossScale {
+        &self.loss_scale
     }
 
-    /// The factor of the loss, where f16 needs one.
-    pub fn loss_scale(&self) -> Option<LossScale> {
-        self.loss_scale
+    /// Everything here that a resume point holds.
+    pub fn resumable(&mut self) -> Parts<'_> {
+        vec![
+            ("adapters", &mut *self.network),
+            ("optimizer", &mut self.optimizer),
+            ("loss_scale", &mut self.loss_scale),
+        ]
+    }
+
+    /// Goes on after so many steps, with what [`resumable`](Self::resumable) parts have taken up.
+    pub fn resume_at(&mut self, step: u64) {
+        self.step = step;
+        self.network.attach(self.model, false);
     }
 
     /// What the UNet learns to predict.
@@ -176,10 +185,10 @@ impl<'a> Trainer<'a> {
             losses.push(self.forward_backward(batch, &mut gradients, &mut times)?);
         }
         let started = Instant::now();
-        let scale = self.loss_scale.map_or(1.0, |scale| scale.scale);
+        let scale = self.loss_scale.factor();
         let (loss, scaled_norm) = read_loss_and_norm(losses, &gradients)?;
         let grad_norm = scaled_norm / scale;
-        let updates_done = self.step - self.skipped;
+        let updates_done = self.step - self.loss_scale.skipped();
         let factor = self.scheduler.factor(updates_done)?;
         let mut output = StepOutput {
             loss,
@@ -190,9 +199,8 @@ impl<'a> Trainer<'a> {
             times,
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
-            if self.loss_scale.as_mut().is_some_and(LossScale::overflowed) {
+            if self.loss_scale.overflowed() {
                 self.step += 1;
-                self.skipped += 1;
                 self.network.attach(self.model, false);
                 output.skipped = true;
                 return Ok(output);
@@ -203,9 +211,7 @@ impl<'a> Trainer<'a> {
                 grad_norm,
             });
         }
-        if let Some(scale) = &mut self.loss_scale {
-            scale.succeeded();
-        }
+        self.loss_scale.succeeded();
         rescale(
             &mut gradients,
             clip_factor(grad_norm, self.max_grad_norm) / scale,
@@ -275,7 +281,7 @@ impl<'a> Trainer<'a> {
         if self.keep == Keep::Inputs {
             leaves = self.network.attach(self.model, true);
         }
-        let scale = self.loss_scale.map_or(1.0, |scale| scale.scale);
+        let scale = self.loss_scale.factor();
         let share = scale / self.gradient_accumulation_steps as f64;
         let mut gradients = loss.mul_scalar(share).backward();
         let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);

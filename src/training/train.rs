@@ -9,16 +9,18 @@ use time::OffsetDateTime;
 use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan, TrainingImage};
 use crate::diffusion::StableDiffusion;
-use crate::networks::metadata::{TrainingRecord, base_model_record};
+use crate::networks::metadata::{BaseModelRecord, TrainingRecord, base_model_record};
 use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::{
     LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
 };
+use crate::training::position::{LoopState, Position};
 use crate::training::progress::{Control, Phase, ProgressSink, Report, StepReport};
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::{RunFacts, training_record};
+use crate::training::resume::{Owner, Parts, ResumeFolder, ResumePoint};
 use crate::training::settings::{TrainLength, TrainSettings};
-use crate::training::step::{MicroBatch, Trainer};
+use crate::training::step::{MicroBatch, StepOutput, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::{HeldOut, validation_loss};
 use crate::training::{LrScheduler, Optimizer, TrainError, previews};
@@ -38,9 +40,23 @@ pub struct TrainOutcome {
     pub validation_loss_after: Option<f64>,
 }
 
-/// Trains the adapters of `network` on `data` and writes LoRA files to `output_dir`.
+/// Where a run's files go, and what they say of its origin.
+#[derive(Debug, Clone)]
+pub struct RunPlace {
+    /// LoRA files.
+    pub output_dir: PathBuf,
+    /// Resume points, and what they belong to; none are kept without.
+    pub resume: Option<(ResumeFolder, Owner)>,
+    /// When the run was made.
+    pub recorded_at: OffsetDateTime,
+    /// A number that tells runs apart.
+    pub session_id: u32,
+}
+
+/// Trains the adapters of `network` on `data` and writes LoRA files.
 ///
-/// A stop that the sink asks for ends in [`TrainError::Stopped`].
+/// It goes on from the newest resume point of `place`, if there is one, and computes what it would have computed
+/// without the interruption. A stop that the sink asks for ends in [`TrainError::Stopped`].
 #[expect(
     clippy::too_many_arguments,
     reason = "the parts of a run, each with its own owner"
@@ -53,7 +69,7 @@ pub fn train(
     optimizer: &mut dyn Optimizer,
     scheduler: &dyn LrScheduler,
     sink: &mut dyn ProgressSink,
-    output_dir: &Path,
+    place: &RunPlace,
 ) -> Result<TrainOutcome, TrainError> {
     if let Some(problem) = settings.problems().into_iter().next() {
         return Err(problem.into());
@@ -103,7 +119,16 @@ pub fn train(
         device: &device,
     };
 
-    let mut trainer = Trainer::new(model, network, optimizer, scheduler, settings);
+    let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
+    let base_model = base_model_record(&data.base_model).map_err(|source| {
+        let path = data.base_model.display().to_string();
+        TrainError::BaseModel { path, source }
+    })?;
+    let resume = place.resume.clone().map(|(folder, mut owner)| {
+        let BaseModelRecord { name, sha256, .. } = &base_model;
+        owner.insert("the base model".to_owned(), format!("{name} {sha256}"));
+        (folder, owner)
+    });
     let facts = RunFacts {
         set: data,
         train: &train_images,
@@ -111,92 +136,248 @@ pub fn train(
         prediction: trainer.objective().prediction,
         total_steps: length.steps,
         total_epochs: length.epochs,
-        base_model: base_model_record(&data.base_model).map_err(|source| {
-            let path = data.base_model.display().to_string();
-            TrainError::BaseModel { path, source }
-        })?,
+        base_model,
+        recorded_at: place.recorded_at,
+        session_id: place.session_id,
     };
     let files = Files {
         settings,
-        output_dir,
+        output_dir: &place.output_dir,
         record: training_record(settings, facts),
     };
-
-    let validation_loss_before = reporter.validate(&trainer, &held_out, &captions)?;
-    if settings.samples.at_first {
-        reporter.draw_samples(&trainer, settings)?;
+    let mut run = Run {
+        trainer,
+        reporter,
+        settings,
+        files,
+        held_out: &held_out,
+        captions: &captions,
+        length,
+        resume: resume.as_ref(),
+        state: LoopState::default(),
+        kept_at: Instant::now(),
+        validation_loss_before: None,
+    };
+    run.take_up()?;
+    let outcome = run.train(&plan, &source).and_then(|()| run.finish());
+    if matches!(outcome, Err(TrainError::Stopped { .. })) && run.reporter.sink.wishes().leave {
+        run.keep()?;
     }
-    // Pictures were encoded, and drawn, in blocks of other sizes than steps ask for.
-    allocator::release();
-    reporter.phase(Phase::Training)?;
-    let mut average = LossAverage::default();
-    let mut clock = Clock::default();
-    let mut batches_done = 0;
-    'epochs: for epoch in 1..=length.epochs {
-        let batches = plan.batches(epoch - 1);
-        let groups = batches.chunks(settings.gradient_accumulation_steps);
-        for (position, group) in groups.enumerate() {
-            let started = Instant::now();
-            let micro: Vec<MicroBatch> = group
-                .iter()
-                .zip(batches_done..)
-                .map(|(batch, number)| source.micro_batch(batch, number))
+    outcome
+}
+
+/// A training in progress. Between optimizer steps its state is whole, whatever else of the step is still to do.
+struct Run<'a> {
+    trainer: Trainer<'a>,
+    reporter: Reporter<'a>,
+    settings: &'a TrainSettings,
+    files: Files<'a>,
+    held_out: &'a [HeldOut],
+    captions: &'a Captions,
+    length: Length,
+    resume: Option<&'a (ResumeFolder, Owner)>,
+    state: LoopState,
+    /// When the last resume point was written.
+    kept_at: Instant,
+    validation_loss_before: Option<f64>,
+}
+
+impl Run<'_> {
+    /// The loop.
+    fn train(&mut self, plan: &EpochPlan, source: &BatchSource<'_>) -> Result<(), TrainError> {
+        if self.state.position.chores_due {
+            self.chores()?;
+        }
+        // Pictures were encoded, and drawn, in blocks of other sizes than steps ask for.
+        allocator::release();
+        self.reporter.phase(Phase::Training)?;
+        for epoch in self.state.position.epoch..=self.length.epochs {
+            let batches = plan.batches(epoch - 1);
+            let groups: Vec<&[Batch]> = batches
+                .chunks(self.settings.gradient_accumulation_steps)
                 .collect();
-            batches_done += group.len() as u64;
-            let output = trainer.optimizer_step(&micro)?;
+            for index in self.state.position.groups_done(epoch)..groups.len() {
+                if self.trainer.steps_done() == self.length.steps {
+                    return Ok(());
+                }
+                let (group, started) = (groups[index], Instant::now());
+                let batches_done = self.state.position.batches_done;
+                let micro: Vec<MicroBatch> = group
+                    .iter()
+                    .zip(batches_done..)
+                    .map(|(batch, number)| source.micro_batch(batch, number))
+                    .collect();
+                let output = self.trainer.optimizer_step(&micro)?;
 
-            let step = trainer.steps_done();
-            let images = group.iter().map(|batch| batch.images.len()).sum();
-            clock.add(started.elapsed().as_secs_f64(), images);
-            let report = StepReport {
-                step,
-                total_steps: length.steps,
-                epoch,
-                total_epochs: length.epochs,
-                loss: output.loss,
-                loss_average: average.add(position, output.loss),
-                grad_norm: output.grad_norm,
-                lr_unet: output.lr_unet,
-                lr_text_encoder: output.lr_text_encoder,
-                images,
-                step_time_s: clock.last_s,
-                images_per_s: clock.images_per_s(),
-                eta_s: clock.eta_s(step, length.steps),
-            };
-            reporter.step = step;
-            reporter.send(Report::Step(&report))?;
-
-            if due(settings.save.every_n_steps, step) {
-                let name = format!("{}-step{step:08}", settings.output_name);
-                files.save(&trainer, &mut reporter, &name, epoch, false)?;
-            }
-            if step == length.steps {
-                break 'epochs;
-            }
-            if due(settings.validation.every_n_steps, step) {
-                reporter.validate(&trainer, &held_out, &captions)?;
-            }
-            if due(settings.samples.every_n_steps, step) {
-                reporter.draw_samples(&trainer, settings)?;
+                let images = group.iter().map(|batch| batch.images.len()).sum();
+                let (average, clock) = (&mut self.state.average, &mut self.state.clock);
+                clock.add(started.elapsed().as_secs_f64(), images);
+                let loss_average = average.add(index, output.loss);
+                self.state.position = Position {
+                    epoch,
+                    groups: index + 1,
+                    groups_per_epoch: groups.len(),
+                    batches_done: batches_done + group.len() as u64,
+                    chores_due: true,
+                };
+                self.report(&output, images, loss_average)?;
+                self.chores()?;
             }
         }
-        if due(settings.save.every_n_epochs, epoch) && epoch < length.epochs {
-            let name = format!("{}-{epoch:06}", settings.output_name);
-            files.save(&trainer, &mut reporter, &name, epoch, false)?;
-        }
+        Ok(())
     }
 
-    let name = &settings.output_name;
-    let (path, saved) = files.save(&trainer, &mut reporter, name, length.epochs, true)?;
-    let validation_loss_after = reporter.validate(&trainer, &held_out, &captions)?;
-    reporter.draw_samples(&trainer, settings)?;
-    Ok(TrainOutcome {
-        steps: trainer.steps_done(),
-        path,
-        saved,
-        validation_loss_before,
-        validation_loss_after,
-    })
+    fn report(
+        &mut self,
+        output: &StepOutput,
+        images: usize,
+        loss_average: f64,
+    ) -> Result<(), TrainError> {
+        let (step, clock) = (self.trainer.steps_done(), &self.state.clock);
+        let report = StepReport {
+            step,
+            total_steps: self.length.steps,
+            epoch: self.state.position.epoch,
+            total_epochs: self.length.epochs,
+            loss: output.loss,
+            loss_average,
+            grad_norm: output.grad_norm,
+            skipped_steps: self.trainer.loss_scale().skipped(),
+            lr_unet: output.lr_unet,
+            lr_text_encoder: output.lr_text_encoder,
+            images,
+            step_time_s: clock.last_s,
+            images_per_s: clock.images_per_s(),
+            eta_s: clock.eta_s(step, self.length.steps),
+        };
+        self.reporter.step = step;
+        self.reporter.send(Report::Step(&report))
+    }
+
+    /// What is due after a step, or before the first: files, measurements, pictures, a resume point.
+    fn chores(&mut self) -> Result<(), TrainError> {
+        let step = self.trainer.steps_done();
+        let settings = self.settings;
+        if step == 0 {
+            self.validation_loss_before = self.validate()?;
+            if settings.samples.at_first {
+                self.draw_samples()?;
+            }
+            self.state.position.chores_due = false;
+            return Ok(());
+        }
+        let wishes = self.reporter.sink.wishes();
+        let last = step == self.length.steps;
+        let Position { epoch, .. } = self.state.position;
+        let mut saved = false;
+        if due(settings.save.every_n_steps, step) || wishes.save {
+            let name = format!("{}-step{step:08}", settings.output_name);
+            self.save(&name, epoch, false)?;
+            saved = true;
+        }
+        if due(settings.validation.every_n_steps, step) && !last {
+            self.validate()?;
+        }
+        // The end of the run draws anyway.
+        if (due(settings.samples.every_n_steps, step) || wishes.sample) && !last {
+            self.draw_samples()?;
+        }
+        let ends_epoch = self.state.position.ends_epoch();
+        if ends_epoch && due(settings.save.every_n_epochs, epoch) && epoch < self.length.epochs {
+            let name = format!("{}-{epoch:06}", settings.output_name);
+            self.save(&name, epoch, false)?;
+            saved = true;
+        }
+        self.state.position.chores_due = false;
+        let minutes = self.kept_at.elapsed().as_secs_f64() / 60.0;
+        let kept =
+            minutes >= settings.resume.every_minutes || due(settings.resume.every_n_steps, step);
+        if kept || saved || last {
+            self.keep()?;
+        }
+        self.reporter.sink.fulfilled(wishes);
+        Ok(())
+    }
+
+    /// The result, measured and shown.
+    fn finish(&mut self) -> Result<TrainOutcome, TrainError> {
+        let name = &self.settings.output_name;
+        let (path, saved) = self.save(name, self.length.epochs, true)?;
+        let validation_loss_after = self.validate()?;
+        self.draw_samples()?;
+        Ok(TrainOutcome {
+            steps: self.trainer.steps_done(),
+            path,
+            saved,
+            validation_loss_before: self.validation_loss_before,
+            validation_loss_after,
+        })
+    }
+
+    /// Goes on where the newest resume point is, if there is one.
+    fn take_up(&mut self) -> Result<(), TrainError> {
+        let Some((folder, owner)) = self.resume else {
+            return Ok(());
+        };
+        folder.clear_unfinished();
+        let Some(point) = folder.newest()? else {
+            return Ok(());
+        };
+        let step = point.step;
+        point.restore(owner, parts(&mut self.trainer, &mut self.state))?;
+        self.trainer.resume_at(step);
+        self.reporter.step = step;
+        self.reporter.send(Report::Resumed {
+            step,
+            epoch: self.state.position.epoch,
+            loss_average: self.state.average.mean(),
+        })
+    }
+
+    /// Writes a resume point.
+    fn keep(&mut self) -> Result<(), TrainError> {
+        let Some((folder, owner)) = self.resume else {
+            return Ok(());
+        };
+        let step = self.trainer.steps_done();
+        let parts = parts(&mut self.trainer, &mut self.state);
+        let point = ResumePoint::of(step, owner, parts)?;
+        // Whoever goes on from here reports nothing of what came before.
+        if self.reporter.sink.settle() == Control::Stop {
+            return Err(TrainError::Stopped { step });
+        }
+        folder.write(&point)?;
+        self.kept_at = Instant::now();
+        self.reporter.send(Report::Kept { step })
+    }
+
+    fn save(
+        &mut self,
+        name: &str,
+        epoch: u64,
+        last: bool,
+    ) -> Result<(PathBuf, SavedLora), TrainError> {
+        let (trainer, reporter) = (&self.trainer, &mut self.reporter);
+        self.files.save(trainer, reporter, name, epoch, last)
+    }
+
+    fn validate(&mut self) -> Result<Option<f64>, TrainError> {
+        let (trainer, captions) = (&self.trainer, self.captions);
+        self.reporter.validate(trainer, self.held_out, captions)
+    }
+
+    fn draw_samples(&mut self) -> Result<(), TrainError> {
+        self.reporter.draw_samples(&self.trainer, self.settings)
+    }
+}
+
+/// Everything that a resume point holds. A new part is one line, here or in [`Trainer::resumable`].
+fn parts<'a>(trainer: &'a mut Trainer<'_>, state: &'a mut LoopState) -> Parts<'a> {
+    let mut parts = trainer.resumable();
+    parts.push(("position", &mut state.position));
+    parts.push(("loss_average", &mut state.average));
+    parts.push(("clock", &mut state.clock));
+    parts
 }
 
 /// Optimizer steps that [`train`] will do.
@@ -291,7 +472,6 @@ impl Files<'_> {
             output_name: name.to_owned(),
             steps: step,
             epoch,
-            finished_at: OffsetDateTime::now_utc(),
             ..self.record.clone()
         };
         let path = self.output_dir.join(format!("{name}.safetensors"));
@@ -365,46 +545,4 @@ impl Reporter<'_> {
 /// Whether an "every n" falls on a number.
 fn due(every: Option<u64>, number: u64) -> bool {
     every.is_some_and(|every| number.is_multiple_of(every))
-}
-
-/// The mean over the latest loss at each position of the epoch: smooth, and never more than one epoch old.
-#[derive(Debug, Default)]
-struct LossAverage {
-    losses: Vec<f64>,
-}
-
-impl LossAverage {
-    fn add(&mut self, position: usize, loss: f64) -> f64 {
-        match self.losses.get_mut(position) {
-            Some(slot) => *slot = loss,
-            None => self.losses.push(loss),
-        }
-        self.losses.iter().sum::<f64>() / self.losses.len() as f64
-    }
-}
-
-/// Time spent in optimizer steps.
-#[derive(Debug, Default)]
-struct Clock {
-    steps: u64,
-    images: usize,
-    seconds: f64,
-    last_s: f64,
-}
-
-impl Clock {
-    fn add(&mut self, seconds: f64, images: usize) {
-        self.steps += 1;
-        self.images += images;
-        self.seconds += seconds;
-        self.last_s = seconds;
-    }
-
-    fn images_per_s(&self) -> f64 {
-        self.images as f64 / self.seconds.max(f64::MIN_POSITIVE)
-    }
-
-    fn eta_s(&self, step: u64, total: u64) -> f64 {
-        self.seconds / self.steps as f64 * total.saturating_sub(step) as f64
-    }
 }

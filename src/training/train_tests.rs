@@ -5,13 +5,14 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use image::{Rgb, RgbImage};
+use time::OffsetDateTime;
 
 use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
-    Control, ProgressSink, Report, SamplePrompt, SaveSettings, TrainError, TrainLength,
-    TrainOutcome, TrainSettings, TrainingSet, train,
+    Control, ProgressSink, Report, ResumeFolder, RunPlace, SamplePrompt, SaveSettings, TrainError,
+    TrainLength, TrainOutcome, TrainSettings, TrainingSet, Wishes, train,
 };
 
 /// Writes down what is reported and stops after a number of steps.
@@ -19,17 +20,60 @@ use crate::training::{
 struct Log {
     lines: Vec<String>,
     losses: Vec<f64>,
+    averages: Vec<f64>,
+    kept: Vec<u64>,
     validation: Vec<f64>,
     stop_after: Option<u64>,
+    /// Asks the training to leave a resume point behind when it is stopped.
+    leave: bool,
+    /// Stops at the first line that begins so.
+    stop_at: Option<&'static str>,
+    /// Wants a file and pictures after this step.
+    wish_at: Option<u64>,
 }
 
 impl ProgressSink for Log {
+    fn wishes(&mut self) -> Wishes {
+        let wished = self
+            .wish_at
+            .is_some_and(|step| step == self.losses.len() as u64);
+        Wishes {
+            save: wished,
+            sample: wished,
+            leave: self.leave,
+        }
+    }
+
+    fn fulfilled(&mut self, wishes: Wishes) {
+        if wishes.save {
+            self.wish_at = None;
+            self.lines.push("fulfilled".to_owned());
+        }
+    }
+
     fn report(&mut self, report: Report<'_>) -> Control {
+        let before = self.lines.len();
+        let control = self.write_down(report);
+        let stops = |line: &String| self.stop_at.is_some_and(|start| line.starts_with(start));
+        if self.lines[before..].iter().any(stops) {
+            return Control::Stop;
+        }
+        control
+    }
+}
+
+impl Log {
+    fn write_down(&mut self, report: Report<'_>) -> Control {
         match report {
             Report::Phase(_) => {}
+            Report::Resumed { step, epoch, .. } => {
+                self.lines.push(format!("resumed {step} epoch {epoch}"));
+            }
+            Report::Kept { step } => self.kept.push(step),
             Report::Step(step) => {
                 assert!(step.loss_average.is_finite() && step.eta_s >= 0.0);
                 self.losses.push(step.loss);
+                self.averages.push(step.loss_average);
                 let (done, epoch) = (step.step, step.epoch);
                 self.lines.push(format!("step {done} epoch {epoch}"));
                 if self.stop_after == Some(done) {
@@ -125,6 +169,16 @@ fn settings() -> TrainSettings {
 }
 
 fn run(folder: &Path, settings: &TrainSettings, log: &mut Log) -> Result<TrainOutcome, TrainError> {
+    run_kept(folder, settings, log, false)
+}
+
+/// A run with resume points, if it is to have some.
+fn run_kept(
+    folder: &Path,
+    settings: &TrainSettings,
+    log: &mut Log,
+    kept: bool,
+) -> Result<TrainOutcome, TrainError> {
     let mut model = load_model(fixture("diffusers"));
     let parts = TrainParts {
         unet: settings.unet_lr != 0.0,
@@ -141,7 +195,16 @@ fn run(folder: &Path, settings: &TrainSettings, log: &mut Log) -> Result<TrainOu
         &mut AdamW::default(),
         &Constant,
         log,
-        &folder.join("out"),
+        &RunPlace {
+            output_dir: folder.join("out"),
+            resume: kept.then(|| {
+                let points = ResumeFolder::open(&folder.join("resume")).expect("a folder");
+                let seed = settings.seed.to_string();
+                (points, [("the seed".to_owned(), seed)].into())
+            }),
+            recorded_at: OffsetDateTime::UNIX_EPOCH,
+            session_id: 1,
+        },
     )
 }
 
@@ -189,6 +252,137 @@ fn a_run_reports_and_saves_what_it_was_asked_to() {
         key.contains("lora_up") && tensor.values.iter().any(|&value| value != 0.0)
     });
     assert!(moved.count() > 50, "the adapters were trained");
+}
+
+/// Stopped in every way and at every place, a run goes on to the same losses and, to the bit, the same file.
+#[test]
+fn a_run_that_was_stopped_gives_what_it_would_have_given() {
+    let temporary = tempfile::tempdir().expect("a folder");
+    let place = |name: &str| {
+        let folder = temporary.path().join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        folder
+    };
+    let mut settings = settings();
+    settings.length = TrainLength::Steps(8);
+    let mut whole = Log::default();
+    let outcome = run(&place("whole"), &settings, &mut whole).expect("a result");
+    let expected = std::fs::read(&outcome.path).expect("a file");
+
+    // Asked to leave it is kept at once; killed, it goes on from the point before.
+    for (case, (stop_at, leave)) in [
+        ("sample 0", true),
+        ("step 3", true),
+        ("saved colours-step00000004", true),
+        ("step 5", false),
+        ("validation 8", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = place(&case.to_string());
+        settings.resume.every_n_steps = Some(2);
+        let mut first = Log {
+            stop_at: Some(stop_at),
+            leave,
+            ..Log::default()
+        };
+        let stopped = run_kept(&folder, &settings, &mut first, true);
+        assert!(
+            matches!(stopped, Err(TrainError::Stopped { .. })),
+            "{stop_at}"
+        );
+        let mut second = Log::default();
+        let outcome = run_kept(&folder, &settings, &mut second, true).expect("a result");
+
+        let done = 8 - second.losses.len();
+        if leave {
+            assert_eq!(first.losses.len(), done, "{stop_at}: no step is done twice");
+            assert_eq!(
+                second.lines[0],
+                format!("resumed {done} epoch {}", 1 + done.saturating_sub(1) / 3)
+            );
+        }
+        assert_eq!(second.losses, whole.losses[done..], "{stop_at}");
+        assert_eq!(second.averages, whole.averages[done..], "{stop_at}");
+        assert_eq!(first.losses[..], whole.losses[..first.losses.len()]);
+        let found = std::fs::read(&outcome.path).expect("a file");
+        assert!(
+            found == expected,
+            "{stop_at}, asked to leave: {leave}: another file"
+        );
+        // Everything was reported, by the one or the other.
+        for line in &whole.lines {
+            let told = first.lines.contains(line) || second.lines.contains(line);
+            assert!(told, "{stop_at}, asked to leave: {leave}: {line}");
+        }
+    }
+}
+
+#[test]
+fn a_longer_run_goes_on_where_a_shorter_one_has_ended() {
+    let temporary = tempfile::tempdir().expect("a folder");
+    let folder = |name: &str| {
+        let folder = temporary.path().join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        folder
+    };
+    let of_length = |steps| TrainSettings {
+        length: TrainLength::Steps(steps),
+        ..settings()
+    };
+    let mut log = Log::default();
+    run_kept(&folder("a"), &of_length(4), &mut log, true).expect("a result");
+    let mut more = Log::default();
+    let extended = run_kept(&folder("a"), &of_length(7), &mut more, true).expect("a result");
+    let mut whole = Log::default();
+    let expected = run(&folder("b"), &of_length(7), &mut whole).expect("a result");
+    assert_eq!([log.losses, more.losses].concat(), whole.losses);
+    assert_eq!(extended.saved, expected.saved);
+    let other = TrainSettings {
+        seed: 8,
+        ..of_length(9)
+    };
+    let refused = run_kept(&folder("a"), &other, &mut Log::default(), true);
+    let message = refused.expect_err("another seed").to_string();
+    assert!(message.contains("the seed was `7`"), "{message}");
+}
+
+#[test]
+fn resume_points_and_wishes_come_when_they_are_due() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut settings = settings();
+    settings.save.every_n_steps = None;
+    settings.save.every_n_epochs = None;
+    settings.length = TrainLength::Steps(6);
+    settings.resume.every_n_steps = Some(4);
+    let mut log = Log {
+        wish_at: Some(2),
+        ..Log::default()
+    };
+    run_kept(folder.path(), &settings, &mut log, true).expect("a result");
+    // The file that was wished for, every fourth step, the end.
+    assert_eq!(log.kept, [2, 4, 6]);
+    let at = |line: &str| {
+        log.lines
+            .iter()
+            .position(|known| known == line)
+            .expect("told")
+    };
+    let [saved, drawn] = [
+        "saved colours-step00000002.safetensors false",
+        "sample 2 64x64",
+    ]
+    .map(at);
+    assert!(at("step 2 epoch 1") < saved && saved < drawn && drawn < at("fulfilled"));
+    assert!(at("fulfilled") < at("step 3 epoch 1"));
+
+    let folder = tempfile::tempdir().expect("a folder");
+    settings.resume.every_n_steps = None;
+    settings.resume.every_minutes = 1e-9;
+    let mut log = Log::default();
+    run_kept(folder.path(), &settings, &mut log, true).expect("a result");
+    assert_eq!(log.kept, [1, 2, 3, 4, 5, 6]);
 }
 
 #[test]

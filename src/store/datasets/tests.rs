@@ -1,13 +1,13 @@
 //! The queries of datasets, subsets and images against a real database file.
 
-use sea_orm::ActiveValue::Set;
-use sea_orm::{ActiveModelTrait as _, EntityTrait as _};
+use sea_orm::EntityTrait as _;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::{AddedImage, NewImage, SubsetHints, SubsetSettings};
 use crate::store::rows::run;
-use crate::store::{Store, StoreError, now_ms};
+use crate::store::runs::NewRun;
+use crate::store::{Store, StoreError};
 
 async fn store() -> (TempDir, Store) {
     let folder = tempfile::tempdir().expect("a folder");
@@ -273,7 +273,14 @@ async fn captions_change_at_their_revision() {
 async fn a_dataset_that_a_run_refers_to_stays() {
     let (_folder, store) = store().await;
     let dataset = store.create_dataset("a").await.expect("made").id;
-    run(dataset).insert(&store.db).await.expect("a run");
+    let run = NewRun {
+        id: Uuid::now_v7(),
+        spec: "{}".to_owned(),
+        images: "[]".to_owned(),
+        dataset_id: dataset,
+        ..NewRun::default()
+    };
+    store.create_run(run).await.expect("a run");
     assert!(matches!(
         store.delete_dataset(dataset, None).await,
         Err(StoreError::InUse)
@@ -284,23 +291,4 @@ async fn a_dataset_that_a_run_refers_to_stays() {
         .await
         .expect("no run");
     store.delete_dataset(dataset, None).await.expect("deleted");
-}
-
-fn run(dataset_id: Uuid) -> run::ActiveModel {
-    run::ActiveModel {
-        id: Set(Uuid::now_v7()),
-        name: Set("run".to_owned()),
-        state: Set("succeeded".to_owned()),
-        spec: Set("{}".to_owned()),
-        images: Set("[]".to_owned()),
-        dataset_id: Set(dataset_id),
-        base_model_id: Set("m".to_owned()),
-        cancel_requested: Set(false),
-        attempt: Set(0),
-        step: Set(0),
-        epoch: Set(0),
-        created_at_ms: Set(now_ms()),
-        updated_at_ms: Set(now_ms()),
-        ..Default::default()
-    }
 }

@@ -34,6 +34,21 @@ pub struct Model {
     pub started_at_ms: Option<i64>,
     pub finished_at_ms: Option<i64>,
     pub updated_at_ms: i64,
+    pub pause_requested: bool,
+    pub save_requested: bool,
+    pub sample_requested: bool,
+    pub leave_requested: bool,
+    pub kept_step: Option<i64>,
+    pub furthest_step: i64,
+    pub judged_kept_step: Option<i64>,
+    pub judged_furthest_step: i64,
+    pub stalls: i32,
+    pub wait_code: Option<String>,
+    pub wait_message: Option<String>,
+    pub wait_bytes: Option<i64>,
+    pub worker_host: Option<String>,
+    pub continued_from: Option<Uuid>,
+    pub priority: i32,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

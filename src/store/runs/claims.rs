@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use sea_orm::sea_query::{Expr, ExprTrait as _, OnConflict};
+use sea_orm::sea_query::{Expr, OnConflict};
 use sea_orm::{
-    ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _, QuerySelect as _,
-    Set,
+    ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, IdenStatic as _, QueryFilter as _,
+    QuerySelect as _, Set,
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::records::{Metric, NewSample, metric_row, sample_row};
-use super::{Run, RunFailure, RunState, append, move_in, read, signed};
+use super::{Run, RunFailure, RunState, Wait, Wish, append, move_in, read, signed};
 use crate::store::rows::{lora, run, run_metric, run_sample};
 use crate::store::{Store, StoreError, now_ms};
 
@@ -51,6 +51,10 @@ pub struct WorkerReport {
     pub loras: Vec<NewLora>,
     /// What subscribers hear: kind and data.
     pub events: Vec<(String, Value)>,
+    /// The step of a new resume point.
+    pub kept_step: Option<u64>,
+    /// Wishes that were fulfilled.
+    pub fulfilled: Vec<Wish>,
 }
 
 /// A LoRA file to be listed.
@@ -73,12 +77,12 @@ pub struct NewLora {
 }
 
 /// What a worker learns when it renews its lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lease {
     /// The run is still its own.
     Held {
-        /// Whether somebody has asked for the run's end.
-        cancel_requested: bool,
+        /// What somebody wants of the run.
+        wishes: Vec<Wish>,
     },
     /// Somebody else has the run, or it has ended.
     Lost,
@@ -87,7 +91,7 @@ pub enum Lease {
 impl Store {
     /// Takes a queued run for the worker `owner`; `None` when it is not queued (any more).
     ///
-    /// What an earlier attempt has left is removed: the run begins anew.
+    /// What an earlier worker has left stays: this one goes on.
     ///
     /// # Errors
     /// When the database fails.
@@ -96,6 +100,7 @@ impl Store {
         id: Uuid,
         owner: &str,
         pid: u32,
+        host: Option<&str>,
         lease: Duration,
     ) -> Result<Option<Run>, StoreError> {
         let transaction = self.begin().await?;
@@ -115,9 +120,8 @@ impl Store {
             lease_owner: Set(Some(owner.to_owned())),
             lease_until_ms: Set(Some(now + millis(lease))),
             worker_pid: Set(i32::try_from(pid).ok()),
-            step: Set(0),
-            epoch: Set(0),
-            loss_average: Set(None),
+            leave_requested: Set(false),
+            worker_host: Set(host.map(str::to_owned)),
             steps_per_s: Set(None),
             eta_s: Set(None),
             started_at_ms: Set(Some(started)),
@@ -125,18 +129,6 @@ impl Store {
             ..Default::default()
         };
         let row = change.update(&transaction).await?;
-        run_metric::Entity::delete_many()
-            .filter(run_metric::Column::RunId.eq(id))
-            .exec(&transaction)
-            .await?;
-        run_sample::Entity::delete_many()
-            .filter(run_sample::Column::RunId.eq(id))
-            .exec(&transaction)
-            .await?;
-        lora::Entity::delete_many()
-            .filter(lora::Column::RunId.eq(id))
-            .exec(&transaction)
-            .await?;
         let data = json!({"state": row.state, "previous": previous, "attempt": attempt});
         append(&transaction, id, "state", &data).await?;
         transaction.commit().await?;
@@ -165,14 +157,20 @@ impl Store {
         if renewed.rows_affected == 0 {
             return Ok(Lease::Lost);
         }
-        let cancel_requested = run::Entity::find_by_id(id)
+        let flags: Option<(bool, bool, bool, bool, bool)> = run::Entity::find_by_id(id)
             .select_only()
-            .column(run::Column::CancelRequested)
+            .columns(Wish::ALL.map(Wish::column))
             .into_tuple()
             .one(&self.db)
             .await?;
-        let cancel_requested = cancel_requested.ok_or(StoreError::NotFound)?;
-        Ok(Lease::Held { cancel_requested })
+        let (cancel, pause, save, sample, leave) = flags.ok_or(StoreError::NotFound)?;
+        let wishes = [cancel, pause, save, sample, leave]
+            .into_iter()
+            .zip(Wish::ALL);
+        let wanted = wishes.filter(|(wanted, _)| *wanted);
+        Ok(Lease::Held {
+            wishes: wanted.map(|(_, wish)| wish).collect(),
+        })
     }
 
     /// Moves a run that `owner` works on; `false` when it has lost the run or the state is another.
@@ -193,18 +191,49 @@ impl Store {
         Ok(moved)
     }
 
-    /// Takes back an attempt that was ended on purpose, so that it does not count as a crash.
+    /// Notes what an interrupted run waits for.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn forgive_attempt(&self, id: Uuid) -> Result<(), StoreError> {
+    pub async fn set_wait(&self, id: Uuid, wait: &Wait) -> Result<(), StoreError> {
         run::Entity::update_many()
-            .col_expr(run::Column::Attempt, Expr::col(run::Column::Attempt).sub(1))
+            .set(run::ActiveModel {
+                wait_code: Set(Some(wait.code.clone())),
+                wait_message: Set(Some(wait.message.clone())),
+                wait_bytes: Set(Some(signed(wait.needed_bytes))),
+                ..Default::default()
+            })
             .filter(run::Column::Id.eq(id))
-            .filter(run::Column::Attempt.gt(0))
+            .filter(run::Column::State.eq(RunState::Interrupted.as_str()))
             .exec(&self.db)
             .await?;
         Ok(())
+    }
+
+    /// Judges a worker that was lost: whether it has come further than those before. The result is how many in a row
+    /// have not; the first worker of a run has nothing to be measured by.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn judge_lost_worker(&self, id: Uuid) -> Result<u32, StoreError> {
+        let transaction = self.begin().await?;
+        let row = run::Entity::find_by_id(id).one(&transaction).await?;
+        let row = row.ok_or(StoreError::NotFound)?;
+        let further = row.furthest_step > row.judged_furthest_step
+            || row.kept_step > row.judged_kept_step
+            || row.attempt <= 1;
+        let stalls = if further { 0 } else { row.stalls + 1 };
+        run::Entity::update(run::ActiveModel {
+            id: Set(id),
+            judged_furthest_step: Set(row.furthest_step),
+            judged_kept_step: Set(row.kept_step),
+            stalls: Set(stalls),
+            ..Default::default()
+        })
+        .exec_without_returning(&transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(u32::try_from(stalls).unwrap_or(0))
     }
 
     /// Notes the device that a run is trained on.
@@ -235,6 +264,7 @@ impl Store {
             updated_at_ms: Set(now_ms()),
             ..Default::default()
         };
+        let reached = report.progress.as_ref().map(|progress| progress.step);
         if let Some(progress) = report.progress {
             change.step = Set(signed(progress.step));
             change.total_steps = Set(progress.total_steps.map(signed));
@@ -248,6 +278,12 @@ impl Store {
         if report.phase.is_some() {
             change.phase = Set(report.phase);
         }
+        if let Some(kept) = report.kept_step {
+            change.kept_step = Set(Some(signed(kept)));
+        }
+        for wish in report.fulfilled {
+            change.set(wish.column(), false.into());
+        }
         let changed = run::Entity::update_many()
             .set(change)
             .filter(run::Column::Id.eq(id))
@@ -257,23 +293,38 @@ impl Store {
         if changed.rows_affected == 0 {
             return Ok(false);
         }
+        if let Some(step) = reached {
+            run::Entity::update_many()
+                .col_expr(run::Column::FurthestStep, Expr::value(signed(step)))
+                .filter(run::Column::Id.eq(id))
+                .filter(run::Column::FurthestStep.lt(signed(step)))
+                .exec(&transaction)
+                .await?;
+        }
         for metric in report.metrics {
-            // A step can have a loss and, a moment later, a validation loss: one row holds both.
             run_metric::Entity::insert(metric_row(id, metric))
-                .on_conflict(
-                    OnConflict::columns([run_metric::Column::RunId, run_metric::Column::Step])
-                        .update_column(run_metric::Column::ValidationLoss)
-                        .to_owned(),
-                )
+                .on_conflict(metric_again())
                 .exec_without_returning(&transaction)
                 .await?;
         }
         for sample in report.samples {
             run_sample::Entity::insert(sample_row(id, sample))
+                .on_conflict(sample_again())
                 .exec_without_returning(&transaction)
                 .await?;
         }
         for new in report.loras {
+            // A worker before this one may have saved it already. It keeps its id, as somebody may know that.
+            let again = lora::Entity::update_many()
+                .col_expr(lora::Column::Sha256, Expr::value(new.sha256.clone()))
+                .col_expr(lora::Column::SizeBytes, Expr::value(signed(new.size_bytes)))
+                .filter(lora::Column::RunId.eq(id))
+                .filter(lora::Column::FileName.eq(new.file_name.clone()))
+                .exec(&transaction)
+                .await?;
+            if again.rows_affected > 0 {
+                continue;
+            }
             lora::Entity::insert(lora::ActiveModel {
                 id: Set(new.id),
                 run_id: Set(id),
@@ -294,6 +345,36 @@ impl Store {
         transaction.commit().await?;
         Ok(true)
     }
+}
+
+/// A step can have a loss and, a moment later, a validation loss, and a later worker may do it again: one row holds
+/// the newest of each.
+fn metric_again() -> OnConflict {
+    use run_metric::Column as C;
+    let mut conflict = OnConflict::columns([C::RunId, C::Step]);
+    for column in [
+        C::Loss,
+        C::LossAverage,
+        C::ValidationLoss,
+        C::LrUnet,
+        C::LrTextEncoder,
+        C::GradNorm,
+        C::StepTimeS,
+        C::MemoryBytes,
+    ] {
+        let name = column.as_str();
+        let newest = format!("coalesce(excluded.{name}, run_metrics.{name})");
+        conflict.value(column, Expr::cust(newest));
+    }
+    conflict
+}
+
+/// A picture that is drawn again keeps its id, as somebody may know that.
+fn sample_again() -> OnConflict {
+    use run_sample::Column as C;
+    OnConflict::columns([C::RunId, C::Step, C::PromptIndex])
+        .update_columns([C::Sha256, C::SizeBytes])
+        .to_owned()
 }
 
 fn millis(duration: Duration) -> i64 {

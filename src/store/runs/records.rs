@@ -17,12 +17,21 @@ use crate::store::{Store, StoreError, now_ms, time_of};
 pub struct Event {
     /// Its number within the run, from 1, without gaps.
     pub seq: u64,
-    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`.
+    /// `state`, `memory`, `phase`, `resumed`, `progress`, `validation`, `sample`, `lora`.
     pub kind: String,
     /// What it says.
     pub data: Value,
     /// When it was written.
     pub created_at: OffsetDateTime,
+}
+
+/// What subscribers of a run have heard of its results.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Told {
+    /// The step of the last `progress`.
+    pub last_step: Option<u64>,
+    /// Every `validation`, `sample` and `lora`: kind and data, the newest first.
+    pub results: Vec<(String, Value)>,
 }
 
 /// One optimizer step, or the measurement before the first (step 0).
@@ -133,6 +142,31 @@ impl Store {
                 })
             })
             .collect()
+    }
+
+    /// What subscribers have heard of the results of a run.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn told(&self, run_id: Uuid) -> Result<Told, StoreError> {
+        let of_kind = |kinds: &[&str]| {
+            run_event::Entity::find()
+                .filter(run_event::Column::RunId.eq(run_id))
+                .filter(run_event::Column::Kind.is_in(kinds.iter().copied()))
+                .order_by_desc(run_event::Column::Seq)
+        };
+        let last = of_kind(&["progress"]).one(&self.db).await?;
+        let results = of_kind(&["validation", "sample", "lora"]);
+        let parse = |row: &run_event::Model| serde_json::from_str(&row.data).unwrap_or(Value::Null);
+        Ok(Told {
+            last_step: last.and_then(|row| parse(&row)["step"].as_u64()),
+            results: results
+                .all(&self.db)
+                .await?
+                .into_iter()
+                .map(|row| (row.kind.clone(), parse(&row)))
+                .collect(),
+        })
     }
 
     /// Metrics after step `since`, in order; with `every` only the steps that it divides, and those with a

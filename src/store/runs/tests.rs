@@ -5,7 +5,9 @@ use std::time::Duration;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use super::{Lease, Metric, NewRun, Progress, RunFilter, RunState, WorkerReport};
+use super::{
+    Lease, Metric, NewLora, NewRun, NewSample, Progress, RunFilter, RunState, Wish, WorkerReport,
+};
 use crate::store::{Store, StoreError};
 
 const LEASE: Duration = Duration::from_secs(20);
@@ -17,14 +19,16 @@ async fn claimed() -> (TempDir, Store, Uuid) {
     let store = Store::open(&url, folder.path()).await.expect("a store");
     let dataset = store.create_dataset("a").await.expect("made").id;
     let run = store.create_run(NewRun {
+        id: Uuid::now_v7(),
         name: "run".to_owned(),
         spec: "{}".to_owned(),
         images: "[1]".to_owned(),
         dataset_id: dataset,
         base_model_id: "m".to_owned(),
+        ..NewRun::default()
     });
     let id = run.await.expect("made").id;
-    let run = store.claim_run(id, "worker", 7, LEASE).await;
+    let run = store.claim_run(id, "worker", 7, Some("here"), LEASE).await;
     let run = run.expect("claimed").expect("queued");
     assert_eq!((run.state, run.attempt), (RunState::Preparing, 1));
     (folder, store, id)
@@ -41,7 +45,12 @@ fn steps(metrics: Vec<Metric>) -> WorkerReport {
 async fn parts_of_a_run_are_those_of_the_whole() {
     let (_folder, store, id) = claimed().await;
     let run = store.run(id).await.expect("there");
-    assert_eq!((run.spec.as_str(), run.worker_pid), ("{}", Some(7)));
+    let worker = run.lease.clone().expect("held");
+    assert_eq!(run.spec, "{}");
+    assert_eq!(
+        (worker.owner.as_str(), worker.pid, worker.host.as_deref()),
+        ("worker", Some(7), Some("here"))
+    );
     assert_eq!(store.run_state(id).await.expect("there"), run.state);
     assert_eq!(store.run_images(id).await.expect("there"), "[1]");
     let all = store.runs(RunFilter::default(), None, 9).await;
@@ -63,11 +72,21 @@ async fn parts_of_a_run_are_those_of_the_whole() {
 async fn a_lease_is_renewed_by_its_owner_who_hears_of_the_end() {
     let (_folder, store, id) = claimed().await;
     let renew = async |owner| store.renew_lease(id, owner, LEASE).await.expect("asked");
-    let held = |cancel_requested| Lease::Held { cancel_requested };
-    assert_eq!(renew("worker").await, held(false));
+    let held = |wishes: &[Wish]| Lease::Held {
+        wishes: wishes.to_vec(),
+    };
+    assert_eq!(renew("worker").await, held(&[]));
     assert_eq!(renew("another").await, Lease::Lost);
-    store.request_cancel(id).await.expect("noted");
-    assert_eq!(renew("worker").await, held(true));
+    for wish in [Wish::Sample, Wish::Cancel, Wish::Cancel] {
+        store.request(id, wish).await.expect("noted");
+    }
+    assert_eq!(renew("worker").await, held(&[Wish::Cancel, Wish::Sample]));
+    let report = WorkerReport {
+        fulfilled: vec![Wish::Sample],
+        ..WorkerReport::default()
+    };
+    assert!(store.record(id, "worker", report).await.expect("written"));
+    assert_eq!(renew("worker").await, held(&[Wish::Cancel]));
     let from = [RunState::Preparing];
     let moved = store.move_run(id, &from, RunState::Interrupted, None).await;
     assert!(moved.expect("moved"));
@@ -115,4 +134,140 @@ async fn a_step_and_its_validation_are_one_row() {
     let events = store.events(id, 2, 9).await.expect("a list");
     let told: Vec<_> = events.iter().map(|event| event.kind.as_str()).collect();
     assert_eq!(told, ["progress"]);
+}
+
+/// Moves a worker's run on as its loss does, and gives it to the next worker.
+async fn lose(store: &Store, id: Uuid, worker: &str) -> u32 {
+    let stalls = store.judge_lost_worker(id).await.expect("judged");
+    for (from, to) in [
+        (RunState::Preparing, RunState::Interrupted),
+        (RunState::Interrupted, RunState::Queued),
+    ] {
+        assert!(store.move_run(id, &[from], to, None).await.expect("moved"));
+    }
+    let claimed = store.claim_run(id, worker, 8, None, LEASE).await;
+    assert!(claimed.expect("claimed").is_some());
+    stalls
+}
+
+#[tokio::test]
+async fn workers_that_do_not_come_further_are_counted() {
+    let (_folder, store, id) = claimed().await;
+    let reach = async |owner: &str, step, kept_step| {
+        let report = WorkerReport {
+            progress: Some(Progress {
+                step,
+                ..Progress::default()
+            }),
+            kept_step,
+            ..WorkerReport::default()
+        };
+        assert!(store.record(id, owner, report).await.expect("written"));
+    };
+    assert_eq!(lose(&store, id, "b").await, 0, "the first has no measure");
+    assert_eq!(lose(&store, id, "c").await, 1);
+    reach("c", 5, None).await;
+    assert_eq!(lose(&store, id, "d").await, 0, "a further step");
+    reach("d", 4, None).await;
+    assert_eq!(lose(&store, id, "e").await, 1, "the same steps again");
+    reach("e", 4, Some(3)).await;
+    assert_eq!(lose(&store, id, "f").await, 0, "a resume point");
+    assert_eq!(lose(&store, id, "g").await, 1);
+    assert_eq!(lose(&store, id, "h").await, 2);
+    assert_eq!(store.run(id).await.expect("there").furthest_step, 5);
+}
+
+/// A worker that does the steps of a dead one again replaces its rows and adds none.
+#[tokio::test]
+async fn results_that_are_made_again_are_no_new_rows() {
+    let (_folder, store, id) = claimed().await;
+    let results = |sha256: &str| {
+        let id = Uuid::now_v7;
+        let (sha256, size_bytes) = (sha256.to_owned(), 7);
+        WorkerReport {
+            metrics: vec![Metric {
+                step: 3,
+                loss: Some(size_bytes as f64),
+                ..Metric::default()
+            }],
+            samples: vec![NewSample {
+                id: id(),
+                step: 3,
+                prompt_index: 0,
+                prompt: "a".to_owned(),
+                seed: 1,
+                width_px: 8,
+                height_px: 8,
+                sha256: sha256.clone(),
+                size_bytes,
+            }],
+            loras: vec![NewLora {
+                id: id(),
+                file_name: "a.safetensors".to_owned(),
+                step: 3,
+                epoch: 1,
+                is_final: false,
+                sha256: sha256.clone(),
+                size_bytes,
+            }],
+            events: vec![("lora".to_owned(), serde_json::json!({"sha256": sha256}))],
+            ..WorkerReport::default()
+        }
+    };
+    let found = async || {
+        let samples = store.samples(id, None, 9).await.expect("a list");
+        let loras = store.loras(Some(id), None, 9).await.expect("a list");
+        assert_eq!((samples.len(), loras.len()), (1, 1));
+        (samples[0].clone(), loras[0].clone())
+    };
+    let write = async |worker, report| store.record(id, worker, report).await.expect("written");
+    assert!(write("worker", results("aa")).await);
+    let first = found().await;
+    lose(&store, id, "another").await;
+    let told = store.told(id).await.expect("told");
+    assert_eq!(told.results.len(), 1);
+    assert_eq!(told.results[0].1["sha256"], "aa");
+    assert!(!write("worker", results("cc")).await, "no longer its own");
+    assert!(write("another", results("bb")).await);
+    let again = found().await;
+    assert_eq!((again.0.id, again.1.id), (first.0.id, first.1.id));
+    assert_eq!(
+        (again.0.sha256.as_str(), again.1.sha256.as_str()),
+        ("bb", "bb")
+    );
+    assert_eq!(
+        store
+            .metrics(id, None, None, 9)
+            .await
+            .expect("a list")
+            .len(),
+        1
+    );
+}
+
+/// Whatever is asked of a run that has ended, it stays as it is.
+#[tokio::test]
+async fn an_end_is_final() {
+    for end in [RunState::Succeeded, RunState::Failed, RunState::Cancelled] {
+        let (_folder, store, id) = claimed().await;
+        let from = [RunState::Preparing];
+        assert!(store.move_run(id, &from, end, None).await.expect("moved"));
+        let ended = store.run(id).await.expect("there");
+        let from: Vec<RunState> = RunState::ALL
+            .into_iter()
+            .filter(|state| *state != end)
+            .collect();
+        for to in RunState::ALL {
+            assert!(!store.move_run(id, &from, to, None).await.expect("asked"));
+        }
+        assert!(
+            !store
+                .record(id, "worker", WorkerReport::default())
+                .await
+                .expect("asked")
+        );
+        let claimed = store.claim_run(id, "x", 1, None, LEASE).await;
+        assert_eq!(claimed.expect("asked"), None);
+        assert_eq!(store.run(id).await.expect("there"), ended);
+    }
 }
