@@ -12,6 +12,7 @@ use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::Precision;
+pub use crate::kernels::is_cpu;
 
 /// A graphics API that a device name can pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -23,6 +23,7 @@ mod unet_pass;
 pub mod vae;
 pub mod weights;
 
+pub use crate::kernels::Precision;
 pub use error::LoadError;
 pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, StoredTensor};
 pub use samplers::SamplerKind;

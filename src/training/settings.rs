@@ -4,8 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diffusion::samplers::SamplerKind;
-use crate::diffusion::{Keep, PredictionType};
-use crate::kernels::Precision;
+use crate::diffusion::{Keep, Precision, PredictionType};
 use crate::networks::{NetworkSettings, SavePrecision};
 
 /// How a LoRA is trained. Where it differs from torch or sd-scripts, the field says so.

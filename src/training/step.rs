@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Gradients, Tensor};
 
+use crate::diffusion::devices::is_cpu;
 use crate::diffusion::{Keep, Part, StableDiffusion};
-use crate::kernels::is_cpu;
 use crate::networks::{Leaves, LoraNetwork};
 use crate::training::TrainError;
 use crate::training::loss_scale::LossScale;
