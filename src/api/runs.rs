@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use actix_web::http::header;
 use actix_web::web::{self, Data};
-use actix_web::{HttpRequest, HttpResponse, get, post, route};
+use actix_web::{HttpRequest, HttpResponse, delete, get, post, route};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -32,6 +32,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
         .service(list_runs)
         .service(get_run)
         .service(cancel_run)
+        .service(delete_run)
         .service(list_metrics)
         .service(list_samples)
         .service(get_sample_content);
@@ -394,6 +395,40 @@ pub async fn cancel_run(
     with_result(&runs, &store, run).await
 }
 
+/// What goes with a run.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteRunQuery {
+    /// Also delete its LoRA files; without this a run that has some stays.
+    #[serde(default)]
+    #[param(default = false)]
+    with_loras: bool,
+}
+
+/// Delete a run.
+///
+/// Only one that has ended, and that no other goes on from: its events, series, previews, log and resume points go.
+#[utoipa::path(
+    tag = "runs",
+    params(("run_id" = Uuid, Path), DeleteRunQuery),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`still_needed`: it has not ended, another goes on from it, or it has LoRA files", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[delete("/runs/{run_id}")]
+pub async fn delete_run(
+    runs: Data<RunService>,
+    id: web::Path<Uuid>,
+    query: Query<DeleteRunQuery>,
+) -> Result<HttpResponse, Problem> {
+    runs.delete(id.into_inner(), query.into_inner().with_loras)
+        .await?;
+    Ok(HttpResponse::NoContent().finish())
+}
+
 /// Which steps of a series.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -677,6 +712,7 @@ impl From<RunError> for Problem {
                 Self::fields(Code::InvalidSettings, fields.collect())
             }
             RunError::NotTraining(_) => Self::new(Code::RunNotTraining, text),
+            RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
             RunError::Store(error) if error.is_storage_full() => {

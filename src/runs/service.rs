@@ -14,7 +14,7 @@ use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::{BaseModel, ModelCatalog, ModelFolderError};
 use crate::plugin_host::PluginHost;
-use crate::store::runs::{NewRun, Run, RunFilter, RunState, Wish};
+use crate::store::runs::{NewRun, Run, RunFilter, RunState, StillNeeded, Wish};
 use crate::store::{Store, StoreError};
 use crate::training::{
     PluginChoice, ResumeError, ResumeFolder, TrainError, TrainLength, TrainSettings, planned_steps,
@@ -107,6 +107,9 @@ pub enum RunError {
     /// The run cannot be made longer.
     #[error("the run cannot be extended: {0}")]
     NotExtendable(String),
+    /// It cannot be deleted yet.
+    #[error("{}", why(.0))]
+    StillNeeded(StillNeeded),
     /// A resume point cannot be copied.
     #[error(transparent)]
     Resume(ResumeError),
@@ -328,6 +331,40 @@ impl RunService {
         match run.state {
             RunState::Pausing | RunState::Paused => Ok(run),
             _ => Err(illegal(&run, RunState::Pausing)),
+        }
+    }
+
+    /// Deletes a run that has ended, with everything that it has on disk; with its LoRA files when that is wanted.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::StillNeeded`].
+    pub async fn delete(&self, id: Uuid, with_loras: bool) -> Result<(), RunError> {
+        let deleted = self.store.delete_run(id, &state::ENDED, with_loras).await;
+        match deleted {
+            Err(StoreError::NotFound) => return Err(RunError::NotFound(id)),
+            Err(error) => return Err(error.into()),
+            Ok(Some(needed)) => return Err(RunError::StillNeeded(needed)),
+            Ok(None) => {}
+        }
+        let folder = self.store.run_folder(id);
+        let log = self.store.data_dir().join("logs");
+        let log = log.join(format!("run-{id}.log"));
+        tokio::task::spawn_blocking(move || {
+            super::folders::remove(&folder);
+            let _ = std::fs::remove_file(log); // a run that no worker has begun has none
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Deletes a LoRA file.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`RunError::StillNeeded`].
+    pub async fn delete_lora(&self, id: Uuid) -> Result<(), RunError> {
+        match self.store.delete_lora(id, &state::ENDED).await? {
+            Some(needed) => Err(RunError::StillNeeded(needed)),
+            None => Ok(()),
         }
     }
 
@@ -574,6 +611,22 @@ impl RunService {
                 }
             })
             .collect())
+    }
+}
+
+fn why(needed: &StillNeeded) -> String {
+    match needed {
+        StillNeeded::NotEnded(found) => {
+            let found = found.as_str();
+            format!("the run is {found}, expected succeeded, failed or cancelled")
+        }
+        StillNeeded::ContinuedBy(run) => format!("run {run} goes on from it and has not ended"),
+        StillNeeded::HasLoras(1) => {
+            "it has a LoRA file; `with_loras=true` deletes it too".to_owned()
+        }
+        StillNeeded::HasLoras(n) => {
+            format!("it has {n} LoRA files; `with_loras=true` deletes them too")
+        }
     }
 }
 

@@ -142,7 +142,10 @@ impl Loop {
     }
 
     async fn child_ended(&mut self, id: Uuid, exit: &Exit) -> Result<(), StoreError> {
-        let run = self.store.run(id).await?;
+        let run = match self.store.run(id).await {
+            Err(StoreError::NotFound) => return Ok(()), // it had ended, and was deleted
+            run => run?,
+        };
         if state::HELD.contains(&run.state) {
             self.false_starts.remove(&id);
             if exit.is_storage_full() {

@@ -2,6 +2,7 @@
 //! here every change of a state is conditional on the states it may come from.
 
 mod claims;
+mod deletion;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Lease, NewLora, Progress, WorkerReport};
+pub use deletion::StillNeeded;
 pub use records::{Event, Metric, NewSample, Sample, Told};
 
 /// Where a run is in its life.

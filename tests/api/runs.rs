@@ -197,3 +197,58 @@ fn the_queue_goes_by_priority_and_age_and_past_what_fails() {
         .collect();
     assert!(begun.is_sorted(), "{begun:?}");
 }
+
+#[test]
+fn what_a_run_needs_stays_and_the_rest_can_go() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let first = start(&service, &dataset, &json!({"max_train_steps": 1_000_000}));
+    wait(&service, &first, "running");
+    let queued = start(&service, &dataset, &json!({}));
+    for run in [&first, &queued] {
+        service.delete(run).problem(409, "still_needed");
+    }
+    service.delete(&dataset).problem(409, "dataset_in_use");
+    // The pictures of a run are those of the moment in which it was made.
+    let images = service.get(&format!("{dataset}/images")).expect(200);
+    for image in images["data"].as_array().expect("images") {
+        let id = image["id"].as_str().expect("an id");
+        service
+            .delete(&format!("{dataset}/images/{id}"))
+            .expect(204);
+    }
+    service
+        .post(&format!("{first}/cancel"), &json!({}))
+        .expect(200);
+    wait(&service, &first, "cancelled");
+    service.delete(&first).expect(204);
+    service.get(&first).problem(404, "run_not_found");
+    service.delete(&first).problem(404, "run_not_found");
+
+    let ended = wait(&service, &queued, "succeeded");
+    let lora = format!("/v1/loras/{}", ended["lora_id"].as_str().expect("a LoRA"));
+    service.delete(&queued).problem(409, "still_needed");
+    let longer = service.post(&format!("{queued}/extend"), &json!({"steps": 1_000_000}));
+    let longer = longer.expect(201)["id"].as_str().expect("an id").to_owned();
+    let longer = format!("/v1/runs/{longer}");
+    service.delete(&lora).problem(409, "still_needed");
+    let with_loras = format!("{queued}?with_loras=true");
+    service.delete(&with_loras).problem(409, "still_needed");
+    service
+        .post(&format!("{longer}/cancel"), &json!({}))
+        .expect(200);
+    wait(&service, &longer, "cancelled");
+    service
+        .delete_if_match(&lora, "\"other\"")
+        .problem(412, "precondition_failed");
+    let tag = service
+        .get(&format!("{lora}/content"))
+        .header("etag")
+        .to_owned();
+    service.delete_if_match(&lora, &tag).expect(204);
+    service.get(&lora).problem(404, "lora_not_found");
+    for run in [&queued, &longer] {
+        service.delete(run).expect(204);
+    }
+    service.delete(&dataset).expect(204);
+}
