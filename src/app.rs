@@ -120,6 +120,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         models.clone(),
         plugins.clone(),
         config.device.clone(),
+        config.max_concurrent_runs,
         wake.clone(),
     );
     let command = worker_command(&config)?;

@@ -1,7 +1,7 @@
 //! `/v1/loras`: trained LoRA files.
 
 use actix_web::web::{self, Data};
-use actix_web::{HttpRequest, HttpResponse, get, route};
+use actix_web::{HttpRequest, HttpResponse, delete, get, route};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -12,7 +12,9 @@ use super::codes::Code;
 use super::download::{self, Download};
 use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
+use super::patch::check_if_match;
 use super::problem::{Problem, ProblemBody};
+use crate::runs::RunService;
 use crate::store::loras as rows;
 use crate::store::{Store, StoreError};
 
@@ -21,6 +23,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
     config
         .service(list_loras)
         .service(get_lora)
+        .service(delete_lora)
         .service(get_lora_content);
 }
 
@@ -125,6 +128,35 @@ pub async fn list_loras(
 #[get("/loras/{lora_id}")]
 pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Json<Lora>, Problem> {
     Ok(web::Json(find(&store, id.into_inner()).await?.into()))
+}
+
+/// Delete a LoRA file.
+///
+/// Not as long as its run, or one that goes on from that, has not ended.
+#[utoipa::path(
+    tag = "loras",
+    params(
+        ("lora_id" = Uuid, Path),
+        ("If-Match" = Option<String>, Header, description = "The ETag of the content that is to be deleted"),
+    ),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, description = "`lora_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`still_needed`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[delete("/loras/{lora_id}")]
+pub async fn delete_lora(
+    request: HttpRequest,
+    runs: Data<RunService>,
+    store: Data<Store>,
+    id: web::Path<Uuid>,
+) -> Result<HttpResponse, Problem> {
+    let lora = find(&store, id.into_inner()).await?;
+    check_if_match(&request, &format!("\"{}\"", lora.sha256))?;
+    runs.delete_lora(lora.id).await?;
+    Ok(HttpResponse::NoContent().finish())
 }
 
 /// Download a LoRA file.

@@ -27,6 +27,7 @@ pub mod plugins;
 pub mod problem;
 pub mod run_actions;
 pub mod run_logs;
+mod run_plan;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
@@ -67,6 +68,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(runs::routes)
+            .configure(run_plan::routes)
             .configure(run_actions::routes)
             .configure(events::routes)
             .configure(run_logs::routes)

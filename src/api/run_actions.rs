@@ -45,7 +45,7 @@ pub async fn pause_run(
     id: web::Path<Uuid>,
 ) -> Result<web::Json<Run>, Problem> {
     let run = runs.pause(id.into_inner()).await?;
-    with_result(&store, run).await
+    with_result(&runs, &store, run).await
 }
 
 /// Resume a paused run.
@@ -67,7 +67,7 @@ pub async fn resume_run(
     id: web::Path<Uuid>,
 ) -> Result<web::Json<Run>, Problem> {
     let run = runs.resume(id.into_inner()).await?;
-    with_result(&store, run).await
+    with_result(&runs, &store, run).await
 }
 
 /// Save a LoRA now.
@@ -90,7 +90,7 @@ pub async fn save_run(
     id: web::Path<Uuid>,
 ) -> Result<HttpResponse, Problem> {
     let run = runs.save(id.into_inner()).await?;
-    let run = with_result(&store, run).await?;
+    let run = with_result(&runs, &store, run).await?;
     Ok(HttpResponse::Accepted().json(run.into_inner()))
 }
 
@@ -114,7 +114,7 @@ pub async fn sample_run(
     id: web::Path<Uuid>,
 ) -> Result<HttpResponse, Problem> {
     let run = runs.sample(id.into_inner()).await?;
-    let run = with_result(&store, run).await?;
+    let run = with_result(&runs, &store, run).await?;
     Ok(HttpResponse::Accepted().json(run.into_inner()))
 }
 
@@ -184,7 +184,8 @@ pub async fn extend_run(
     let make = async move {
         let run = runs.extend(id, extension).await?;
         let location = format!("/v1/runs/{}", run.id);
-        Created::new(location, &Run::of(run, None)?)
+        let run = Run::of(run, None)?.placed(&runs.places().await?);
+        Created::new(location, &run)
     };
     let scope = format!("POST /v1/runs/{id}/extend");
     idempotency::once(&store, &request, &scope, &payload, make).await

@@ -1,8 +1,10 @@
 //! `/v1/runs`: made, listed, followed, ended. Settings are in `run_settings`, the event stream in `events`.
 
+use std::collections::HashMap;
+
 use actix_web::http::header;
 use actix_web::web::{self, Data};
-use actix_web::{HttpRequest, HttpResponse, get, post, route};
+use actix_web::{HttpRequest, HttpResponse, delete, get, post, route};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -16,7 +18,7 @@ use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
 use super::run_settings::CreateRun;
-use crate::runs::{NewRunRequest, RunError, RunService, RunSpec};
+use crate::runs::{NewRunRequest, Place, RunError, RunService, RunSpec};
 use crate::store::runs as rows;
 use crate::store::{Store, StoreError};
 
@@ -30,6 +32,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
         .service(list_runs)
         .service(get_run)
         .service(cancel_run)
+        .service(delete_run)
         .service(list_metrics)
         .service(list_samples)
         .service(get_sample_content);
@@ -87,6 +90,7 @@ states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Su
     "device": "vulkan:0 (AMD Radeon RX 7900 XTX)", "attempt": 1, "phase": "training",
     "progress": {"step": 120, "total_steps": 400, "epoch": 3, "total_epochs": 10, "loss_average": 0.1043,
                  "steps_per_s": 1.9, "eta_s": 147.4, "memory_bytes": 4123456789u64},
+    "queue_position": null, "expected_start_at": null,
     "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
     "finished_at": null,
     "settings": {
@@ -109,6 +113,12 @@ pub struct Run {
     /// `sampling`, `saving`.
     pub phase: Option<String>,
     pub progress: RunProgress,
+    /// Its place among the queued runs, from 1; `null` when it is not queued.
+    pub queue_position: Option<u64>,
+    /// When a worker may take it, by what earlier runs have told of their speed; `null` when it is not queued, or when
+    /// one before it has no known end.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub expected_start_at: Option<OffsetDateTime>,
     /// What it waits for while it is `interrupted`.
     pub waiting_for: Option<RunWait>,
     /// The step at which it would go on after a crash or a pause; `null` before the first such point.
@@ -191,6 +201,8 @@ impl Run {
                 eta_s: run.eta_s,
                 memory_bytes: run.memory_bytes,
             },
+            queue_position: None,
+            expected_start_at: None,
             waiting_for: run.wait.map(|wait| RunWait {
                 code: wait.code,
                 message: wait.message,
@@ -207,6 +219,18 @@ impl Run {
             started_at: run.started_at,
             finished_at: run.finished_at,
         })
+    }
+
+    /// The run with its place in the queue.
+    pub(super) fn placed(mut self, places: &HashMap<Uuid, Place>) -> Self {
+        // It may have been taken between the two queries.
+        if self.state == RunState::Queued
+            && let Some(place) = places.get(&self.id)
+        {
+            self.queue_position = Some(place.position);
+            self.expected_start_at = place.expected_start_at;
+        }
+        self
     }
 }
 
@@ -239,7 +263,8 @@ pub async fn create_run(
     let make = async move {
         let run = runs.create(asked).await?;
         let location = format!("/v1/runs/{}", run.id);
-        Created::new(location, &Run::of(run, None)?)
+        let run = Run::of(run, None)?.placed(&runs.places().await?);
+        Created::new(location, &run)
     };
     idempotency::once(&store, &request, "POST /v1/runs", &payload, make).await
 }
@@ -288,17 +313,24 @@ pub async fn list_runs(
     let filter = rows::RunFilter {
         state: state.map(Into::into),
         dataset_id,
+        base_model_id: None,
     };
     let found = runs.list(filter, page.after_id()?, page.rows()).await?;
     let ids: Vec<Uuid> = found.iter().map(|run| run.id).collect();
     let results = store.final_loras(&ids).await.map_err(RunError::from)?;
+    let waits = found.iter().any(|run| run.state == rows::RunState::Queued);
+    let places = if waits {
+        runs.places().await?
+    } else {
+        HashMap::new()
+    };
     let found: Vec<Run> = found
         .into_iter()
         .map(|run| {
             let lora = results.get(&run.id).copied();
-            Run::of(run, lora)
+            Ok(Run::of(run, lora)?.placed(&places))
         })
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<_, Problem>>()?;
     Ok(web::Json(page.page(
         found,
         |run| run.id.to_string(),
@@ -324,10 +356,18 @@ pub async fn get_run(
     id: web::Path<Uuid>,
 ) -> Result<web::Json<Run>, Problem> {
     let run = runs.get(id.into_inner()).await?;
-    with_result(&store, run).await
+    with_result(&runs, &store, run).await
 }
 
-pub(super) async fn with_result(store: &Store, run: rows::Run) -> Result<web::Json<Run>, Problem> {
+/// The run with what other rows tell of it.
+pub(super) async fn with_result(
+    runs: &RunService,
+    store: &Store,
+    run: rows::Run,
+) -> Result<web::Json<Run>, Problem> {
+    if run.state == rows::RunState::Queued {
+        return Ok(web::Json(Run::of(run, None)?.placed(&runs.places().await?)));
+    }
     let lora = store.final_lora(run.id).await.map_err(RunError::from)?;
     Ok(web::Json(Run::of(run, lora.map(|lora| lora.id))?))
 }
@@ -352,7 +392,41 @@ pub async fn cancel_run(
     id: web::Path<Uuid>,
 ) -> Result<web::Json<Run>, Problem> {
     let run = runs.cancel(id.into_inner()).await?;
-    with_result(&store, run).await
+    with_result(&runs, &store, run).await
+}
+
+/// What goes with a run.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteRunQuery {
+    /// Also delete its LoRA files; without this a run that has some stays.
+    #[serde(default)]
+    #[param(default = false)]
+    with_loras: bool,
+}
+
+/// Delete a run.
+///
+/// Only one that has ended, and that no other goes on from: its events, series, previews, log and resume points go.
+#[utoipa::path(
+    tag = "runs",
+    params(("run_id" = Uuid, Path), DeleteRunQuery),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`still_needed`: it has not ended, another goes on from it, or it has LoRA files", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[delete("/runs/{run_id}")]
+pub async fn delete_run(
+    runs: Data<RunService>,
+    id: web::Path<Uuid>,
+    query: Query<DeleteRunQuery>,
+) -> Result<HttpResponse, Problem> {
+    runs.delete(id.into_inner(), query.into_inner().with_loras)
+        .await?;
+    Ok(HttpResponse::NoContent().finish())
 }
 
 /// Which steps of a series.
@@ -638,6 +712,7 @@ impl From<RunError> for Problem {
                 Self::fields(Code::InvalidSettings, fields.collect())
             }
             RunError::NotTraining(_) => Self::new(Code::RunNotTraining, text),
+            RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
             RunError::Store(error) if error.is_storage_full() => {

@@ -63,6 +63,11 @@ impl EpochPlan {
         })
     }
 
+    /// Indices of pictures by the size of their bucket, each as often as an epoch shows it.
+    pub fn buckets(&self) -> &BTreeMap<(u32, u32), Vec<usize>> {
+        &self.buckets
+    }
+
     /// How many batches an epoch has.
     pub fn batches_per_epoch(&self) -> usize {
         self.buckets

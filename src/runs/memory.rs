@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::diffusion::StableDiffusion;
 use crate::store::runs::RunFailure;
-use crate::training::memory::in_gib;
+use crate::training::memory::{Remedy, in_gib};
 use crate::training::{TrainSettings, TrainingSet, Workload};
 
 /// Beyond this share of the limit a worker stops.
@@ -81,6 +81,26 @@ impl MemoryPlan {
             workload,
             available_bytes,
         })
+    }
+
+    /// As [`MemoryPlan::new`], for a worker that is still to be started.
+    ///
+    /// # Errors
+    /// Those of [`MemoryPlan::new`].
+    pub fn of_another_process(
+        data: &TrainingSet,
+        settings: &TrainSettings,
+    ) -> Result<Self, RunFailure> {
+        let available_bytes = SystemMemory::now().map(|memory| memory.available_bytes);
+        Ok(Self {
+            available_bytes,
+            ..Self::new(data, settings)?
+        })
+    }
+
+    /// What would take less.
+    pub fn remedies(&self) -> Vec<Remedy> {
+        self.workload.remedies()
     }
 
     /// # Errors

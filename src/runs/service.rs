@@ -1,20 +1,24 @@
 //! Runs as the API knows them: made, listed, ended early.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+use super::queue::{self, Place};
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::{BaseModel, ModelCatalog, ModelFolderError};
 use crate::plugin_host::PluginHost;
-use crate::store::runs::{NewRun, Run, RunFilter, RunState, Wish};
+use crate::store::runs::{NewRun, Run, RunFilter, RunState, StillNeeded, Wish};
 use crate::store::{Store, StoreError};
-use crate::training::{PluginChoice, ResumeError, ResumeFolder, TrainLength, TrainSettings};
+use crate::training::{
+    PluginChoice, ResumeError, ResumeFolder, TrainError, TrainLength, TrainSettings, planned_steps,
+};
 
 /// Longest name of a run, in characters.
 const MAX_NAME_CHARS: usize = 128;
@@ -103,6 +107,9 @@ pub enum RunError {
     /// The run cannot be made longer.
     #[error("the run cannot be extended: {0}")]
     NotExtendable(String),
+    /// It cannot be deleted yet.
+    #[error("{}", why(.0))]
+    StillNeeded(StillNeeded),
     /// A resume point cannot be copied.
     #[error(transparent)]
     Resume(ResumeError),
@@ -120,6 +127,14 @@ pub enum RunError {
     Store(#[from] StoreError),
 }
 
+/// A request that was found right.
+pub(super) struct Checked {
+    pub(super) spec: RunSpec,
+    pub(super) images: Vec<SnapshotImage>,
+    pub(super) dataset_id: Uuid,
+    pub(super) base: BaseModel,
+}
+
 /// Makes and ends runs. Cloning is cheap.
 #[derive(Clone)]
 pub struct RunService {
@@ -127,16 +142,18 @@ pub struct RunService {
     models: ModelCatalog,
     plugins: Arc<PluginHost>,
     default_device: String,
+    max_workers: usize,
     wake: Arc<Notify>,
 }
 
 impl RunService {
-    /// `wake` is what the supervisor waits for.
+    /// `max_workers` is how many runs may train at once, `wake` what the supervisor waits for.
     pub fn new(
         store: Store,
         models: ModelCatalog,
         plugins: Arc<PluginHost>,
         default_device: String,
+        max_workers: usize,
         wake: Arc<Notify>,
     ) -> Self {
         Self {
@@ -144,6 +161,7 @@ impl RunService {
             models,
             plugins,
             default_device,
+            max_workers,
             wake,
         }
     }
@@ -153,6 +171,34 @@ impl RunService {
     /// # Errors
     /// [`RunError::Invalid`] with every wrong value, [`RunError::DatasetNotFound`], [`RunError::ModelNotFound`].
     pub async fn create(&self, request: NewRunRequest) -> Result<Run, RunError> {
+        let (name, priority) = (request.name.clone(), request.priority);
+        let Checked {
+            spec,
+            images,
+            dataset_id,
+            base,
+        } = self.check(request).await?;
+        let total_steps = self.total_steps(&spec, images.clone()).ok();
+        let run = self
+            .store
+            .create_run(NewRun {
+                id: Uuid::now_v7(),
+                priority,
+                continued_from: None,
+                total_steps,
+                name,
+                spec: serde_json::to_string(&spec)?,
+                images: serde_json::to_string(&images)?,
+                dataset_id,
+                base_model_id: base.id,
+            })
+            .await?;
+        self.wake.notify_one();
+        Ok(run)
+    }
+
+    /// Checks everything that can be checked without training.
+    pub(super) async fn check(&self, request: NewRunRequest) -> Result<Checked, RunError> {
         let mut problems = self.check_values(&request);
         let base = self.find_model(&request.base_model).await?;
         if let Some(problem) = base.problem() {
@@ -163,34 +209,38 @@ impl RunService {
             });
         }
         let device = request.device.as_deref().unwrap_or(&self.default_device);
-        problems.extend(check_device(device.to_owned()).await?);
+        let device = device.to_owned();
+        problems.extend(check_device(device.clone()).await?);
         let images = self.snapshot(&request).await?;
         problems.extend(check_images(&images, &request));
         if !problems.is_empty() {
             return Err(RunError::Invalid(problems));
         }
         let spec = RunSpec {
-            device: device.to_owned(),
+            device,
             base_model_id: base.id.clone(),
             settings: request.settings,
             buckets: request.buckets,
             recorded_at: recorded_at(),
         };
-        let run = self
-            .store
-            .create_run(NewRun {
-                id: Uuid::now_v7(),
-                priority: request.priority,
-                continued_from: None,
-                name: request.name,
-                spec: serde_json::to_string(&spec)?,
-                images: serde_json::to_string(&images)?,
-                dataset_id: request.dataset_id,
-                base_model_id: base.id,
-            })
-            .await?;
-        self.wake.notify_one();
-        Ok(run)
+        Ok(Checked {
+            spec,
+            images,
+            dataset_id: request.dataset_id,
+            base,
+        })
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The place of every waiting run.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn places(&self) -> Result<HashMap<Uuid, Place>, RunError> {
+        Ok(queue::places(&self.store, self.max_workers).await?)
     }
 
     /// One run.
@@ -284,6 +334,40 @@ impl RunService {
         }
     }
 
+    /// Deletes a run that has ended, with everything that it has on disk; with its LoRA files when that is wanted.
+    ///
+    /// # Errors
+    /// [`RunError::NotFound`]; [`RunError::StillNeeded`].
+    pub async fn delete(&self, id: Uuid, with_loras: bool) -> Result<(), RunError> {
+        let deleted = self.store.delete_run(id, &state::ENDED, with_loras).await;
+        match deleted {
+            Err(StoreError::NotFound) => return Err(RunError::NotFound(id)),
+            Err(error) => return Err(error.into()),
+            Ok(Some(needed)) => return Err(RunError::StillNeeded(needed)),
+            Ok(None) => {}
+        }
+        let folder = self.store.run_folder(id);
+        let log = self.store.data_dir().join("logs");
+        let log = log.join(format!("run-{id}.log"));
+        tokio::task::spawn_blocking(move || {
+            super::folders::remove(&folder);
+            let _ = std::fs::remove_file(log); // a run that no worker has begun has none
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Deletes a LoRA file.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`RunError::StillNeeded`].
+    pub async fn delete_lora(&self, id: Uuid) -> Result<(), RunError> {
+        match self.store.delete_lora(id, &state::ENDED).await? {
+            Some(needed) => Err(RunError::StillNeeded(needed)),
+            None => Ok(()),
+        }
+    }
+
     /// Queues a run that rests; it goes on where it was.
     ///
     /// # Errors
@@ -354,6 +438,7 @@ impl RunService {
                 message: problem.message,
             }]));
         }
+        let total_steps = self.total_steps(&spec, serde_json::from_str(&images)?).ok();
         let new = Uuid::now_v7();
         let (from, to) = (self.store.run_folder(id), self.store.run_folder(new));
         let copied = tokio::task::spawn_blocking(move || {
@@ -379,10 +464,18 @@ impl RunService {
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),
                 priority: run.priority,
+                total_steps,
             })
             .await?;
         self.wake.notify_one();
         Ok(run)
+    }
+
+    /// Optimizer steps of a run.
+    fn total_steps(&self, spec: &RunSpec, images: Vec<SnapshotImage>) -> Result<u64, TrainError> {
+        let base = std::path::Path::new("");
+        let data = super::worker::training_set(&self.store, images, spec, base, None);
+        planned_steps(&data, &spec.settings)
     }
 
     /// The length of a run that is to be longer, in its own unit where that is possible.
@@ -393,14 +486,15 @@ impl RunService {
         extension: &Extension,
     ) -> Result<TrainLength, RunError> {
         let in_steps = |length| -> Result<u64, RunError> {
-            let images: Vec<SnapshotImage> = serde_json::from_str(images)?;
-            let base = std::path::Path::new("");
-            let data = super::worker::training_set(&self.store, images, spec, base, None);
             let settings = TrainSettings {
                 length,
                 ..spec.settings.clone()
             };
-            let planned = crate::training::planned_steps(&data, &settings);
+            let spec = RunSpec {
+                settings,
+                ..spec.clone()
+            };
+            let planned = self.total_steps(&spec, serde_json::from_str(images)?);
             planned.map_err(|error| RunError::NotExtendable(error.to_string()))
         };
         Ok(match (spec.settings.length, extension) {
@@ -517,6 +611,22 @@ impl RunService {
                 }
             })
             .collect())
+    }
+}
+
+fn why(needed: &StillNeeded) -> String {
+    match needed {
+        StillNeeded::NotEnded(found) => {
+            let found = found.as_str();
+            format!("the run is {found}, expected succeeded, failed or cancelled")
+        }
+        StillNeeded::ContinuedBy(run) => format!("run {run} goes on from it and has not ended"),
+        StillNeeded::HasLoras(1) => {
+            "it has a LoRA file; `with_loras=true` deletes it too".to_owned()
+        }
+        StillNeeded::HasLoras(n) => {
+            format!("it has {n} LoRA files; `with_loras=true` deletes them too")
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 //! The row is not trusted over the process. A run whose worker gives no sign of life, or whose process has ended without
 //! a result, becomes `interrupted` and is queued again, as long as its workers come further.
 
-use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -20,7 +19,7 @@ use uuid::Uuid;
 use super::crash::{self, Exit};
 use super::reporter::LEAVE;
 use super::worker::{LEASE, storage_wait};
-use super::{liveness, room, state};
+use super::{liveness, queue, room, state};
 use crate::store::runs::{HeldBy, Run, RunFailure, RunState, Wish};
 use crate::store::{Store, StoreError};
 
@@ -143,7 +142,10 @@ impl Loop {
     }
 
     async fn child_ended(&mut self, id: Uuid, exit: &Exit) -> Result<(), StoreError> {
-        let run = self.store.run(id).await?;
+        let run = match self.store.run(id).await {
+            Err(StoreError::NotFound) => return Ok(()), // it had ended, and was deleted
+            run => run?,
+        };
         if state::HELD.contains(&run.state) {
             self.false_starts.remove(&id);
             if exit.is_storage_full() {
@@ -292,7 +294,7 @@ impl Loop {
     async fn start_queued(&mut self) -> Result<(), StoreError> {
         let mut waiting = self.store.runs_in(&[RunState::Queued]).await?;
         waiting.retain(|run| !self.children.contains_key(&run.id));
-        waiting.sort_by_key(|run| Reverse(run.priority)); // stable: of the same priority the older one
+        queue::sort(&mut waiting);
         if waiting.is_empty() {
             return Ok(());
         }

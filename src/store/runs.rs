@@ -2,6 +2,7 @@
 //! here every change of a state is conditional on the states it may come from.
 
 mod claims;
+mod deletion;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Lease, NewLora, Progress, WorkerReport};
+pub use deletion::StillNeeded;
 pub use records::{Event, Metric, NewSample, Sample, Told};
 
 /// Where a run is in its life.
@@ -198,6 +200,8 @@ pub struct NewRun {
     pub continued_from: Option<Uuid>,
     /// See [`Run::priority`].
     pub priority: i32,
+    /// See [`Run::total_steps`].
+    pub total_steps: Option<u64>,
 }
 
 /// Why a run ended badly.
@@ -220,12 +224,29 @@ impl RunFailure {
 }
 
 /// Which runs a list is about.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct RunFilter {
     /// Only runs in this state.
     pub state: Option<RunState>,
     /// Only runs on this dataset.
     pub dataset_id: Option<Uuid>,
+    /// Only runs on this base model.
+    pub base_model_id: Option<String>,
+}
+
+impl RunFilter {
+    fn apply(self, mut query: Select<run::Entity>) -> Select<run::Entity> {
+        if let Some(state) = self.state {
+            query = query.filter(run::Column::State.eq(state.as_str()));
+        }
+        if let Some(dataset) = self.dataset_id {
+            query = query.filter(run::Column::DatasetId.eq(dataset));
+        }
+        if let Some(base_model) = self.base_model_id {
+            query = query.filter(run::Column::BaseModelId.eq(base_model));
+        }
+        query
+    }
 }
 
 impl Store {
@@ -258,6 +279,7 @@ impl Store {
             stalls: Set(0),
             continued_from: Set(new.continued_from),
             priority: Set(new.priority),
+            total_steps: Set(new.total_steps.map(signed)),
             ..Default::default()
         };
         let transaction = self.begin().await?;
@@ -315,17 +337,26 @@ impl Store {
         after: Option<Uuid>,
         limit: u64,
     ) -> Result<Vec<Run>, StoreError> {
-        let mut query = find().order_by_asc(run::Column::Id).limit(limit);
-        if let Some(state) = filter.state {
-            query = query.filter(run::Column::State.eq(state.as_str()));
-        }
-        if let Some(dataset) = filter.dataset_id {
-            query = query.filter(run::Column::DatasetId.eq(dataset));
-        }
+        let mut query = filter
+            .apply(find())
+            .order_by_asc(run::Column::Id)
+            .limit(limit);
         if let Some(after) = after {
             query = query.filter(run::Column::Id.gt(after));
         }
         query.all(&self.db).await?.into_iter().map(read).collect()
+    }
+
+    /// The newest runs that a worker has begun, the newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn newest_runs(&self, filter: RunFilter, limit: u64) -> Result<Vec<Run>, StoreError> {
+        let begun = filter
+            .apply(find())
+            .filter(run::Column::Device.is_not_null());
+        let rows = begun.order_by_desc(run::Column::Id).limit(limit);
+        rows.all(&self.db).await?.into_iter().map(read).collect()
     }
 
     /// Every run in one of these states, the oldest first.

@@ -197,6 +197,24 @@ impl Store {
         Ok(query.all(&self.db).await?.into_iter().map(metric).collect())
     }
 
+    /// Wall-clock times of the last steps of a run, in seconds.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn last_step_times(&self, run_id: Uuid, limit: u64) -> Result<Vec<f64>, StoreError> {
+        let times: Vec<Option<f64>> = run_metric::Entity::find()
+            .select_only()
+            .column(run_metric::Column::StepTimeS)
+            .filter(run_metric::Column::RunId.eq(run_id))
+            .filter(run_metric::Column::StepTimeS.is_not_null())
+            .order_by_desc(run_metric::Column::Step)
+            .limit(limit)
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        Ok(times.into_iter().flatten().collect())
+    }
+
     /// Samples in the order in which they were drawn, after `after`.
     ///
     /// # Errors

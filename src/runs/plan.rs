@@ -1,0 +1,182 @@
+//! What a run would do and take, told without starting it.
+
+use std::collections::HashSet;
+
+use super::memory::MemoryPlan;
+use super::pace::{self, Pace};
+use super::service::{Checked, NewRunRequest, RunError, RunProblem, RunService};
+use super::worker::training_set;
+use crate::dataloader::EpochPlan;
+use crate::diffusion::devices::{self, AdapterClass, DeviceInfo, DeviceSpec};
+use crate::store::runs::RunFailure;
+use crate::training::memory::Remedy;
+use crate::training::{TrainError, TrainLength, TrainSettings, TrainingSet, planned_steps};
+
+/// What a run would do.
+#[derive(Clone, Debug)]
+pub struct RunPlan {
+    /// The id of the device that it would run on.
+    pub device: String,
+    /// Pictures that it trains on.
+    pub images: u64,
+    /// Pictures of an epoch: repeats counted, regularization pictures balanced.
+    pub images_per_epoch: u64,
+    /// Batches of an epoch; each has pictures of one bucket, so that the last one of each may be smaller.
+    pub batches_per_epoch: u64,
+    /// Optimizer steps of an epoch.
+    pub steps_per_epoch: u64,
+    /// Epochs; the last one may be cut off when the length is one in steps.
+    pub epochs: u64,
+    /// Optimizer steps.
+    pub total_steps: u64,
+    /// Sizes of pictures, and what has them.
+    pub buckets: Vec<PlannedBucket>,
+    /// Memory on the CPU; of a GPU its driver does not tell.
+    pub memory: Option<PlannedMemory>,
+    /// Why a worker would refuse it.
+    pub refusal: Option<RunFailure>,
+    /// The time of a step, when an earlier run has told it.
+    pub pace: Option<Pace>,
+}
+
+/// A size of pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedBucket {
+    /// Width.
+    pub width_px: u32,
+    /// Height.
+    pub height_px: u32,
+    /// Pictures of this size.
+    pub images: u64,
+    /// The same, repeats counted.
+    pub images_per_epoch: u64,
+    /// Batches of an epoch.
+    pub batches_per_epoch: u64,
+}
+
+/// Memory of the worker's process.
+#[derive(Clone, Debug)]
+pub struct PlannedMemory {
+    /// The estimated peak.
+    pub estimated_peak_bytes: u64,
+    /// What is free now; `None` where the system does not tell.
+    pub available_bytes: Option<u64>,
+    /// What would take less.
+    pub remedies: Vec<Remedy>,
+}
+
+impl RunService {
+    /// What [`RunService::create`] would start.
+    ///
+    /// # Errors
+    /// Those of [`RunService::create`].
+    pub async fn plan(&self, request: NewRunRequest) -> Result<RunPlan, RunError> {
+        let Checked {
+            spec, images, base, ..
+        } = self.check(request).await?;
+        let device = device_of(&spec.device).await?;
+        let pace = pace::expected(self.store(), &spec, Some(&device.id)).await?;
+        let data = training_set(self.store(), images, &spec, &base.path, None);
+        // Sizes of many pictures and headers of large files.
+        let planned =
+            tokio::task::spawn_blocking(move || plan(&data, &spec.settings, &device, pace));
+        planned.await?
+    }
+}
+
+/// The device that a checked name means now.
+async fn device_of(name: &str) -> Result<DeviceInfo, RunError> {
+    let wanted = match name.parse::<DeviceSpec>() {
+        Ok(spec) => spec.to_string(), // `vulkan` is `vulkan:0`
+        Err(_) => name.to_owned(),
+    };
+    let found = tokio::task::spawn_blocking(move || {
+        let mut known = devices::list();
+        let index = known
+            .iter()
+            .position(|info| info.id == wanted || (wanted == "auto" && info.is_default));
+        index.map(|index| known.swap_remove(index))
+    });
+    // A device can go between the check and this.
+    let device = found.await?;
+    device.ok_or_else(|| {
+        RunError::Invalid(vec![RunProblem {
+            pointer: "/device".to_owned(),
+            code: "invalid_value",
+            message: format!("found `{name}`, this machine has no such device now"),
+        }])
+    })
+}
+
+fn plan(
+    data: &TrainingSet,
+    settings: &TrainSettings,
+    device: &DeviceInfo,
+    pace: Option<Pace>,
+) -> Result<RunPlan, RunError> {
+    let refused = |error: TrainError| {
+        RunError::Invalid(vec![RunProblem {
+            pointer: "/dataset_id".to_owned(),
+            code: "invalid_value",
+            message: error.to_string(),
+        }])
+    };
+    let (images, _) = data
+        .split(&settings.validation.image_ids)
+        .map_err(refused)?;
+    let epoch = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed);
+    let epoch = epoch.map_err(|error| refused(error.into()))?;
+    let total_steps = planned_steps(data, settings).map_err(refused)?;
+    let batches_per_epoch = epoch.batches_per_epoch() as u64;
+    let accumulated = settings.gradient_accumulation_steps.max(1) as u64;
+    let steps_per_epoch = batches_per_epoch.div_ceil(accumulated);
+    let buckets: Vec<PlannedBucket> = buckets(&epoch, settings.batch_size);
+    let (memory, refusal) = match device.class {
+        AdapterClass::Cpu => memory(data, settings),
+        _ => (None, None), // what a GPU has left its driver does not tell
+    };
+    Ok(RunPlan {
+        device: device.id.clone(),
+        images: buckets.iter().map(|bucket| bucket.images).sum(),
+        images_per_epoch: epoch.images_per_epoch() as u64,
+        batches_per_epoch,
+        steps_per_epoch,
+        epochs: match settings.length {
+            TrainLength::Steps(steps) => steps.div_ceil(steps_per_epoch.max(1)),
+            TrainLength::Epochs(epochs) => epochs,
+        },
+        total_steps,
+        buckets,
+        memory,
+        refusal,
+        pace,
+    })
+}
+
+fn buckets(epoch: &EpochPlan, batch_size: usize) -> Vec<PlannedBucket> {
+    let bucket = |((width_px, height_px), entries): (&(u32, u32), &Vec<usize>)| PlannedBucket {
+        width_px: *width_px,
+        height_px: *height_px,
+        images: entries.iter().collect::<HashSet<_>>().len() as u64,
+        images_per_epoch: entries.len() as u64,
+        batches_per_epoch: entries.len().div_ceil(batch_size.max(1)) as u64,
+    };
+    epoch.buckets().iter().map(bucket).collect()
+}
+
+fn memory(
+    data: &TrainingSet,
+    settings: &TrainSettings,
+) -> (Option<PlannedMemory>, Option<RunFailure>) {
+    match MemoryPlan::of_another_process(data, settings) {
+        Err(failure) => (None, Some(failure)),
+        Ok(plan) => {
+            let memory = PlannedMemory {
+                estimated_peak_bytes: plan.estimated_peak_bytes,
+                available_bytes: plan.available_bytes,
+                remedies: plan.remedies(),
+            };
+            (Some(memory), plan.check().err())
+        }
+    }
+}

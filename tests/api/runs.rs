@@ -1,0 +1,254 @@
+//! `/v1/runs`: planned, queued, trained by worker processes on a tiny model.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use lorasmith::config::Config;
+use serde_json::{Value, json};
+
+use crate::support::{Service, png};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-sd15")
+}
+
+fn settings(config: &mut Config) {
+    config.models_dir = fixtures();
+    config.device = "cpu".to_owned();
+    config.max_concurrent_runs = 1;
+}
+
+/// A dataset of two pictures.
+fn dataset(service: &Service) -> String {
+    let path = service.dataset("a");
+    let files = [png(1), png(2)];
+    let files = [("a.png", files[0].as_slice()), ("b.png", &files[1])];
+    service
+        .upload(&format!("{path}/images"), &[], &files)
+        .expect(201);
+    path
+}
+
+/// The settings of a short run.
+fn short(dataset: &str, more: &Value) -> Value {
+    let mut body = json!({
+        "name": "a", "dataset_id": dataset.rsplit('/').next(), "base_model": "tiny-sd15-ldm", "max_train_steps": 1,
+        "network": {"rank": 2}, "resolution": {"width_px": 64, "height_px": 64}, "buckets": {"enabled": false},
+    });
+    for (name, value) in more.as_object().expect("settings") {
+        body[name] = value.clone();
+    }
+    body
+}
+
+fn start(service: &Service, dataset: &str, more: &Value) -> String {
+    let run = service.post("/v1/runs", &short(dataset, more)).expect(201);
+    format!("/v1/runs/{}", run["id"].as_str().expect("an id"))
+}
+
+fn wait(service: &Service, run: &str, state: &str) -> Value {
+    let began = Instant::now();
+    loop {
+        let found = service.get(run).expect(200);
+        if found["state"] == state {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "not {state}: {found}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_plan_tells_what_a_run_would_do() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let subsets = service.get(&format!("{dataset}/subsets")).expect(200);
+    let subset = subsets["data"][0]["id"].as_str().expect("an id");
+    let repeats = json!({"repeats": 3});
+    service
+        .patch(&format!("{dataset}/subsets/{subset}"), None, &repeats)
+        .expect(200);
+    let more = json!({
+        "max_train_steps": null, "max_train_epochs": 5, "batch_size": 4, "gradient_accumulation_steps": 2,
+    });
+    let plan = |more: &Value| service.post("/v1/runs:plan", &short(&dataset, more));
+    let planned = plan(&more).expect(200);
+    // 2 images × 3 repeats in batches of 4 and 2; both make one step.
+    for (field, value) in [
+        ("images", 2),
+        ("images_per_epoch", 6),
+        ("batches_per_epoch", 2),
+        ("steps_per_epoch", 1),
+        ("epochs", 5),
+        ("total_steps", 5),
+    ] {
+        assert_eq!(planned[field], value, "{field}: {planned}");
+    }
+    let bucket = json!([{
+        "width_px": 64, "height_px": 64, "images": 2, "images_per_epoch": 6, "batches_per_epoch": 2,
+    }]);
+    assert_eq!(planned["buckets"], bucket);
+    assert_eq!(planned["device"], "cpu");
+    let memory = &planned["memory"];
+    let peak = memory["estimated_peak_bytes"].as_u64().expect("a size");
+    let saving = &memory["savings"][0];
+    let left = saving["estimated_peak_bytes"].as_u64().expect("a size");
+    assert_eq!(saving["saved_bytes"], peak - left, "{memory}");
+    assert_eq!(
+        (&planned["refusal"], &planned["duration"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert!(
+        service.get("/v1/runs").expect(200)["data"] == json!([]),
+        "nothing was started"
+    );
+
+    // What nobody has the memory for.
+    let huge =
+        plan(&json!({"batch_size": 1024, "resolution": {"width_px": 4096, "height_px": 4096}}));
+    let huge = huge.expect(200);
+    assert_eq!(huge["refusal"]["code"], "memory_budget", "{huge}");
+
+    let problem = plan(&json!({"network": {"rank": 0}})).problem(422, "invalid_settings");
+    assert_eq!(problem["errors"][0]["pointer"], "/network/rank");
+    plan(&json!({"base_model": "absent"})).problem(404, "model_not_found");
+
+    // A run tells its pace to later ones.
+    let run = start(&service, &dataset, &json!({"max_train_steps": 3}));
+    assert_eq!(
+        wait(&service, &run, "succeeded")["progress"]["total_steps"],
+        3
+    );
+    let duration = plan(&more).expect(200)["duration"].clone();
+    assert_eq!(
+        Some(run.as_str()),
+        duration["run_id"]
+            .as_str()
+            .map(|id| format!("/v1/runs/{id}"))
+            .as_deref()
+    );
+    let (all, one) = (&duration["expected_s"], &duration["step_time_s"]);
+    let ratio = all.as_f64().expect("seconds") / one.as_f64().expect("seconds");
+    assert!((ratio - 5.0).abs() < 1e-9, "{duration}");
+}
+
+#[test]
+fn the_queue_goes_by_priority_and_age_and_past_what_fails() {
+    let models = tempfile::tempdir().expect("a folder");
+    for name in ["tiny-sd15-ldm", "gone"] {
+        let file = fixtures().join("tiny-sd15-ldm.safetensors");
+        let copy = models.path().join(format!("{name}.safetensors"));
+        std::fs::copy(file, copy).expect("copied");
+    }
+    let service = Service::start_with(|config| {
+        settings(config);
+        config.models_dir = models.path().to_owned();
+    });
+    let dataset = dataset(&service);
+    let first = start(&service, &dataset, &json!({"max_train_steps": 1_000_000}));
+    let began = wait(&service, &first, "running");
+    assert_eq!(began["queue_position"], Value::Null);
+    let start = |more: Value| start(&service, &dataset, &more);
+    let last = start(json!({"priority": -5}));
+    let old = start(json!({"priority": 0}));
+    let broken = start(json!({"priority": 5, "base_model": "gone"}));
+    let young = start(json!({"priority": 0}));
+    let order = [&broken, &old, &young, &last];
+    let list = service.get("/v1/runs?state=queued").expect(200);
+    for (run, position) in order.into_iter().zip(1..) {
+        let found = service.get(run).expect(200);
+        assert_eq!(found["queue_position"], position, "{found}");
+        let listed = list["data"].as_array().expect("runs").iter();
+        let listed = listed.filter(|listed| listed["id"] == found["id"]);
+        let positions: Vec<_> = listed
+            .map(|listed| listed["queue_position"].clone())
+            .collect();
+        assert_eq!(positions, [json!(position)]);
+    }
+    // The one that trains tells when it will end, as soon as it has done a step.
+    let began = Instant::now();
+    while service.get(&broken).expect(200)["expected_start_at"].is_null() {
+        assert!(began.elapsed() < PATIENCE, "nobody knows when it begins");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    // Whoever rests is not in the queue, and keeps its age.
+    service
+        .post(&format!("{old}/pause"), &json!({}))
+        .expect(200);
+    assert_eq!(service.get(&young).expect(200)["queue_position"], 2);
+    service
+        .post(&format!("{old}/resume"), &json!({}))
+        .expect(200);
+    assert_eq!(service.get(&old).expect(200)["queue_position"], 2);
+
+    std::fs::remove_file(models.path().join("gone.safetensors")).expect("removed");
+    service
+        .post(&format!("{first}/cancel"), &json!({}))
+        .expect(200);
+    let failed = wait(&service, &broken, "failed");
+    assert!(failed["error"]["code"].is_string(), "{failed}");
+    let ended = [&old, &young, &last].map(|run| wait(&service, run, "succeeded"));
+    let begun: Vec<&str> = ended
+        .iter()
+        .map(|run| run["started_at"].as_str().expect("a time"))
+        .collect();
+    assert!(begun.is_sorted(), "{begun:?}");
+}
+
+#[test]
+fn what_a_run_needs_stays_and_the_rest_can_go() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let first = start(&service, &dataset, &json!({"max_train_steps": 1_000_000}));
+    wait(&service, &first, "running");
+    let queued = start(&service, &dataset, &json!({}));
+    for run in [&first, &queued] {
+        service.delete(run).problem(409, "still_needed");
+    }
+    service.delete(&dataset).problem(409, "dataset_in_use");
+    // The pictures of a run are those of the moment in which it was made.
+    let images = service.get(&format!("{dataset}/images")).expect(200);
+    for image in images["data"].as_array().expect("images") {
+        let id = image["id"].as_str().expect("an id");
+        service
+            .delete(&format!("{dataset}/images/{id}"))
+            .expect(204);
+    }
+    service
+        .post(&format!("{first}/cancel"), &json!({}))
+        .expect(200);
+    wait(&service, &first, "cancelled");
+    service.delete(&first).expect(204);
+    service.get(&first).problem(404, "run_not_found");
+    service.delete(&first).problem(404, "run_not_found");
+
+    let ended = wait(&service, &queued, "succeeded");
+    let lora = format!("/v1/loras/{}", ended["lora_id"].as_str().expect("a LoRA"));
+    service.delete(&queued).problem(409, "still_needed");
+    let longer = service.post(&format!("{queued}/extend"), &json!({"steps": 1_000_000}));
+    let longer = longer.expect(201)["id"].as_str().expect("an id").to_owned();
+    let longer = format!("/v1/runs/{longer}");
+    service.delete(&lora).problem(409, "still_needed");
+    let with_loras = format!("{queued}?with_loras=true");
+    service.delete(&with_loras).problem(409, "still_needed");
+    service
+        .post(&format!("{longer}/cancel"), &json!({}))
+        .expect(200);
+    wait(&service, &longer, "cancelled");
+    service
+        .delete_if_match(&lora, "\"other\"")
+        .problem(412, "precondition_failed");
+    let tag = service
+        .get(&format!("{lora}/content"))
+        .header("etag")
+        .to_owned();
+    service.delete_if_match(&lora, &tag).expect(204);
+    service.get(&lora).problem(404, "lora_not_found");
+    for run in [&queued, &longer] {
+        service.delete(run).expect(204);
+    }
+    service.delete(&dataset).expect(204);
+}
