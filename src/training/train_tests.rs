@@ -369,9 +369,9 @@ fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
     settings.length = TrainLength::Steps(20);
     settings.validation.image_ids.clear();
     settings.validation.fraction = Some(0.5);
-    // No loss falls by 1000: three validations, of steps 2, 3 and 4, are enough.
+    // No loss falls by 1000: the validations of steps 2 and 4, each the end of an epoch, are enough.
     settings.early_stopping = Some(EarlyStopping {
-        patience: 3,
+        patience: 2,
         min_delta: 1e3,
     });
     let mut whole = Log::default();
@@ -379,7 +379,7 @@ fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
     assert_eq!((outcome.steps, whole.losses.len()), (4, 4));
     let why = whole.stopped.expect("a reason");
     assert!(
-        why.starts_with("stopped early at step 4: 3 validations since step 0"),
+        why.starts_with("stopped early at step 4: 2 validations since step 0"),
         "{why}"
     );
     let file = LoraFile::read(&outcome.path).expect("a LoRA");
