@@ -388,7 +388,25 @@ fn survive(kills: usize, seconds: f64, seed: u64) {
     assert_eq!(server.losses(&run), expected_losses);
     assert_eq!(server.result(&end), expected, "another file");
     check(&listener.join().expect("a listener"), steps);
+    judged(&server, &end);
     assert!(!try_to_kill_worker(&run));
+}
+
+/// Every file has its validation loss, one of them is the best, and the run has a verdict.
+#[cfg(unix)]
+fn judged(server: &Server, run: &Value) {
+    let id = run["id"].as_str().expect("an id");
+    let files = server.get(&format!("/v1/runs/{id}/checkpoints"));
+    let files = files["data"].as_array().expect("files");
+    let loss = |file: &Value| file["validation_loss"].as_f64().expect("a loss");
+    let lowest = files.iter().map(loss).fold(f64::INFINITY, f64::min);
+    let best: Vec<&Value> = files.iter().filter(|file| file["best"] == true).collect();
+    assert_eq!((files.len(), best.len()), (3, 1), "{files:?}");
+    assert_eq!(loss(best[0]), lowest);
+    assert!(best[0]["validation_error"].as_f64() > Some(0.0));
+    let verdict = run["verdict"].as_str().expect("a verdict");
+    assert!(verdict.starts_with("validation loss "), "{verdict}");
+    assert_eq!(run["early_stop"], Value::Null);
 }
 
 /// Every event once and in order, and everything that was done told once.
@@ -406,8 +424,11 @@ fn check(heard: &Heard, steps: u64) {
         .collect();
     assert!(told.is_sorted_by(|a, b| a < b), "{told:?}");
     assert_eq!(told.last(), Some(&steps));
-    let mut measured: Vec<u64> = (0..steps).step_by(20).collect();
+    let saved = (0..steps).step_by(steps as usize / 3 + 1);
+    let mut measured: Vec<u64> = (0..steps).step_by(20).chain(saved).collect();
     measured.push(steps);
+    measured.sort_unstable();
+    measured.dedup();
     assert_eq!(
         of("validation", "step"),
         measured.iter().map(|step| json!(step)).collect::<Vec<_>>()

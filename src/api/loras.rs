@@ -1,5 +1,7 @@
 //! `/v1/loras`: trained LoRA files.
 
+use std::collections::HashMap;
+
 use actix_web::web::{self, Data};
 use actix_web::{HttpRequest, HttpResponse, delete, get, route};
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,7 @@ use crate::store::{Store, StoreError};
 pub fn routes(config: &mut ServiceConfig<'_>) {
     config
         .service(list_loras)
+        .service(list_checkpoints)
         .service(get_lora)
         .service(delete_lora)
         .service(get_lora_content);
@@ -31,7 +34,8 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "019a9c20-1111-7c30-a4b2-3d1f2f6f0a11", "run_id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11",
-    "file_name": "lumo.safetensors", "step": 400, "epoch": 10, "final": true, "size_bytes": 9876543,
+    "file_name": "lumo.safetensors", "step": 400, "epoch": 10, "final": true, "best": true,
+    "validation_loss": 0.0983, "validation_error": 0.0031, "size_bytes": 9876543,
     "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
     "created_at": "2026-11-25T06:44:00Z"
 }))]
@@ -46,6 +50,12 @@ pub struct Lora {
     /// Whether it is the run's result, not one saved on the way.
     #[serde(rename = "final")]
     pub is_final: bool,
+    /// Whether no other file of its run has a lower validation loss.
+    pub best: bool,
+    /// Loss on the run's held-out images; `null` when it has none.
+    pub validation_loss: Option<f64>,
+    /// Standard error of that loss: how far it would move with other pictures.
+    pub validation_error: Option<f64>,
     pub size_bytes: u64,
     /// Also its ETag.
     pub sha256: String,
@@ -53,9 +63,12 @@ pub struct Lora {
     pub created_at: OffsetDateTime,
 }
 
-impl From<rows::Lora> for Lora {
-    fn from(row: rows::Lora) -> Self {
+impl Lora {
+    fn of(row: rows::Lora, best: &HashMap<Uuid, Uuid>) -> Self {
         Self {
+            best: best.get(&row.run_id) == Some(&row.id),
+            validation_loss: row.validation_loss,
+            validation_error: row.validation_error,
             id: row.id,
             run_id: row.run_id,
             file_name: row.file_name,
@@ -105,12 +118,47 @@ pub async fn list_loras(
         run_id,
     } = query.into_inner();
     let page = PageRequest::try_from(PageQuery { limit, cursor })?;
+    page_of(&store, run_id, &page).await
+}
+
+/// List what a run has saved.
+///
+/// Its LoRA files in the order in which they were saved; `best` marks the one with the lowest loss on the held-out images.
+#[utoipa::path(
+    tag = "runs",
+    params(("run_id" = Uuid, Path), PageQuery),
+    responses(
+        (status = 200, description = "A page of LoRAs", body = Page<Lora>),
+        (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 422, description = "`invalid_query`, `invalid_cursor`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[get("/runs/{run_id}/checkpoints")]
+pub async fn list_checkpoints(
+    runs: Data<RunService>,
+    store: Data<Store>,
+    id: web::Path<Uuid>,
+    query: Query<PageQuery>,
+) -> Result<web::Json<Page<Lora>>, Problem> {
+    let page = PageRequest::try_from(query.into_inner())?;
+    let run = runs.get(id.into_inner()).await?;
+    page_of(&store, Some(run.id), &page).await
+}
+
+async fn page_of(
+    store: &Store,
+    run_id: Option<Uuid>,
+    page: &PageRequest,
+) -> Result<web::Json<Page<Lora>>, Problem> {
     let found = store.loras(run_id, page.after_id()?, page.rows()).await;
     let found = found.map_err(Problem::internal)?;
+    let mut runs: Vec<Uuid> = found.iter().map(|lora| lora.run_id).collect();
+    runs.dedup();
+    let best = store.best_loras(&runs).await.map_err(Problem::internal)?;
     Ok(web::Json(page.page(
         found,
         |lora| lora.id.to_string(),
-        Lora::from,
+        |lora| Lora::of(lora, &best),
     )))
 }
 
@@ -127,7 +175,10 @@ pub async fn list_loras(
 )]
 #[get("/loras/{lora_id}")]
 pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Json<Lora>, Problem> {
-    Ok(web::Json(find(&store, id.into_inner()).await?.into()))
+    let lora = find(&store, id.into_inner()).await?;
+    let best = store.best_loras(&[lora.run_id]).await;
+    let best = best.map_err(Problem::internal)?;
+    Ok(web::Json(Lora::of(lora, &best)))
 }
 
 /// Delete a LoRA file.

@@ -26,6 +26,7 @@ pub mod patch;
 pub mod plugins;
 pub mod problem;
 pub mod run_actions;
+mod run_judging;
 pub mod run_logs;
 mod run_plan;
 pub mod run_settings;

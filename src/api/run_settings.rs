@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::FieldError;
+use super::run_judging::{EarlyStopping, Validation};
 use crate::runs::settings::{
     self as domain, BucketSettings, NetworkSettings, PredictionType, SamplerKind, SavePrecision,
 };
@@ -124,6 +125,9 @@ pub struct CreateRun {
     /// Loss on held-out images.
     #[serde(default)]
     pub validation: Validation,
+    /// Ends the run when its validation loss no longer falls; off when absent.
+    #[serde(default)]
+    pub early_stopping: Option<EarlyStopping>,
     /// Its place in the queue: runs of a higher number go first, of the same number the older one.
     #[serde(default)]
     #[schema(minimum = -100, maximum = 100)]
@@ -333,17 +337,6 @@ pub enum Sampler {
     Euler,
 }
 
-/// Loss on images that are not trained on, at fixed noise and timesteps.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Validation {
-    /// Images of the dataset to hold out; no validation without.
-    pub image_ids: Vec<Uuid>,
-    /// Every so many optimizer steps, besides before the first and after the last.
-    #[schema(minimum = 1)]
-    pub every_n_steps: Option<u64>,
-}
-
 mod defaults {
     use super::Plugin;
     use crate::runs::settings::{PluginChoice, TrainSettings};
@@ -473,6 +466,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 resume: wire.resume.into(),
                 samples: wire.samples.into(),
                 validation: wire.validation.into(),
+                early_stopping: wire.early_stopping.map(Into::into),
                 optimizer: wire.optimizer.into(),
                 scheduler: wire.scheduler.into(),
             },
@@ -527,6 +521,7 @@ impl CreateRun {
             resume: settings.resume.into(),
             samples: settings.samples.into(),
             validation: settings.validation.into(),
+            early_stopping: settings.early_stopping.map(Into::into),
             priority: run.priority,
         }
     }
@@ -757,28 +752,6 @@ impl From<domain::SamplePrompt> for Prompt {
             steps,
             cfg_scale,
             sampler,
-        }
-    }
-}
-
-impl From<Validation> for domain::ValidationSettings {
-    fn from(wire: Validation) -> Self {
-        Self {
-            image_ids: wire.image_ids.iter().map(ToString::to_string).collect(),
-            every_n_steps: wire.every_n_steps,
-        }
-    }
-}
-
-impl From<domain::ValidationSettings> for Validation {
-    fn from(domain: domain::ValidationSettings) -> Self {
-        Self {
-            image_ids: domain
-                .image_ids
-                .iter()
-                .filter_map(|id| id.parse().ok())
-                .collect(),
-            every_n_steps: domain.every_n_steps,
         }
     }
 }

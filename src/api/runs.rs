@@ -91,7 +91,8 @@ states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Su
     "progress": {"step": 120, "total_steps": 400, "epoch": 3, "total_epochs": 10, "loss_average": 0.1043,
                  "steps_per_s": 1.9, "eta_s": 147.4, "memory_bytes": 4123456789u64},
     "queue_position": null, "expected_start_at": null,
-    "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
+    "verdict": "validation loss fell from 0.124 to 0.0980 ± 0.00310 and was still falling at step 100, which is the best",
+    "early_stop": null, "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
     "finished_at": null,
     "settings": {
         "name": "lumo", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "base_model": "6d2a1f8b0c9e4a57",
@@ -123,6 +124,10 @@ pub struct Run {
     pub waiting_for: Option<RunWait>,
     /// The step at which it would go on after a crash or a pause; `null` before the first such point.
     pub resumable_step: Option<u64>,
+    /// What its validations say, in words; `null` without any.
+    pub verdict: Option<String>,
+    /// Why `early_stopping` ends it before its last step.
+    pub early_stop: Option<String>,
     /// The run that this one makes longer.
     pub continued_from: Option<Uuid>,
     /// Why it failed.
@@ -209,6 +214,8 @@ impl Run {
                 needed_bytes: wait.needed_bytes,
             }),
             resumable_step: run.kept_step,
+            verdict: run.verdict,
+            early_stop: run.early_stop,
             continued_from: run.continued_from,
             error: run.error_code.map(|code| RunFailure {
                 code,
@@ -444,7 +451,7 @@ pub struct MetricQuery {
 /// One optimizer step; step 0 is the measurement before the first.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
-    "step": 120, "epoch": 3, "loss": 0.0981, "loss_average": 0.1043, "validation_loss": null, "lr_unet": 1e-4,
+    "step": 120, "epoch": 3, "loss": 0.0981, "loss_average": 0.1043, "validation_loss": null, "validation_error": null, "lr_unet": 1e-4,
     "lr_text_encoder": 5e-5, "grad_norm": 0.41, "step_time_s": 0.52, "memory_bytes": 4123456789u64
 }))]
 pub struct MetricPoint {
@@ -455,6 +462,8 @@ pub struct MetricPoint {
     pub loss_average: Option<f64>,
     /// Loss on the held-out images.
     pub validation_loss: Option<f64>,
+    /// Standard error of that loss: how far it would move with other pictures.
+    pub validation_error: Option<f64>,
     pub lr_unet: Option<f64>,
     pub lr_text_encoder: Option<f64>,
     /// L2 norm of all gradients before clipping.
@@ -482,7 +491,7 @@ pub struct MetricSeries {
     responses(
         (status = 200, description = "The series", content(
             (MetricSeries = "application/json"),
-            (String = "text/csv", example = json!("step,epoch,loss,loss_average,validation_loss,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n120,3,0.0981,0.1043,,0.0001,0.00005,0.41,0.52,4123456789\n")),
+            (String = "text/csv", example = json!("step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n120,3,0.0981,0.1043,,,0.0001,0.00005,0.41,0.52,4123456789\n")),
         )),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
@@ -537,6 +546,7 @@ impl From<rows::Metric> for MetricPoint {
             loss: row.loss,
             loss_average: row.loss_average,
             validation_loss: row.validation_loss,
+            validation_error: row.validation_error,
             lr_unet: row.lr_unet,
             lr_text_encoder: row.lr_text_encoder,
             grad_norm: row.grad_norm,
@@ -554,7 +564,7 @@ fn wants_csv(request: &HttpRequest) -> bool {
 }
 
 fn csv(points: &[MetricPoint]) -> String {
-    let mut text = "step,epoch,loss,loss_average,validation_loss,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n".to_owned();
+    let mut text = "step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n".to_owned();
     let number = |value: Option<f64>| value.map(|value| value.to_string()).unwrap_or_default();
     for point in points {
         let cells = [
@@ -563,6 +573,7 @@ fn csv(points: &[MetricPoint]) -> String {
             number(point.loss),
             number(point.loss_average),
             number(point.validation_loss),
+            number(point.validation_error),
             number(point.lr_unet),
             number(point.lr_text_encoder),
             number(point.grad_norm),

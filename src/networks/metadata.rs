@@ -76,10 +76,25 @@ pub struct TrainingRecord {
     pub reg_subsets: Vec<SubsetRecord>,
     /// Number of validation images.
     pub num_validation_images: usize,
+    /// The share of the images that the seed has chosen for validation, if it has.
+    pub validation_split: Option<f64>,
     /// Optimizer steps between validations.
     pub validate_every_n_steps: Option<u64>,
+    /// What validation says of these adapters and of the run so far.
+    pub judgement: Option<JudgementRecord>,
     /// Base model.
     pub base_model: BaseModelRecord,
+}
+
+/// What validation says at the step of a file; told under `lorasmith_*`, as nobody else has words for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JudgementRecord {
+    /// Loss on the held-out images.
+    pub validation_loss: f64,
+    /// Its standard error.
+    pub standard_error: f64,
+    /// The course of the loss in words.
+    pub verdict: String,
 }
 
 /// The aspect-ratio buckets of a run.
@@ -133,6 +148,7 @@ impl TrainingRecord {
         self.put_training(&mut put);
         self.put_data(&mut put);
         self.put_modelspec(&mut entries);
+        self.put_judgement(&mut entries);
         entries
     }
 
@@ -201,6 +217,10 @@ impl TrainingRecord {
         put("num_reg_images", images(&self.reg_subsets));
         let validation = self.num_validation_images;
         put("num_validation_images", validation.to_string());
+        if let Some(fraction) = self.validation_split {
+            put("validation_split", float(fraction));
+            put("validation_seed", self.seed.to_string());
+        }
         let every = self.validate_every_n_steps;
         put("validate_every_n_steps", optional(every, |n| n.to_string()));
         let batches = self.num_batches_per_epoch;
@@ -224,6 +244,19 @@ impl TrainingRecord {
         put("min_bucket_reso", side(buckets.min_px));
         put("max_bucket_reso", side(buckets.max_px));
         put("bucket_info", buckets.info());
+    }
+
+    fn put_judgement(&self, entries: &mut BTreeMap<String, String>) {
+        let Some(judgement) = &self.judgement else {
+            return;
+        };
+        for (key, value) in [
+            ("validation_loss", float(judgement.validation_loss)),
+            ("validation_error", float(judgement.standard_error)),
+            ("verdict", judgement.verdict.clone()),
+        ] {
+            entries.insert(format!("lorasmith_{key}"), value);
+        }
     }
 
     fn put_modelspec(&self, entries: &mut BTreeMap<String, String>) {
@@ -522,7 +555,9 @@ mod tests {
             }],
             reg_subsets: Vec::new(),
             num_validation_images: 0,
+            validation_split: None,
             validate_every_n_steps: None,
+            judgement: None,
             base_model: BaseModelRecord {
                 name: "sd15_full_random_fp16.safetensors".to_owned(),
                 legacy_hash: "c6406a4c".to_owned(),

@@ -32,7 +32,7 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, GradientCheckpointing, PluginChoice, ResumeSettings, SamplePrompt,
-        SampleSettings, SaveSettings, TrainLength, TrainSettings, ValidationSettings,
+        ComputePrecision, EarlyStopping, GradientCheckpointing, PluginChoice, ResumeSettings,
+        SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings, ValidationSettings,
     };
 }

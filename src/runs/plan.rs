@@ -121,9 +121,7 @@ fn plan(
             message: error.to_string(),
         }])
     };
-    let (images, _) = data
-        .split(&settings.validation.image_ids)
-        .map_err(refused)?;
+    let (images, _) = data.split(settings).map_err(refused)?;
     let epoch = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed);
     let epoch = epoch.map_err(|error| refused(error.into()))?;
     let total_steps = planned_steps(data, settings).map_err(refused)?;

@@ -24,6 +24,7 @@ use crate::store::runs::{
     WorkerReport,
 };
 use crate::store::{Store, StoreError};
+use crate::training::judge::Measured;
 use crate::training::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 
 /// Reports that come closer together than this are written together.
@@ -112,6 +113,8 @@ pub struct Reporter {
     failed: Option<StoreError>,
     attempt: u32,
     told: Told,
+    /// Whether the file that is saved next is the last, though there are more steps.
+    ends_early: bool,
     /// Wakes the writer from its rest between two writings.
     hurry: Arc<Notify>,
 }
@@ -157,6 +160,7 @@ impl Reporter {
             failed: None,
             attempt: run.attempt,
             told,
+            ends_early: false,
             hurry,
         }
     }
@@ -216,7 +220,7 @@ impl Reporter {
         if matches!(phase, Phase::Training) {
             self.send(Message::State(RunState::Running));
         }
-        let saves_last = Some(self.progress.step) == self.progress.total_steps;
+        let saves_last = self.ends_early || Some(self.progress.step) == self.progress.total_steps;
         if matches!(phase, Phase::Saving) && saves_last {
             self.send(Message::State(RunState::Saving));
         }
@@ -259,12 +263,12 @@ impl Reporter {
                 epoch: step.epoch,
                 loss: finite(step.loss),
                 loss_average: Some(step.loss_average),
-                validation_loss: None,
                 lr_unet: Some(step.lr_unet),
                 lr_text_encoder: Some(step.lr_text_encoder),
                 grad_norm: finite(step.grad_norm),
                 step_time_s: Some(step.step_time_s),
                 memory_bytes,
+                ..Metric::default()
             }],
             // A worker before this one may have come further, and told it.
             events: if self.told.last_step >= Some(step.step) {
@@ -293,12 +297,23 @@ impl Reporter {
         });
     }
 
-    fn validation(&mut self, step: u64, loss: f64) {
+    fn validation(&mut self, measured: &Measured, verdict: Option<&str>, early_stop: Option<&str>) {
+        let Measured {
+            step,
+            loss,
+            standard_error,
+        } = *measured;
+        self.ends_early = early_stop.is_some();
+        let data = json!({
+            "step": step, "loss": finite(loss), "standard_error": finite(standard_error), "verdict": verdict,
+            "early_stop": early_stop,
+        });
         self.write(WorkerReport {
             metrics: vec![Metric {
                 step,
                 epoch: self.progress.epoch,
-                validation_loss: Some(loss),
+                validation_loss: finite(loss),
+                validation_error: finite(standard_error),
                 ..Metric::default()
             }],
             events: if self
@@ -307,8 +322,9 @@ impl Reporter {
             {
                 Vec::new()
             } else {
-                vec![("validation".to_owned(), json!({"step": step, "loss": loss}))]
+                vec![("validation".to_owned(), data)]
             },
+            verdict: verdict.map(|verdict| (verdict.to_owned(), early_stop.map(str::to_owned))),
             ..WorkerReport::default()
         });
     }
@@ -374,6 +390,7 @@ impl Reporter {
         epoch: u64,
         last: bool,
         path: &Path,
+        measured: Option<Measured>,
     ) -> Result<(), StoreError> {
         let file_name = path
             .file_name()
@@ -392,10 +409,12 @@ impl Reporter {
             is_final: last,
             sha256: blob.sha256,
             size_bytes: blob.size_bytes,
+            validation: measured.map(|measured| (measured.loss, measured.standard_error)),
         };
         let data = json!({
             "id": lora.id, "file_name": lora.file_name, "step": step, "epoch": epoch, "final": last,
             "size_bytes": lora.size_bytes, "sha256": lora.sha256,
+            "validation_loss": measured.map(|measured| measured.loss),
         });
         self.write(WorkerReport {
             loras: vec![lora],
@@ -436,8 +455,12 @@ impl ProgressSink for Reporter {
                 });
                 Ok(())
             }
-            Report::Validation { step, loss } => {
-                self.validation(step, loss);
+            Report::Validation {
+                measured,
+                verdict,
+                early_stop,
+            } => {
+                self.validation(&measured, verdict, early_stop);
                 Ok(())
             }
             Report::Sample {
@@ -466,7 +489,8 @@ impl ProgressSink for Reporter {
                 last,
                 path,
                 saved: _,
-            } => self.checkpoint(step, epoch, last, path),
+                measured,
+            } => self.checkpoint(step, epoch, last, path, measured),
         };
         if let Err(error) = outcome {
             tracing::error!(%error, "a result could not be kept");
@@ -644,13 +668,17 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
             .iter_mut()
             .find(|known| known.step == metric.step);
         match same {
-            Some(known) => known.validation_loss = metric.validation_loss.or(known.validation_loss),
+            Some(known) => {
+                known.validation_loss = metric.validation_loss.or(known.validation_loss);
+                known.validation_error = metric.validation_error.or(known.validation_error);
+            }
             None => into.metrics.push(metric),
         }
     }
     into.samples.extend(report.samples);
     into.loras.extend(report.loras);
     into.events.extend(report.events);
+    into.verdict = report.verdict.or(into.verdict.take());
     into.kept_step = report.kept_step.or(into.kept_step);
     into.fulfilled.extend(report.fulfilled);
 }

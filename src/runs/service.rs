@@ -427,6 +427,10 @@ impl RunService {
             let found = run.state.as_str();
             return Err(refused(format!("it is {found}, expected succeeded")));
         }
+        if let Some(why) = &run.early_stop {
+            let message = format!("it was {why}; a longer run would stop there, too");
+            return Err(refused(message));
+        }
         let mut spec: RunSpec = serde_json::from_str(&run.spec)?;
         let images = self.store.run_images(id).await?;
         spec.settings.length = self.longer(&spec, &images, &extension)?;
@@ -660,8 +664,18 @@ fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunPro
     }
     let left = images
         .iter()
-        .any(|image| !image.regularization && !held_out.contains(&image.id));
-    if !left {
+        .filter(|image| !image.regularization && !held_out.contains(&image.id))
+        .count();
+    if left == 1 && request.settings.validation.fraction.is_some() {
+        problems.push(RunProblem {
+            pointer: "/validation/fraction".to_owned(),
+            code: "invalid_value",
+            message: "the dataset has 1 image besides regularization, expected 2 or more: one to hold out, one to \
+                      train on"
+                .to_owned(),
+        });
+    }
+    if left == 0 {
         problems.push(RunProblem {
             pointer: "/dataset_id".to_owned(),
             code: "invalid_value",

@@ -13,7 +13,7 @@ use super::runs::unsigned;
 use super::{Store, StoreError, time_of};
 
 /// A trained LoRA file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Lora {
     /// Its id.
     pub id: Uuid,
@@ -33,6 +33,10 @@ pub struct Lora {
     pub size_bytes: u64,
     /// When it was saved.
     pub created_at: OffsetDateTime,
+    /// Loss on the run's held-out images.
+    pub validation_loss: Option<f64>,
+    /// Standard error of that loss.
+    pub validation_error: Option<f64>,
 }
 
 impl Store {
@@ -95,6 +99,36 @@ impl Store {
             .await?;
         Ok(rows.into_iter().collect())
     }
+
+    /// Run to the file with the lowest validation loss, for those of `runs` that have one. Of several with the same
+    /// loss it is the result, or else the first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn best_loras(&self, runs: &[Uuid]) -> Result<HashMap<Uuid, Uuid>, StoreError> {
+        let rows: Vec<(Uuid, Uuid, f64)> = lora::Entity::find()
+            .select_only()
+            .columns([
+                lora::Column::RunId,
+                lora::Column::Id,
+                lora::Column::ValidationLoss,
+            ])
+            .filter(lora::Column::RunId.is_in(runs.iter().copied()))
+            .filter(lora::Column::ValidationLoss.is_not_null())
+            .order_by_desc(lora::Column::IsFinal)
+            .order_by_asc(lora::Column::Step)
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        let mut best: HashMap<Uuid, (Uuid, f64)> = HashMap::new();
+        for (run, id, loss) in rows {
+            let entry = best.entry(run).or_insert((id, loss));
+            if loss < entry.1 {
+                *entry = (id, loss);
+            }
+        }
+        Ok(best.into_iter().map(|(run, (id, _))| (run, id)).collect())
+    }
 }
 
 fn read(row: lora::Model) -> Lora {
@@ -108,5 +142,7 @@ fn read(row: lora::Model) -> Lora {
         sha256: row.sha256,
         size_bytes: unsigned(row.size_bytes),
         created_at: time_of(row.created_at_ms),
+        validation_loss: row.validation_loss,
+        validation_error: row.validation_error,
     }
 }

@@ -129,6 +129,10 @@ pub struct Run {
     pub continued_from: Option<Uuid>,
     /// Higher goes first.
     pub priority: i32,
+    /// What its validations say.
+    pub verdict: Option<String>,
+    /// Why it ends, or has ended, before its last step.
+    pub early_stop: Option<String>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -597,6 +601,8 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         }),
         continued_from: row.continued_from,
         priority: row.priority,
+        verdict: row.verdict,
+        early_stop: row.early_stop,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

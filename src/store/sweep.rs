@@ -178,6 +178,7 @@ mod tests {
                 is_final: true,
                 sha256: lora.sha256.clone(),
                 size_bytes: lora.size_bytes,
+                validation: None,
             }],
             ..WorkerReport::default()
         };

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use rand::RngExt as _;
 
 use crate::dataloader::{
     Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, EpochPlan, TensorCache,
@@ -15,6 +16,7 @@ use crate::diffusion::vae::Moments;
 use crate::training::TrainError;
 use crate::training::progress::Phase;
 use crate::training::random::{Stream, generator, normal_tensor};
+use crate::training::settings::TrainSettings;
 use crate::training::validation::HeldOut;
 
 /// What a run trains on.
@@ -60,11 +62,16 @@ pub fn stack(batch: &[&Latents], device: &Device) -> Tensor<4> {
 }
 
 impl TrainingSet {
-    /// The images to train on and the held-out ones, in the order of `held_out`.
+    /// The images to train on and the held-out ones, as the settings name or draw them.
     pub fn split(
         &self,
-        held_out: &[String],
+        settings: &TrainSettings,
     ) -> Result<(Vec<TrainingImage>, Vec<TrainingImage>), TrainError> {
+        let validation = &settings.validation;
+        let held_out = match validation.fraction {
+            Some(fraction) => self.draw(fraction, settings.seed),
+            None => validation.image_ids.clone(),
+        };
         let held: Vec<TrainingImage> = held_out
             .iter()
             .map(|id| {
@@ -78,6 +85,26 @@ impl TrainingSet {
             .iter()
             .filter(|image| !held_out.contains(&image.id));
         Ok((train.cloned().collect(), held))
+    }
+
+    /// A share of the images, regularization aside: at least one, and at least one is left. The choice depends on the
+    /// seed, contents and ids, not on any order, and another picture changes it little.
+    fn draw(&self, fraction: f64, seed: u64) -> Vec<String> {
+        let images = self.images.iter().filter(|image| !image.regularization);
+        let mut lots: Vec<(u64, &str)> = images
+            .map(|image| {
+                let place = format!("{}/{}", image.sha256, image.id);
+                let mut rng = generator(seed, Stream::HeldOut, place.as_bytes());
+                (rng.random(), image.id.as_str())
+            })
+            .collect();
+        lots.sort_unstable();
+        let wanted = (fraction * lots.len() as f64).round() as usize;
+        let count = wanted.max(1).min(lots.len().saturating_sub(1));
+        lots[..count]
+            .iter()
+            .map(|(_, id)| (*id).to_owned())
+            .collect()
     }
 }
 

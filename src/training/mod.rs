@@ -5,6 +5,7 @@ mod cache_tests;
 pub mod data;
 #[cfg(test)]
 mod goldens;
+pub mod judge;
 pub mod loss_scale;
 pub mod memory;
 pub mod objective;
@@ -31,8 +32,9 @@ pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDt
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 pub use resume::{ResumeError, ResumeFolder};
 pub use settings::{
-    ComputePrecision, GradientCheckpointing, PluginChoice, ResumeSettings, SamplePrompt,
-    SampleSettings, SaveSettings, SettingProblem, TrainLength, TrainSettings, ValidationSettings,
+    ComputePrecision, EarlyStopping, GradientCheckpointing, PluginChoice, ResumeSettings,
+    SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength, TrainSettings,
+    ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{RunPlace, TrainOutcome, planned_steps, train};

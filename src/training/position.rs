@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::training::TrainError;
+use crate::training::judge::Judge;
 use crate::training::resume::{Part, PartTensor, Resumable};
 
 /// What the loop changes from step to step.
@@ -14,6 +15,8 @@ pub struct LoopState {
     pub average: LossAverage,
     /// Of the steps.
     pub clock: Clock,
+    /// Of the validations.
+    pub judge: Judge,
 }
 
 /// How far the data has been gone through. Its order is a function of the seed and the epoch, noise and timesteps of

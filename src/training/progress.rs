@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::networks::SavedLora;
+use crate::training::judge::Measured;
 
 /// Receives reports; the training stops soon after it answers [`Control::Stop`].
 pub trait ProgressSink {
@@ -68,10 +69,12 @@ pub enum Report<'a> {
     Step(&'a StepReport),
     /// The held-out images were measured.
     Validation {
-        /// Optimizer steps done.
-        step: u64,
-        /// Mean loss.
-        loss: f64,
+        /// The loss, and where it was measured.
+        measured: Measured,
+        /// What all validations say; none when this one was made only because somebody wished for a file.
+        verdict: Option<&'a str>,
+        /// Why the run ends with this step, before its last.
+        early_stop: Option<&'a str>,
     },
     /// A preview picture is drawn.
     Sample {
@@ -98,6 +101,8 @@ pub enum Report<'a> {
         path: &'a Path,
         /// Its digest and size.
         saved: &'a SavedLora,
+        /// What validation says of it.
+        measured: Option<Measured>,
     },
 }
 

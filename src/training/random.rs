@@ -18,6 +18,8 @@ pub enum Stream {
     Latents,
     /// Noise of validation; the place is the image's content and the timestep.
     Validation,
+    /// Which images are held out; the place is the image's content and id.
+    HeldOut,
     /// Noise of preview pictures.
     Preview,
 }
@@ -29,6 +31,7 @@ impl Stream {
             Self::Timesteps => b"timesteps",
             Self::Latents => b"latents",
             Self::Validation => b"validation",
+            Self::HeldOut => b"held out",
             Self::Preview => b"preview",
         }
     }

@@ -21,6 +21,8 @@ pub struct RunFacts<'a> {
     pub set: &'a TrainingSet,
     /// Those that are trained on.
     pub train: &'a [TrainingImage],
+    /// How many are held out.
+    pub held_out: usize,
     /// Their order.
     pub plan: &'a EpochPlan,
     /// What the UNet learns to predict.
@@ -82,8 +84,10 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         },
         subsets: subsets(facts.set, facts.train, false),
         reg_subsets: subsets(facts.set, facts.train, true),
-        num_validation_images: settings.validation.image_ids.len(),
+        num_validation_images: facts.held_out,
+        validation_split: settings.validation.fraction,
         validate_every_n_steps: settings.validation.every_n_steps,
+        judgement: None,
         base_model: facts.base_model,
     }
 }

@@ -53,6 +53,9 @@ pub struct TrainSettings {
     pub samples: SampleSettings,
     /// Loss on held-out images.
     pub validation: ValidationSettings,
+    /// When to end before the last step; never without.
+    #[serde(default)]
+    pub early_stopping: Option<EarlyStopping>,
     /// The optimizer plugin.
     pub optimizer: PluginChoice,
     /// The learning-rate scheduler plugin.
@@ -180,13 +183,33 @@ pub struct SamplePrompt {
 }
 
 /// The loss on images that are not trained on, at fixed noise and timesteps.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ValidationSettings {
-    /// Ids of the held-out images; no validation when empty.
+    /// Ids of the held-out images.
     pub image_ids: Vec<String>,
-    /// Every so many optimizer steps, besides before the first and after the last.
+    /// Instead of ids: this share of the images (0 to 0.9), chosen by the run's seed. No validation without either.
+    pub fraction: Option<f64>,
+    /// Every so many optimizer steps, besides before the first, after the last, and at each saved LoRA.
     pub every_n_steps: Option<u64>,
+}
+
+impl ValidationSettings {
+    /// Whether images are held out.
+    pub fn is_on(&self) -> bool {
+        !self.image_ids.is_empty() || self.fraction.is_some()
+    }
+}
+
+/// Ends a run whose validation loss no longer falls.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Validations in a row without an improvement.
+    pub patience: u64,
+    /// An improvement lowers the best loss by more than this.
+    #[serde(default)]
+    pub min_delta: f64,
 }
 
 /// A plugin and its settings, which only the plugin understands.
@@ -228,6 +251,7 @@ impl Default for TrainSettings {
             resume: ResumeSettings::default(),
             samples: SampleSettings::default(),
             validation: ValidationSettings::default(),
+            early_stopping: None,
             optimizer: plugin("adamw"),
             scheduler: plugin("constant"),
         }
@@ -279,6 +303,7 @@ impl TrainSettings {
                 every_n_steps: None,
                 ..ours.validation
             },
+            early_stopping: None,
             ..ours
         }
     }
@@ -316,6 +341,7 @@ impl TrainSettings {
             check.report("/max_token_length", message);
         }
         self.check_output(&mut check);
+        self.check_judging(&mut check);
         check.0
     }
 
@@ -365,6 +391,38 @@ impl TrainSettings {
                     check.report(&at(field), message);
                 }
             }
+        }
+    }
+}
+
+impl TrainSettings {
+    fn check_judging(&self, check: &mut Check) {
+        let validation = &self.validation;
+        if let Some(fraction) = validation.fraction {
+            if !(fraction > 0.0 && fraction <= 0.9) {
+                let message = format!("is {fraction}, expected a number above 0 and at most 0.9");
+                check.report("/validation/fraction", message);
+            }
+            if !validation.image_ids.is_empty() {
+                let message = "is given beside image_ids, expected one of the two";
+                check.report("/validation/fraction", message.to_owned());
+            }
+        }
+        let Some(rule) = &self.early_stopping else {
+            return;
+        };
+        check.count("/early_stopping/patience", rule.patience, 1_000_000);
+        check.rate("/early_stopping/min_delta", rule.min_delta);
+        let save = &self.save;
+        let measured = [
+            validation.every_n_steps,
+            save.every_n_steps,
+            save.every_n_epochs,
+        ];
+        if !validation.is_on() || measured.iter().all(Option::is_none) {
+            let message = "is given without validations to count, expected validation.image_ids or \
+                           validation.fraction, and validation.every_n_steps or files on the way (save)";
+            check.report("/early_stopping", message.to_owned());
         }
     }
 }
@@ -430,6 +488,11 @@ mod tests {
             steps: 0,
             ..SamplePrompt::default()
         }];
+        settings.validation.fraction = Some(0.95);
+        settings.early_stopping = Some(EarlyStopping {
+            patience: 0,
+            min_delta: 0.0,
+        });
         let problems = settings.problems();
         let found: Vec<_> = problems.iter().map(|p| p.pointer.as_str()).collect();
         assert_eq!(
@@ -441,7 +504,9 @@ mod tests {
                 "/max_token_length",
                 "/output_name",
                 "/save/every_n_steps",
-                "/samples/prompts/0/steps"
+                "/samples/prompts/0/steps",
+                "/validation/fraction",
+                "/early_stopping/patience"
             ]
         );
     }

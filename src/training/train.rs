@@ -9,11 +9,14 @@ use time::OffsetDateTime;
 use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan, TrainingImage};
 use crate::diffusion::StableDiffusion;
-use crate::networks::metadata::{BaseModelRecord, TrainingRecord, base_model_record};
+use crate::networks::metadata::{
+    BaseModelRecord, JudgementRecord, TrainingRecord, base_model_record,
+};
 use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::{
     LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
 };
+use crate::training::judge::{EarlyStop, Judge, Measured};
 use crate::training::position::{LoopState, Position};
 use crate::training::progress::{Control, Phase, ProgressSink, Report, StepReport};
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
@@ -22,7 +25,7 @@ use crate::training::resume::{Owner, Parts, ResumeFolder, ResumePoint};
 use crate::training::settings::{TrainLength, TrainSettings};
 use crate::training::step::{MicroBatch, StepOutput, Trainer};
 use crate::training::text::Captions;
-use crate::training::validation::{HeldOut, validation_loss};
+use crate::training::validation::{HeldOut, validate};
 use crate::training::{LrScheduler, Optimizer, TrainError, previews};
 
 /// What a finished run has made.
@@ -38,6 +41,8 @@ pub struct TrainOutcome {
     pub validation_loss_before: Option<f64>,
     /// Loss on the held-out images after the last step.
     pub validation_loss_after: Option<f64>,
+    /// Why it has ended before its last step, if it has.
+    pub early_stop: Option<EarlyStop>,
 }
 
 /// Where a run's files go, and what they say of its origin.
@@ -78,7 +83,7 @@ pub fn train(
     let device = network.device();
 
     // What is trained on, and for how long.
-    let (train_images, held_out) = data.split(&settings.validation.image_ids)?;
+    let (train_images, held_out) = data.split(settings)?;
     if train_images.is_empty() {
         return Err(TrainError::NoImages);
     }
@@ -132,6 +137,7 @@ pub fn train(
     let facts = RunFacts {
         set: data,
         train: &train_images,
+        held_out: held_out.len(),
         plan: &plan,
         prediction: trainer.objective().prediction,
         total_steps: length.steps,
@@ -156,7 +162,8 @@ pub fn train(
         resume: resume.as_ref(),
         state: LoopState::default(),
         kept_at: Instant::now(),
-        validation_loss_before: None,
+        measured: None,
+        early_stop: None,
     };
     run.take_up()?;
     let outcome = run.train(&plan, &source).and_then(|()| run.finish());
@@ -179,7 +186,9 @@ struct Run<'a> {
     state: LoopState,
     /// When the last resume point was written.
     kept_at: Instant,
-    validation_loss_before: Option<f64>,
+    /// The newest validation of this process.
+    measured: Option<Measured>,
+    early_stop: Option<EarlyStop>,
 }
 
 impl Run<'_> {
@@ -188,6 +197,7 @@ impl Run<'_> {
         if self.state.position.chores_due {
             self.chores()?;
         }
+        self.early_stop = self.stops_early();
         // Pictures were encoded, and drawn, in blocks of other sizes than steps ask for.
         allocator::release();
         self.reporter.phase(Phase::Training)?;
@@ -197,7 +207,7 @@ impl Run<'_> {
                 .chunks(self.settings.gradient_accumulation_steps)
                 .collect();
             for index in self.state.position.groups_done(epoch)..groups.len() {
-                if self.trainer.steps_done() == self.length.steps {
+                if self.trainer.steps_done() == self.length.steps || self.early_stop.is_some() {
                     return Ok(());
                 }
                 let (group, started) = (groups[index], Instant::now());
@@ -259,7 +269,7 @@ impl Run<'_> {
         let step = self.trainer.steps_done();
         let settings = self.settings;
         if step == 0 {
-            self.validation_loss_before = self.validate()?;
+            self.validate(Occasion::Planned)?;
             if settings.samples.at_first {
                 self.draw_samples()?;
             }
@@ -267,23 +277,32 @@ impl Run<'_> {
             return Ok(());
         }
         let wishes = self.reporter.sink.wishes();
-        let last = step == self.length.steps;
         let Position { epoch, .. } = self.state.position;
+        let ends_epoch = self.state.position.ends_epoch();
+        let epoch_is_due = ends_epoch && due(settings.save.every_n_epochs, epoch);
+        // Whatever the run's length is: a longer one measures here, too.
+        let planned = due(settings.validation.every_n_steps, step)
+            || due(settings.save.every_n_steps, step)
+            || epoch_is_due;
+        if planned {
+            self.validate(Occasion::Planned)?;
+        } else if wishes.save && step == self.length.steps {
+            self.validate(Occasion::End)?;
+        } else if wishes.save {
+            self.validate(Occasion::Wished)?;
+        }
+        let last = step == self.length.steps || self.early_stop.is_some();
         let mut saved = false;
         if due(settings.save.every_n_steps, step) || wishes.save {
             let name = format!("{}-step{step:08}", settings.output_name);
             self.save(&name, epoch, false)?;
             saved = true;
         }
-        if due(settings.validation.every_n_steps, step) && !last {
-            self.validate()?;
-        }
         // The end of the run draws anyway.
         if (due(settings.samples.every_n_steps, step) || wishes.sample) && !last {
             self.draw_samples()?;
         }
-        let ends_epoch = self.state.position.ends_epoch();
-        if ends_epoch && due(settings.save.every_n_epochs, epoch) && epoch < self.length.epochs {
+        if epoch_is_due && epoch < self.length.epochs && !last {
             let name = format!("{}-{epoch:06}", settings.output_name);
             self.save(&name, epoch, false)?;
             saved = true;
@@ -302,15 +321,19 @@ impl Run<'_> {
     /// The result, measured and shown.
     fn finish(&mut self) -> Result<TrainOutcome, TrainError> {
         let name = &self.settings.output_name;
-        let (path, saved) = self.save(name, self.length.epochs, true)?;
-        let validation_loss_after = self.validate()?;
+        if self.measured_now().is_none() {
+            self.validate(Occasion::End)?;
+        }
+        let (path, saved) = self.save(name, self.state.position.epoch, true)?;
         self.draw_samples()?;
+        let before = self.state.judge.before_training();
         Ok(TrainOutcome {
             steps: self.trainer.steps_done(),
             path,
             saved,
-            validation_loss_before: self.validation_loss_before,
-            validation_loss_after,
+            validation_loss_before: before.map(|measured| measured.loss),
+            validation_loss_after: self.measured_now().map(|measured| measured.loss),
+            early_stop: self.early_stop,
         })
     }
 
@@ -357,18 +380,92 @@ impl Run<'_> {
         epoch: u64,
         last: bool,
     ) -> Result<(PathBuf, SavedLora), TrainError> {
+        let measured = self.measured_now();
         let (trainer, reporter) = (&self.trainer, &mut self.reporter);
-        self.files.save(trainer, reporter, name, epoch, last)
+        let step = trainer.steps_done();
+        let judgement = measured.and_then(|measured| {
+            let Measured {
+                loss,
+                standard_error,
+                ..
+            } = measured;
+            Some(JudgementRecord {
+                validation_loss: loss,
+                standard_error,
+                verdict: with(&self.state.judge, measured).verdict(self.early_stop.as_ref())?,
+            })
+        });
+        reporter.phase(Phase::Saving)?;
+        let (path, saved) = self.files.save(trainer, name, epoch, judgement)?;
+        reporter.send(Report::Checkpoint {
+            step,
+            epoch,
+            last,
+            path: &path,
+            saved: &saved,
+            measured,
+        })?;
+        Ok((path, saved))
     }
 
-    fn validate(&mut self) -> Result<Option<f64>, TrainError> {
-        let (trainer, captions) = (&self.trainer, self.captions);
-        self.reporter.validate(trainer, self.held_out, captions)
+    /// Measures the held-out images, if there are any.
+    fn validate(&mut self, occasion: Occasion) -> Result<(), TrainError> {
+        if self.held_out.is_empty() {
+            return Ok(());
+        }
+        self.reporter.phase(Phase::Validating)?;
+        let measured = validate(&self.trainer, self.held_out, self.captions)?;
+        let judge = with(&self.state.judge, measured);
+        // Later decisions depend on what every run of these settings measures, not on wishes or on where it ends.
+        if occasion == Occasion::Planned {
+            self.state.judge = judge.clone();
+            self.early_stop = self.stops_early();
+        }
+        self.measured = Some(measured);
+        let verdict = judge.verdict(self.early_stop.as_ref());
+        let early_stop = self.early_stop.map(|stop| stop.to_string());
+        self.reporter.send(Report::Validation {
+            measured,
+            verdict: verdict.as_deref().filter(|_| occasion != Occasion::Wished),
+            early_stop: early_stop.as_deref(),
+        })
+    }
+
+    /// The validation of this step, if there was one.
+    fn measured_now(&self) -> Option<Measured> {
+        let step = self.trainer.steps_done();
+        self.measured.filter(|measured| measured.step == step)
+    }
+
+    /// Why the run ends here, before its last step.
+    fn stops_early(&self) -> Option<EarlyStop> {
+        let rule = self.settings.early_stopping.as_ref()?;
+        let stop = self.state.judge.early_stop(rule)?;
+        let step = self.trainer.steps_done();
+        (stop.step == step && step < self.length.steps).then_some(stop)
     }
 
     fn draw_samples(&mut self) -> Result<(), TrainError> {
         self.reporter.draw_samples(&self.trainer, self.settings)
     }
+}
+
+/// Why the held-out images are measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Occasion {
+    /// The settings want it at this step, however long the run is.
+    Planned,
+    /// Somebody has wished for a file.
+    Wished,
+    /// The run ends.
+    End,
+}
+
+/// The measurements with one more.
+fn with(judge: &Judge, measured: Measured) -> Judge {
+    let mut judge = judge.clone();
+    judge.add(measured);
+    judge
 }
 
 /// Everything that a resume point holds. A new part is one line, here or in [`Trainer::resumable`].
@@ -377,6 +474,7 @@ fn parts<'a>(trainer: &'a mut Trainer<'_>, state: &'a mut LoopState) -> Parts<'a
     parts.push(("position", &mut state.position));
     parts.push(("loss_average", &mut state.average));
     parts.push(("clock", &mut state.clock));
+    parts.push(("validations", &mut state.judge));
     parts
 }
 
@@ -385,7 +483,7 @@ fn parts<'a>(trainer: &'a mut Trainer<'_>, state: &'a mut LoopState) -> Parts<'a
 /// # Errors
 /// When the settings or the bucket sizes make no sense, or nothing is left to train on.
 pub fn planned_steps(data: &TrainingSet, settings: &TrainSettings) -> Result<u64, TrainError> {
-    let (images, _) = data.split(&settings.validation.image_ids)?;
+    let (images, _) = data.split(settings)?;
     let plan = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed)?;
     Ok(Length::new(settings, plan.batches_per_epoch())?.steps)
 }
@@ -461,29 +559,20 @@ impl Files<'_> {
     fn save(
         &self,
         trainer: &Trainer<'_>,
-        reporter: &mut Reporter<'_>,
         name: &str,
         epoch: u64,
-        last: bool,
+        judgement: Option<JudgementRecord>,
     ) -> Result<(PathBuf, SavedLora), TrainError> {
-        reporter.phase(Phase::Saving)?;
-        let step = trainer.steps_done();
         let record = TrainingRecord {
             output_name: name.to_owned(),
-            steps: step,
+            steps: trainer.steps_done(),
             epoch,
+            judgement,
             ..self.record.clone()
         };
         let path = self.output_dir.join(format!("{name}.safetensors"));
         let precision = self.settings.save.precision;
         let saved = trainer.network.save(&path, precision, record.entries())?;
-        reporter.send(Report::Checkpoint {
-            step,
-            epoch,
-            last,
-            path: &path,
-            saved: &saved,
-        })?;
         Ok((path, saved))
     }
 }
@@ -504,22 +593,6 @@ impl Reporter<'_> {
 
     fn phase(&mut self, phase: Phase) -> Result<(), TrainError> {
         self.send(Report::Phase(phase))
-    }
-
-    fn validate(
-        &mut self,
-        trainer: &Trainer<'_>,
-        held_out: &[HeldOut],
-        captions: &Captions,
-    ) -> Result<Option<f64>, TrainError> {
-        if held_out.is_empty() {
-            return Ok(None);
-        }
-        self.phase(Phase::Validating)?;
-        let loss = validation_loss(trainer, held_out, captions)?;
-        let step = trainer.steps_done();
-        self.send(Report::Validation { step, loss })?;
-        Ok(Some(loss))
     }
 
     fn draw_samples(

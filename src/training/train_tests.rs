@@ -11,8 +11,8 @@ use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
-    Control, ProgressSink, Report, ResumeFolder, RunPlace, SamplePrompt, SaveSettings, TrainError,
-    TrainLength, TrainOutcome, TrainSettings, TrainingSet, Wishes, train,
+    Control, EarlyStopping, ProgressSink, Report, ResumeFolder, RunPlace, SamplePrompt,
+    SaveSettings, TrainError, TrainLength, TrainOutcome, TrainSettings, TrainingSet, Wishes, train,
 };
 
 /// Writes down what is reported and stops after a number of steps.
@@ -23,6 +23,7 @@ struct Log {
     averages: Vec<f64>,
     kept: Vec<u64>,
     validation: Vec<f64>,
+    stopped: Option<String>,
     stop_after: Option<u64>,
     /// Asks the training to leave a resume point behind when it is stopped.
     leave: bool,
@@ -80,9 +81,15 @@ impl Log {
                     return Control::Stop;
                 }
             }
-            Report::Validation { step, loss } => {
-                self.validation.push(loss);
-                self.lines.push(format!("validation {step}"));
+            Report::Validation {
+                measured,
+                early_stop,
+                ..
+            } => {
+                self.validation.push(measured.loss);
+                assert!(measured.standard_error > 0.0);
+                self.stopped = early_stop.map(str::to_owned);
+                self.lines.push(format!("validation {}", measured.step));
             }
             Report::Sample { step, image, .. } => {
                 let (width, height) = image.dimensions();
@@ -221,14 +228,15 @@ fn a_run_reports_and_saves_what_it_was_asked_to() {
         "step 2 epoch 1",
         "validation 2",
         "step 3 epoch 1",
+        "validation 3",
         "sample 3 64x64",
         "saved colours-000001.safetensors false",
         "step 4 epoch 2",
-        "saved colours-step00000004.safetensors false",
         "validation 4",
+        "saved colours-step00000004.safetensors false",
         "step 5 epoch 2",
-        "saved colours.safetensors true",
         "validation 5",
+        "saved colours.safetensors true",
         "sample 5 64x64",
     ];
     assert_eq!(log.lines, expected);
@@ -346,6 +354,65 @@ fn a_longer_run_goes_on_where_a_shorter_one_has_ended() {
     let refused = run_kept(&folder("a"), &other, &mut Log::default(), true);
     let message = refused.expect_err("another seed").to_string();
     assert!(message.contains("the seed was `7`"), "{message}");
+}
+
+/// The files tell what validation says, and only what validation says stops a run early, resumed or not.
+#[test]
+fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
+    let temporary = tempfile::tempdir().expect("a folder");
+    let place = |name: &str| {
+        let folder = temporary.path().join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        folder
+    };
+    let mut settings = settings();
+    settings.length = TrainLength::Steps(20);
+    settings.validation.image_ids.clear();
+    settings.validation.fraction = Some(0.5);
+    // No loss falls by 1000: the validations of steps 2 and 4, each the end of an epoch, are enough.
+    settings.early_stopping = Some(EarlyStopping {
+        patience: 2,
+        min_delta: 1e3,
+    });
+    let mut whole = Log::default();
+    let outcome = run(&place("whole"), &settings, &mut whole).expect("a result");
+    assert_eq!((outcome.steps, whole.losses.len()), (4, 4));
+    let why = whole.stopped.expect("a reason");
+    assert!(
+        why.starts_with("stopped early at step 4: 2 validations since step 0"),
+        "{why}"
+    );
+    let file = LoraFile::read(&outcome.path).expect("a LoRA");
+    assert!(file.metadata["lorasmith_verdict"].ends_with(&why));
+    assert_eq!(file.metadata["ss_num_validation_images"], "2");
+    assert_eq!(file.metadata["ss_validation_split"], "0.5");
+    let loss: f64 = file.metadata["lorasmith_validation_loss"]
+        .parse()
+        .expect("a number");
+    assert_eq!(Some(loss), outcome.validation_loss_after);
+
+    settings.resume.every_n_steps = Some(1);
+    for (stop_at, leave) in [
+        ("step 3", false),
+        ("validation 4", true),
+        ("saved colours.", false),
+    ] {
+        let folder = place(stop_at);
+        let mut first = Log {
+            stop_at: Some(stop_at),
+            leave,
+            ..Log::default()
+        };
+        run_kept(&folder, &settings, &mut first, true).expect_err("stopped");
+        let mut second = Log::default();
+        let resumed = run_kept(&folder, &settings, &mut second, true).expect("a result");
+        assert_eq!(
+            (resumed.steps, &resumed.saved),
+            (4, &outcome.saved),
+            "{stop_at}"
+        );
+        assert_eq!(second.stopped.as_deref(), Some(why.as_str()), "{stop_at}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::training::TrainError;
 use crate::training::data::Latents;
+use crate::training::judge::Measured;
 use crate::training::objective::squared_errors;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::step::Trainer;
@@ -28,11 +29,11 @@ pub struct HeldOut {
 }
 
 /// The mean squared error of the prediction over all images and timesteps, without any loss weighting.
-pub fn validation_loss(
+pub fn validate(
     trainer: &Trainer<'_>,
     images: &[HeldOut],
     captions: &Captions,
-) -> Result<f64, TrainError> {
+) -> Result<Measured, TrainError> {
     let mut losses = Vec::with_capacity(images.len() * TIMESTEPS.len());
     for image in images {
         let states = trainer.encode(&captions.batch(&[&image.caption])); // [1, tokens, d]
@@ -40,12 +41,36 @@ pub fn validation_loss(
             losses.push(image_loss(trainer, image, &states, timesteps));
         }
     }
-    let losses = Tensor::cat(losses, 0)
+    let losses = Tensor::cat(losses, 0) // [images · timesteps]
         .cast(burn::tensor::FloatDType::from(DType::F32))
         .try_into_vec_as::<f32>()
         .map_err(|error| TrainError::Device(error.to_string()))?;
-    let sum: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
-    Ok(sum / losses.len() as f64)
+    let losses: Vec<f64> = losses.into_iter().map(f64::from).collect();
+    Ok(Measured {
+        step: trainer.steps_done(),
+        loss: mean(&losses),
+        standard_error: standard_error(&losses, TIMESTEPS.len()),
+    })
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The standard error of the mean of all losses, those of an image in a row.
+///
+/// Losses of one image are not independent, and timesteps are fixed, so images are what is drawn: `s / √images` with
+/// the deviation `s` of their means. A single image says nothing of others; then it is that over its timesteps.
+fn standard_error(losses: &[f64], per_image: usize) -> f64 {
+    let means: Vec<f64> = if losses.len() > per_image {
+        losses.chunks(per_image).map(mean).collect()
+    } else {
+        losses.to_vec()
+    };
+    let center = mean(&means);
+    let squares: f64 = means.iter().map(|value| (value - center).powi(2)).sum();
+    let count = means.len() as f64;
+    (squares / (count - 1.0).max(1.0) / count).sqrt()
 }
 
 /// The losses of one image: `[timesteps]`.
@@ -74,4 +99,21 @@ fn image_loss(
     let context = states.clone().repeat_dim(0, count);
     let prediction = trainer.model.unet.forward(noisy, &times, context);
     squared_errors(prediction, target)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn confidence_is_that_of_the_images() {
+        // Means 1, 2 and 6: variance 7, by hand.
+        let losses = [0.5, 1.5, 1.0, 3.0, 5.0, 7.0];
+        let found = standard_error(&losses, 2);
+        assert!((found - (7.0_f64 / 3.0).sqrt()).abs() < 1e-12, "{found}");
+        // One image: 1, 2, 6 are its timesteps.
+        let found = standard_error(&[1.0, 2.0, 6.0], 3);
+        assert!((found - (7.0_f64 / 3.0).sqrt()).abs() < 1e-12, "{found}");
+        assert_eq!(standard_error(&[1.0], 1), 0.0);
+    }
 }

@@ -15,6 +15,8 @@ pub struct Model {
     pub sha256: String,
     pub size_bytes: i64,
     pub created_at_ms: i64,
+    pub validation_loss: Option<f64>,
+    pub validation_error: Option<f64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

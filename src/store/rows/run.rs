@@ -49,6 +49,8 @@ pub struct Model {
     pub worker_host: Option<String>,
     pub continued_from: Option<Uuid>,
     pub priority: i32,
+    pub verdict: Option<String>,
+    pub early_stop: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -18,6 +18,7 @@ pub struct Model {
     pub grad_norm: Option<f64>,
     pub step_time_s: Option<f64>,
     pub memory_bytes: Option<i64>,
+    pub validation_error: Option<f64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -51,6 +51,8 @@ pub struct WorkerReport {
     pub loras: Vec<NewLora>,
     /// What subscribers hear: kind and data.
     pub events: Vec<(String, Value)>,
+    /// What validation says, and why the run ends early if it does.
+    pub verdict: Option<(String, Option<String>)>,
     /// The step of a new resume point.
     pub kept_step: Option<u64>,
     /// Wishes that were fulfilled.
@@ -74,6 +76,8 @@ pub struct NewLora {
     pub sha256: String,
     /// Its size.
     pub size_bytes: u64,
+    /// Loss on the held-out images, and its standard error.
+    pub validation: Option<(f64, f64)>,
 }
 
 /// What a worker learns when it renews its lease.
@@ -278,6 +282,10 @@ impl Store {
         if report.phase.is_some() {
             change.phase = Set(report.phase);
         }
+        if let Some((verdict, early_stop)) = report.verdict {
+            change.verdict = Set(Some(verdict));
+            change.early_stop = Set(early_stop);
+        }
         if let Some(kept) = report.kept_step {
             change.kept_step = Set(Some(signed(kept)));
         }
@@ -314,10 +322,13 @@ impl Store {
                 .await?;
         }
         for new in report.loras {
+            let (validation_loss, validation_error) = new.validation.unzip();
             // A worker before this one may have saved it already. It keeps its id, as somebody may know that.
             let again = lora::Entity::update_many()
                 .col_expr(lora::Column::Sha256, Expr::value(new.sha256.clone()))
                 .col_expr(lora::Column::SizeBytes, Expr::value(signed(new.size_bytes)))
+                .col_expr(lora::Column::ValidationLoss, Expr::value(validation_loss))
+                .col_expr(lora::Column::ValidationError, Expr::value(validation_error))
                 .filter(lora::Column::RunId.eq(id))
                 .filter(lora::Column::FileName.eq(new.file_name.clone()))
                 .exec(&transaction)
@@ -335,6 +346,8 @@ impl Store {
                 sha256: Set(new.sha256),
                 size_bytes: Set(signed(new.size_bytes)),
                 created_at_ms: Set(now_ms()),
+                validation_loss: Set(validation_loss),
+                validation_error: Set(validation_error),
             })
             .exec_without_returning(&transaction)
             .await?;
@@ -356,6 +369,7 @@ fn metric_again() -> OnConflict {
         C::Loss,
         C::LossAverage,
         C::ValidationLoss,
+        C::ValidationError,
         C::LrUnet,
         C::LrTextEncoder,
         C::GradNorm,

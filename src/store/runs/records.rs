@@ -47,6 +47,8 @@ pub struct Metric {
     pub loss_average: Option<f64>,
     /// Loss on the held-out images.
     pub validation_loss: Option<f64>,
+    /// Standard error of that loss.
+    pub validation_error: Option<f64>,
     /// Learning rate of the UNet.
     pub lr_unet: Option<f64>,
     /// Learning rate of the text encoder.
@@ -256,6 +258,7 @@ pub(super) fn metric_row(run_id: Uuid, metric: Metric) -> run_metric::ActiveMode
         loss: Set(metric.loss),
         loss_average: Set(metric.loss_average),
         validation_loss: Set(metric.validation_loss),
+        validation_error: Set(metric.validation_error),
         lr_unet: Set(metric.lr_unet),
         lr_text_encoder: Set(metric.lr_text_encoder),
         grad_norm: Set(metric.grad_norm),
@@ -287,6 +290,7 @@ fn metric(row: run_metric::Model) -> Metric {
         loss: row.loss,
         loss_average: row.loss_average,
         validation_loss: row.validation_loss,
+        validation_error: row.validation_error,
         lr_unet: row.lr_unet,
         lr_text_encoder: row.lr_text_encoder,
         grad_norm: row.grad_norm,
