@@ -10,7 +10,7 @@ use crate::dataloader::EpochPlan;
 use crate::diffusion::devices::{self, AdapterClass, DeviceInfo, DeviceSpec};
 use crate::store::runs::RunFailure;
 use crate::training::memory::Remedy;
-use crate::training::{TrainError, TrainLength, TrainSettings, TrainingSet, planned_steps};
+use crate::training::{Length, TrainError, TrainSettings, TrainingSet};
 
 /// What a run would do.
 #[derive(Clone, Debug)]
@@ -124,10 +124,7 @@ fn plan(
     let (images, _) = data.split(settings).map_err(refused)?;
     let epoch = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed);
     let epoch = epoch.map_err(|error| refused(error.into()))?;
-    let total_steps = planned_steps(data, settings).map_err(refused)?;
-    let batches_per_epoch = epoch.batches_per_epoch() as u64;
-    let accumulated = settings.gradient_accumulation_steps.max(1) as u64;
-    let steps_per_epoch = batches_per_epoch.div_ceil(accumulated);
+    let length = Length::new(settings, epoch.batches_per_epoch()).map_err(refused)?;
     let buckets: Vec<PlannedBucket> = buckets(&epoch, settings.batch_size);
     let (memory, refusal) = match device.class {
         AdapterClass::Cpu => memory(data, settings),
@@ -137,13 +134,10 @@ fn plan(
         device: device.id.clone(),
         images: buckets.iter().map(|bucket| bucket.images).sum(),
         images_per_epoch: epoch.images_per_epoch() as u64,
-        batches_per_epoch,
-        steps_per_epoch,
-        epochs: match settings.length {
-            TrainLength::Steps(steps) => steps.div_ceil(steps_per_epoch.max(1)),
-            TrainLength::Epochs(epochs) => epochs,
-        },
-        total_steps,
+        batches_per_epoch: epoch.batches_per_epoch() as u64,
+        steps_per_epoch: length.steps_per_epoch,
+        epochs: length.epochs,
+        total_steps: length.steps,
         buckets,
         memory,
         refusal,

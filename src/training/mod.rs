@@ -37,7 +37,7 @@ pub use settings::{
     ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
-pub use train::{RunPlace, TrainOutcome, planned_steps, train};
+pub use train::{Length, RunPlace, TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;
 use crate::diffusion::LoadError;

@@ -488,29 +488,36 @@ pub fn planned_steps(data: &TrainingSet, settings: &TrainSettings) -> Result<u64
     Ok(Length::new(settings, plan.batches_per_epoch())?.steps)
 }
 
-/// Optimizer steps and epochs of a run.
-struct Length {
-    steps: u64,
-    epochs: u64,
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Length {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Epochs, the last of which may be cut short.
+    pub epochs: u64,
+    /// Optimizer steps of a whole epoch.
+    pub steps_per_epoch: u64,
 }
 
 impl Length {
     /// `epochs · ⌈batches / accumulation⌉` steps, or the epochs that the steps need.
-    fn new(settings: &TrainSettings, batches_per_epoch: usize) -> Result<Self, TrainError> {
+    ///
+    /// # Errors
+    /// When there are no batches.
+    pub fn new(settings: &TrainSettings, batches_per_epoch: usize) -> Result<Self, TrainError> {
         let accumulation = settings.gradient_accumulation_steps;
-        let per_epoch = batches_per_epoch.div_ceil(accumulation) as u64;
-        if per_epoch == 0 {
+        let steps_per_epoch = batches_per_epoch.div_ceil(accumulation) as u64;
+        if steps_per_epoch == 0 {
             return Err(TrainError::NoImages);
         }
-        Ok(match settings.length {
-            TrainLength::Steps(steps) => Self {
-                steps,
-                epochs: steps.div_ceil(per_epoch),
-            },
-            TrainLength::Epochs(epochs) => Self {
-                steps: epochs.saturating_mul(per_epoch),
-                epochs,
-            },
+        let (steps, epochs) = match settings.length {
+            TrainLength::Steps(steps) => (steps, steps.div_ceil(steps_per_epoch)),
+            TrainLength::Epochs(epochs) => (epochs.saturating_mul(steps_per_epoch), epochs),
+        };
+        Ok(Self {
+            steps,
+            epochs,
+            steps_per_epoch,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::parts::{Count, LANES, TILE};
+use super::parts::{Count, LANES, PartPanels, STEP};
 use super::tile::Into;
 
 /// `ARCH_REQ_XCOMP_PERM` of `arch_prctl(2)`.
@@ -73,7 +73,7 @@ impl Tiles {
         Self {
             full,
             half,
-            step_bytes: parts.map(|parts| parts.get() * 2 * TILE * size_of::<u16>()),
+            step_bytes: parts.map(|parts| PartPanels::panel(STEP, parts) * size_of::<u16>()),
         }
     }
 

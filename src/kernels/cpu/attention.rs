@@ -68,26 +68,7 @@ pub fn forward(
     let mut output = Vec::<f32>::with_capacity(batch * queries * heads * d);
     let mut sums = vec![0.0; batch * heads * queries];
     let to = Shared(output.as_mut_ptr());
-    #[cfg(target_arch = "x86_64")]
-    if Level::best() == Level::Amx {
-        inputs.forward_by_tiles(&mut sums, to);
-        // SAFETY: every row of every head is written.
-        unsafe { output.set_len(batch * queries * heads * d) };
-        let output = tensor(output, [batch, queries, heads, d]).swap_dims(1, 2);
-        return Some((output, sums));
-    }
-    let blocks = queries.div_ceil(BLOCK);
-    sums.par_chunks_mut(queries)
-        .enumerate()
-        .flat_map(|(head, sums)| {
-            sums.par_chunks_mut(BLOCK)
-                .enumerate()
-                .map(move |(block, sums)| (head, block, sums))
-        })
-        .for_each(|(head, block, sums)| {
-            debug_assert!(block < blocks);
-            inputs.forward_block(head, block * BLOCK, sums, to);
-        });
+    inputs.forward_heads(&mut sums, to);
     // SAFETY: the blocks have written every row of every head.
     unsafe { output.set_len(batch * queries * heads * d) };
     let output = tensor(output, [batch, queries, heads, d]).swap_dims(1, 2);
@@ -143,6 +124,24 @@ pub fn backward(
 }
 
 impl Inputs {
+    /// Every head, by the squares of a matrix unit where there is one.
+    fn forward_heads(&self, sums: &mut [f32], to: Shared<f32>) {
+        #[cfg(target_arch = "x86_64")]
+        if Level::best() == Level::Amx {
+            return self.forward_by_tiles(sums, to);
+        }
+        sums.par_chunks_mut(self.shape.queries)
+            .enumerate()
+            .flat_map(|(head, sums)| {
+                sums.par_chunks_mut(BLOCK)
+                    .enumerate()
+                    .map(move |(block, sums)| (head, block, sums))
+            })
+            .for_each(|(head, block, sums)| {
+                self.forward_block(head, block * BLOCK, sums, to);
+            });
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn forward_by_tiles(&self, sums: &mut [f32], to: Shared<f32>) {
         sums.par_chunks_mut(self.shape.queries)

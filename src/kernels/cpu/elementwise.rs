@@ -246,22 +246,11 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// `s = e^(scale · s - max)` in place; returns `[max, Σ]`.
-    pub fn exponentials(scores: &mut [f32], scale: f32) -> [f32; 2] {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for chunk in scores.chunks_exact(LANES) {
-            for (max, s) in lanes.iter_mut().zip(chunk) {
-                *max = max.max(*s);
-            }
-        }
-        let rest = scores.chunks_exact(LANES).remainder();
-        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, s| max.max(*s)) * scale;
-        for s in scores.iter_mut() {
-            *s = exp(*s * scale - max);
-        }
-        [max, sum(scores.len(), |i| scores[i])]
-    }
+/// `s = e^(scale · s - max)` in place; returns `[max, Σ]`.
+pub fn exponentials(scores: &mut [f32], scale: f32) -> [f32; 2] {
+    let max = maximum(scores) * scale;
+    probabilities(scores, scale, max);
+    [max, total(scores)]
 }
 
 vectorised! {
@@ -307,9 +296,7 @@ vectorised! {
     /// The gradient of scores from that of probabilities: `d = scale · p · (d - Σ p d)` in place.
     pub fn softmax_backward(p: &[f32], d: &mut [f32], scale: f32) {
         let along = sum(p.len(), |i| p[i] * d[i]);
-        for (d, p) in d.iter_mut().zip(p) {
-            *d = scale * p * (*d - along);
-        }
+        scores_backward(p, d, scale, along);
     }
 }
 

@@ -157,7 +157,7 @@ unsafe fn in_parallel(
         // SAFETY: the caller's promise.
         unsafe { product.compute_here() };
     } else {
-        let unit = Unit::of(size, precision);
+        let unit = Unit::of(size.depth);
         let blocks: Vec<Block> = product
             .blocks(unit, 2 * rayon::current_num_threads())
             .collect();
@@ -223,7 +223,7 @@ impl Product<'_> {
     /// # Safety
     /// Nobody else uses the result.
     unsafe fn compute_here(&self) {
-        let unit = Unit::of(self.size, self.precision);
+        let unit = Unit::of(self.size.depth);
         for block in self.blocks(unit, 1) {
             // SAFETY: the caller's promise; one block at a time.
             unsafe { unit.compute(self, &block) };
@@ -325,14 +325,8 @@ fn step(length: usize, most: usize, unit: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::tests::numbers;
     use super::*;
-
-    /// Small whole numbers: sums are exact in f32, so results are compared for equality.
-    fn numbers(count: usize) -> Vec<f32> {
-        (0..count)
-            .map(|i| ((i * 7 + 3) % 11) as f32 - 5.0)
-            .collect()
-    }
 
     #[test]
     fn products_of_every_remainder_are_exact() {

@@ -229,11 +229,11 @@ mod x86 {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// Small whole numbers: sums are exact in f32, so results are compared for equality.
-    fn numbers(count: usize) -> Vec<f32> {
+    pub fn numbers(count: usize) -> Vec<f32> {
         (0..count)
             .map(|i| ((i * 7 + 3) % 11) as f32 - 5.0)
             .collect()

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::{TileProduct, Tiles};
-use super::gemm::{BLOCK_DEPTH, Block, Operand, Product, Size, add_edge};
+use super::gemm::{BLOCK_DEPTH, Block, Operand, Product, add_edge};
+#[cfg(target_arch = "x86_64")]
 use super::instructions::Level;
 use super::pack::Panels;
 #[cfg(target_arch = "x86_64")]
 use super::parts::{self, Count, PartPanels, Side};
 use super::tile::{Into, MAX_TILE, Tile};
-use crate::kernels::Precision;
 
 /// A way to multiply.
 #[derive(Clone, Copy, Debug)]
@@ -44,14 +44,17 @@ thread_local! {
 pub struct Line([u16; 32]);
 
 impl Unit {
-    /// The best for a product of this size. The choice depends on the depth alone (and the machine): a row's bits are
+    /// The best for sums of this length. The choice depends on the depth alone (and the machine): a row's bits are
     /// the same in whatever company it is computed.
-    pub fn of(size: Size, precision: Precision) -> Self {
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "there is one unit")
+    )]
+    pub fn of(depth: usize) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if Level::best() == Level::Amx && size.depth >= SHALLOW {
+        if Level::best() == Level::Amx && depth >= SHALLOW {
             return Self::Matrix;
         }
-        let _ = (size, precision, Level::best());
         Self::Vector(Tile::best())
     }
 
