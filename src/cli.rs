@@ -175,6 +175,9 @@ pub struct VerifyArgs {
     /// Only the part that stays quick on a slow device.
     #[arg(long)]
     pub quick: bool,
+    /// Number format of text encoder and UNet; below fp32 their outputs alone are compared.
+    #[arg(long, value_enum, default_value_t = PrecisionName::Fp32)]
+    pub precision: PrecisionName,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,

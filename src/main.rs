@@ -13,6 +13,7 @@ use lorasmith::doctor::{self, DoctorOptions};
 use lorasmith::plugin_host::PluginHost;
 use lorasmith::runs::{STORAGE_FULL, WorkerEnd};
 use lorasmith::selfcheck::Remembered;
+use lorasmith::training::ComputePrecision;
 use lorasmith::verify::{self, VerifyOptions};
 use lorasmith::{api, app, key_commands, listing, telemetry};
 
@@ -119,6 +120,7 @@ fn run_verify(args: &VerifyArgs) -> Result<ExitCode> {
             fixture: args.fixture.clone(),
             device: args.device.parse()?,
             quick: args.quick,
+            precision: ComputePrecision::from(args.precision).into(),
         },
         &plugins,
     )

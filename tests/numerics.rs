@@ -40,20 +40,41 @@ fn every_golden_passes_on_the_cpu_in_both_layouts() {
     }
 }
 
-/// Needs a Vulkan device; a software one will do. `.ci/run` installs one.
 #[test]
 fn a_quick_part_passes_on_vulkan() {
+    if has_vulkan() {
+        assert_passed(&verify(&["--device", "vulkan:0", "--quick"]), 20);
+    }
+}
+
+#[test]
+fn a_quick_part_passes_in_half_precision_on_vulkan() {
+    if has_vulkan() {
+        let flags = ["--device", "vulkan:0", "--quick", "--precision", "fp16"];
+        assert_passed(&verify(&flags), 2);
+    }
+}
+
+#[test]
+fn lower_precisions_pass_on_the_cpu() {
+    for precision in ["fp16", "bf16"] {
+        assert_passed(&verify(&["--device", "cpu", "--precision", precision]), 20);
+    }
+}
+
+/// A software one will do; `.ci/run` installs one.
+fn has_vulkan() -> bool {
     let output = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
         .args(["devices", "--json"])
         .output();
     let devices: Value =
         serde_json::from_slice(&output.expect("the program").stdout).expect("JSON");
     let devices = devices["data"].as_array().expect("devices");
-    if !devices.iter().any(|device| device["id"] == "vulkan:0") {
+    let found = devices.iter().any(|device| device["id"] == "vulkan:0");
+    if !found {
         eprintln!("no Vulkan device on this machine: nothing was compared");
-        return;
     }
-    assert_passed(&verify(&["--device", "vulkan:0", "--quick"]), 20);
+    found
 }
 
 #[test]

@@ -100,6 +100,12 @@ impl Linear {
         self.weight.dims()[0]
     }
 
+    /// The layer with another precision.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
     /// What the layer multiplies in.
     pub fn precision(&self) -> Precision {
         self.precision

@@ -8,7 +8,7 @@ pub use super::cpu::conv::Window as Geometry;
 pub use super::cpu::conv::order_by_taps;
 use super::cpu::conv::{backward, forward};
 use super::operation::{Operation, apply};
-use super::precision::Precision;
+use super::precision::{Precision, narrow};
 
 /// `y = conv(x, W) + b` (cross-correlation) with weights that are never trained.
 ///
@@ -57,7 +57,8 @@ impl Operation<1, 4> for FrozenConv {
                 } = self.geometry;
                 let weight = self.weight.clone().cast(FloatDType::from(x.dtype()));
                 let options = ConvOptions::new(stride, padding, [1, 1], 1);
-                plain_conv2d(x, weight, bias.cloned(), options)
+                let bias = bias.map(|bias| narrow(bias.clone(), x.dtype()));
+                plain_conv2d(x, weight, bias, options)
             });
         (y, [height, width])
     }

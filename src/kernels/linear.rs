@@ -5,7 +5,7 @@ use burn::tensor::{FloatDType, Tensor};
 use super::cpu::gemm::{Matrix, Size, Start, add_product, product};
 use super::cpu::{Strides, View, elementwise, tensor};
 use super::operation::{Operation, apply};
-use super::precision::{Precision, widen};
+use super::precision::{Precision, narrow, widen};
 
 /// `y = x Wᵀ + b` with weights that are never trained.
 ///
@@ -79,7 +79,10 @@ impl Operation<1, 2> for FrozenLinear {
             let weight = self.weight.clone().cast(FloatDType::from(x.dtype()));
             let y = x.matmul(weight.transpose());
             match &self.bias {
-                Some(bias) => y + bias.clone().unsqueeze(),
+                Some(bias) => {
+                    let bias = narrow(bias.clone(), y.dtype());
+                    y + bias.unsqueeze()
+                }
                 None => y,
             }
         });

@@ -40,11 +40,12 @@ fn linear_with(inputs: &mut Inputs, weight: &Tensor<2>) -> Outputs {
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
 
-/// Activations and weights in f16.
+/// Activations and weights in f16, the bias in f32 as models have it.
 pub fn linear_in_halves(inputs: &mut Inputs) -> Outputs {
     let weight = inputs.halves([WIDTH, WIDTH], (WIDTH as f32).powf(-0.5));
+    let bias = inputs.normal([WIDTH]);
     let x = leaf(inputs.halves([BATCH * TOKENS, WIDTH], 1.0));
-    let y = kernels::linear(x.clone(), &weight, None, Precision::Fp16);
+    let y = kernels::linear(x.clone(), &weight, Some(&bias), Precision::Fp16);
     let gradient = inputs.halves([BATCH * TOKENS, WIDTH], 1.0);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -58,6 +59,26 @@ pub fn conv(inputs: &mut Inputs, stride: usize) -> Outputs {
 pub fn conv_of_halves(inputs: &mut Inputs) -> Outputs {
     let weight = inputs.stored_weight([CHANNELS, CHANNELS, 3, 3]);
     conv_with(inputs, weight, 1)
+}
+
+/// A norm and the convolution behind it, values between them in f16.
+pub fn conv_in_halves(inputs: &mut Inputs) -> Outputs {
+    let weight = inputs.halves(
+        [CHANNELS, CHANNELS, 3, 3],
+        (9.0 * CHANNELS as f32).powf(-0.5),
+    );
+    let weight = kernels::order_by_taps(weight);
+    let [bias, scale, shift] = [0; 3].map(|_| inputs.normal([CHANNELS]));
+    let x = leaf(inputs.halves(PICTURE, 3.0));
+    let normed = kernels::group_norm(x.clone(), &scale, &shift, 32, 1e-5, true);
+    let geometry = Geometry {
+        kernel: [3, 3],
+        stride: [1, 1],
+        padding: [1, 1],
+    };
+    let y = kernels::conv2d(normed, &weight, Some(&bias), geometry, Precision::Fp16);
+    let gradient = inputs.halves(PICTURE, 1.0);
+    Traced::new(y, gradient).gradient("x", &x).outputs()
 }
 
 fn conv_with(inputs: &mut Inputs, weight: Tensor<4>, stride: usize) -> Outputs {
@@ -99,6 +120,13 @@ pub fn attention(inputs: &mut Inputs, causal: bool) -> Outputs {
         .gradient("k", &k)
         .gradient("v", &v)
         .outputs()
+}
+
+pub fn geglu_in_halves(inputs: &mut Inputs) -> Outputs {
+    let x = leaf(inputs.halves([BATCH, TOKENS, 2 * WIDTH], 1.0));
+    let y = kernels::geglu(x.clone());
+    let gradient = inputs.halves([BATCH, TOKENS, WIDTH], 1.0);
+    Traced::new(y, gradient).gradient("x", &x).outputs()
 }
 
 pub fn geglu(inputs: &mut Inputs) -> Outputs {

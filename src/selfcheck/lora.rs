@@ -50,7 +50,7 @@ pub fn conv(inputs: &mut Inputs) -> Outputs {
 pub fn blocks(inputs: &mut Inputs, tracked: bool) -> Outputs {
     let mut leaves = Leaves::new();
     let blocks: Vec<Block> = (0..DEPTH)
-        .map(|index| Block::new(inputs, index, &mut leaves))
+        .map(|index| Block::new(inputs, index, Precision::Fp32, &mut leaves))
         .collect();
     let x = inputs.normal([BATCH, TOKENS, WIDTH]);
     let x = if tracked { leaf(x) } else { x };
@@ -69,6 +69,16 @@ pub fn blocks(inputs: &mut Inputs, tracked: bool) -> Outputs {
     outputs
 }
 
+/// One such block with its values in f16, its LoRA in f32.
+pub fn block_in_halves(inputs: &mut Inputs) -> Outputs {
+    let mut leaves = Leaves::new();
+    let block = Block::new(inputs, 0, Precision::Fp16, &mut leaves);
+    let x = leaf(inputs.halves([BATCH, TOKENS, WIDTH], 1.0));
+    let gradient = inputs.halves([BATCH, TOKENS, WIDTH], 1.0);
+    let traced = Traced::new(block.forward(x.clone()), gradient).gradient("x", &x);
+    with_leaves(traced, &leaves).outputs()
+}
+
 /// `x + attention(norm(x))`, then `x + fc2(quick_gelu(fc1(norm(x))))`.
 struct Block {
     norms: [[Tensor<1>; 2]; 2],
@@ -78,13 +88,16 @@ struct Block {
     out_proj: Linear,
     fc1: Linear,
     fc2: Linear,
+    precision: Precision,
 }
 
 impl Block {
-    fn new(inputs: &mut Inputs, index: usize, leaves: &mut Leaves) -> Self {
+    fn new(inputs: &mut Inputs, index: usize, precision: Precision, leaves: &mut Leaves) -> Self {
         let norms = [0; 2].map(|_| [inputs.normal([WIDTH]) * 0.1 + 1.0, inputs.normal([WIDTH])]);
         let mut layer = |name: &str, d_in, d_out| {
-            adapted_linear(inputs, &format!("{index}.{name}"), [d_in, d_out], leaves)
+            let name = format!("{index}.{name}");
+            let layer = adapted_linear(inputs, &name, [d_in, d_out], leaves);
+            layer.with_precision(precision)
         };
         Self {
             norms,
@@ -94,6 +107,7 @@ impl Block {
             out_proj: layer("out_proj", WIDTH, WIDTH),
             fc1: layer("fc1", WIDTH, 2 * WIDTH),
             fc2: layer("fc2", 2 * WIDTH, WIDTH),
+            precision,
         }
     }
 
@@ -105,7 +119,7 @@ impl Block {
             .map(|layer| split_heads(layer.forward(normed.clone()), HEADS));
         let x = x + self
             .out_proj
-            .forward(merge_heads(attention([q, k, v], true, Precision::Fp32)));
+            .forward(merge_heads(attention([q, k, v], true, self.precision)));
         let normed = self.norm(1, x.clone());
         x + self
             .fc2

@@ -120,8 +120,10 @@ const F32: f64 = 1e-4;
 const F32_DEEP: f64 = 1e-3;
 /// Half precision keeps 11 bits (5e-4), and a sum of 320 products may be kept in it.
 const F16: f64 = 5e-3;
+/// A block rounds to halves a dozen times.
+const F16_DEEP: f64 = 2e-2;
 
-const CHECKS: [Check; 15] = [
+const CHECKS: [Check; 18] = [
     f32_check("linear", layers::linear),
     f32_check("conv_stride_1", |inputs| layers::conv(inputs, 1)),
     f32_check("conv_stride_2", |inputs| layers::conv(inputs, 2)),
@@ -156,7 +158,22 @@ const CHECKS: [Check; 15] = [
     Check {
         tolerance: F16,
         needs_f16: true,
-        ..f32_check("f16_matmul", layers::linear_in_halves)
+        ..f32_check("f16_linear", layers::linear_in_halves)
+    },
+    Check {
+        tolerance: F16,
+        needs_f16: true,
+        ..f32_check("f16_norm_conv", layers::conv_in_halves)
+    },
+    Check {
+        tolerance: F16,
+        needs_f16: true,
+        ..f32_check("f16_geglu", layers::geglu_in_halves)
+    },
+    Check {
+        tolerance: F16_DEEP,
+        needs_f16: true,
+        ..f32_check("f16_lora_block", lora::block_in_halves)
     },
 ];
 
@@ -190,12 +207,11 @@ mod tests {
         assert_eq!(names, all, "the CPU stores halves, too");
         assert_eq!(asked.last(), Some(&(CHECKS.len() - 1, CHECKS.len())));
         for check in &result.checks {
-            // In f32 it is the same computation; products of halves are rounded to halves.
-            let tolerance = if check.name == "f16_matmul" {
-                F16
-            } else {
-                1e-6
-            };
+            // In f32 it is the same computation; values between layers are rounded to halves.
+            let rounds = CHECKS
+                .iter()
+                .any(|known| known.name == check.name && known.tolerance >= F16);
+            let tolerance = if rounds { check.tolerance } else { 1e-6 };
             assert!(check.error.unwrap() <= tolerance, "{check:?}");
         }
     }

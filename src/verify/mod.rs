@@ -13,7 +13,7 @@ mod training;
 use std::path::{Path, PathBuf};
 
 use crate::diffusion::devices::{self, DeviceSpec};
-use crate::diffusion::{LoadError, LoadOptions, StableDiffusion};
+use crate::diffusion::{LoadError, LoadOptions, Precision, StableDiffusion};
 use crate::plugin_host::PluginHost;
 
 pub use goldens::GoldenError;
@@ -32,6 +32,9 @@ pub struct VerifyOptions {
     pub device: DeviceSpec,
     /// Only the part that stays quick on a slow device.
     pub quick: bool,
+    /// What text encoder and UNet compute in. In less than f32 their outputs alone are compared: losses and weights
+    /// of the goldens are those of f32.
+    pub precision: Precision,
 }
 
 /// Why nothing could be compared.
@@ -71,6 +74,8 @@ pub enum VerifyError {
 /// When the fixture, the device or the AdamW plugin cannot be used. A golden that is missed is no error: see the report.
 pub fn run(options: &VerifyOptions, plugins: &PluginHost) -> Result<VerifyReport, VerifyError> {
     let device = devices::open(options.device)?;
+    device.check(options.precision)?;
+    let tolerance = models::output_tolerance(options.precision, &device.info);
     let goldens = Goldens::open(&options.fixture.join("goldens"), &device.device)?;
     let folder = options.fixture.join("diffusers");
     let mut report = VerifyReport::new(&device.info);
@@ -78,21 +83,29 @@ pub fn run(options: &VerifyOptions, plugins: &PluginHost) -> Result<VerifyReport
     if let Some(file) = single_file(&options.fixture)? {
         layouts.push(("single file", file, Some(folder)));
     }
+    if options.quick {
+        layouts.truncate(1); // a slow device need not compute everything twice
+    }
     for (name, path, config_dir) in layouts {
         let load = || {
             StableDiffusion::load(
                 &path,
                 &LoadOptions {
                     config_dir: config_dir.clone(),
+                    precision: options.precision,
                     ..LoadOptions::new(&device.device)
                 },
             )
         };
         let mut check = Checker::new(name, &mut report);
         let mut model = load()?;
+        if options.precision != Precision::Fp32 {
+            models::networks(&mut check, &goldens, &model, tolerance, options.quick)?;
+            continue;
+        }
         models::check(&mut check, &goldens, &model, options.quick)?;
         if options.quick {
-            break; // a slow device need not compute everything twice, and a backward pass takes it minutes
+            continue; // a backward pass takes a slow device minutes
         }
         samples::check(&mut check, &goldens, &mut model)?;
         drop(model); // it has a LoRA now, and training loads its own

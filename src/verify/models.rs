@@ -5,10 +5,24 @@ use burn::tensor::Tensor;
 use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
 use super::report::Checker;
-use crate::diffusion::{NoiseSchedule, Padding, PredictionType, StableDiffusion, Tokenizer};
+use crate::diffusion::devices::{AdapterClass, DeviceInfo};
+use crate::diffusion::{
+    NoiseSchedule, Padding, Precision, PredictionType, StableDiffusion, Tokenizer,
+};
 
 /// Absolute, on outputs of up to about 4. The reference's own error in f32 is 2e-6 to 4e-6.
 pub const OUTPUT_TOLERANCE: f64 = 2e-5;
+
+/// The same for a precision. Devices other than the CPU round the values behind every layer, to f16.
+pub fn output_tolerance(precision: Precision, device: &DeviceInfo) -> f64 {
+    match precision {
+        Precision::Fp32 => OUTPUT_TOLERANCE,
+        Precision::Fp16 if device.class == AdapterClass::Cpu => 1e-3,
+        Precision::Fp16 => 3e-2,
+        Precision::Bf16 => 1e-1,
+    }
+}
+
 /// Relative, on what is one division or root away from the schedule: a few units in the last place of f32.
 const WEIGHT_TOLERANCE: f64 = 1e-6;
 
@@ -20,10 +34,21 @@ pub fn check(
     quick: bool,
 ) -> Result<(), VerifyError> {
     tokens(check, goldens, &model.tokenizer)?;
-    text_encoder(check, goldens, model, quick)?;
     vae(check, goldens, model, quick)?;
-    unet(check, goldens, model, quick)?;
+    networks(check, goldens, model, OUTPUT_TOLERANCE, quick)?;
     schedule(check, goldens, &model.schedule)
+}
+
+/// Compares the parts that know lower precisions.
+pub fn networks(
+    check: &mut Checker<'_>,
+    goldens: &Goldens,
+    model: &StableDiffusion,
+    tolerance: f64,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    text_encoder(check, goldens, model, tolerance, quick)?;
+    unet(check, goldens, model, tolerance, quick)
 }
 
 /// The three ways to pad, each at three lengths.
@@ -65,6 +90,7 @@ fn text_encoder(
     check: &mut Checker<'_>,
     goldens: &Goldens,
     model: &StableDiffusion,
+    tolerance: f64,
     quick: bool,
 ) -> Result<(), VerifyError> {
     let Some(file) = goldens.file("text_encoder")? else {
@@ -73,7 +99,7 @@ fn text_encoder(
     let (encoder, ids) = (&model.text_encoder, file.rows("input_ids")?);
     let key = "last_hidden_state";
     let name = "text encoder, last layer";
-    check.tensor(name, encoder.forward(&ids, 1), &file, key, OUTPUT_TOLERANCE)?;
+    check.tensor(name, encoder.forward(&ids, 1), &file, key, tolerance)?;
     if quick {
         return Ok(());
     }
@@ -81,14 +107,14 @@ fn text_encoder(
         "text encoder, penultimate layer, raw",
         encoder.hidden_state_raw(&ids, 2),
     );
-    check.tensor(name, raw, &file, "penultimate_raw", OUTPUT_TOLERANCE)?;
+    check.tensor(name, raw, &file, "penultimate_raw", tolerance)?;
     let name = "text encoder, penultimate layer, final norm";
     check.tensor(
         name,
         encoder.forward(&ids, 2),
         &file,
         "clip_skip_2",
-        OUTPUT_TOLERANCE,
+        tolerance,
     )?;
     let captions = goldens.captions()?;
     for (index, caption) in captions.iter().enumerate() {
@@ -97,7 +123,7 @@ fn text_encoder(
             let chunks = model.tokenizer.chunks(caption, 227);
             let states = encoder.encode_chunks(&[chunks], 1);
             let name = format!("text encoder, 227 tokens, caption {index}");
-            check.tensor(&name, states, &file, &key, OUTPUT_TOLERANCE)?;
+            check.tensor(&name, states, &file, &key, tolerance)?;
         }
     }
     Ok(())
@@ -160,6 +186,7 @@ fn unet(
     check: &mut Checker<'_>,
     goldens: &Goldens,
     model: &StableDiffusion,
+    tolerance: f64,
     quick: bool,
 ) -> Result<(), VerifyError> {
     let Some(file) = goldens.file("unet")? else {
@@ -189,7 +216,7 @@ fn unet(
         }
         let predicted = model.unet.forward(sample, &times, context);
         let name = format!("unet, {}", key.trim_start_matches("pred_"));
-        check.tensor(&name, predicted, &file, key, OUTPUT_TOLERANCE)?;
+        check.tensor(&name, predicted, &file, key, tolerance)?;
     }
     Ok(())
 }
