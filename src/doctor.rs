@@ -187,6 +187,9 @@ fn write_device(f: &mut fmt::Formatter<'_>, device: &DeviceInfo) -> fmt::Result 
     }
     let f16 = if device.supports_f16 { "f16" } else { "no f16" };
     write!(f, "  ({}; {f16}", device.driver)?;
+    if let Some(bytes) = device.memory_bytes {
+        write!(f, "; {} MiB", bytes >> 20)?;
+    }
     if let Some(bytes) = device.max_buffer_bytes {
         write!(f, "; buffers up to {} MiB", bytes >> 20)?;
     }

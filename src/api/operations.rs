@@ -100,7 +100,7 @@ pub async fn get_version() -> web::Json<Version> {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "vulkan:0", "name": "AMD Radeon RX 7900 XTX", "class": "discrete", "driver": "radv Mesa 24.2",
-    "supports_f16": true, "default": true,
+    "supports_f16": true, "memory_bytes": 17163091968u64, "default": true,
     "self_check": {"status": "passed", "checked_at": "2026-05-04T09:30:00Z", "failed_checks": []}
 }))]
 pub struct Device {
@@ -113,6 +113,8 @@ pub struct Device {
     pub driver: String,
     /// Whether shaders can compute in 16 bits.
     pub supports_f16: bool,
+    /// Memory of a GPU; `null` for the CPU, and where the driver does not tell.
+    pub memory_bytes: Option<u64>,
     /// Whether `auto` takes it.
     pub default: bool,
     pub self_check: DeviceSelfCheck,
@@ -196,6 +198,7 @@ impl Device {
             class: info.class,
             driver: info.driver,
             supports_f16: info.supports_f16,
+            memory_bytes: info.memory_bytes,
             default: info.is_default,
         }
     }

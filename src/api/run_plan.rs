@@ -55,7 +55,7 @@ pub struct RunPlan {
     /// Optimizer steps.
     pub total_steps: u64,
     pub buckets: Vec<PlannedBucket>,
-    /// Memory on the CPU; `null` on a GPU, whose driver does not tell.
+    /// Of the machine on the CPU, else of the device; `null` when the model cannot be measured.
     pub memory: Option<PlannedMemory>,
     /// Why a worker would refuse the run now, such as `memory_budget`; `null` when nothing is known against it.
     pub refusal: Option<RunFailure>,
@@ -75,11 +75,11 @@ pub struct PlannedBucket {
     pub batches_per_epoch: u64,
 }
 
-/// Memory of the worker's process.
+/// What the run takes of the memory that its tensors are in.
 #[derive(Serialize, ToSchema)]
 pub struct PlannedMemory {
     pub estimated_peak_bytes: u64,
-    /// Free now; `null` where the system does not tell.
+    /// Free now; `null` where the system, or the GPU's driver, does not tell.
     pub available_bytes: Option<u64>,
     /// What would take less.
     pub savings: Vec<MemorySaving>,

@@ -11,6 +11,7 @@ use burn::tensor::{Device, DeviceKind};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
+use super::device_memory::{self, MemoryGauge};
 use crate::kernels::Precision;
 pub use crate::kernels::is_cpu;
 
@@ -126,8 +127,10 @@ pub struct DeviceInfo {
     pub driver: String,
     /// Whether shaders can compute in half precision.
     pub supports_f16: bool,
-    /// Largest buffer that the driver makes. The whole memory is not told by graphics APIs in common.
+    /// Largest buffer that the driver makes.
     pub max_buffer_bytes: Option<u64>,
+    /// Memory of a GPU, where its driver tells.
+    pub memory_bytes: Option<u64>,
     /// Whether `auto` would choose it.
     pub is_default: bool,
 }
@@ -311,6 +314,7 @@ fn cpu_info(is_default: bool) -> DeviceInfo {
         driver: String::new(),
         supports_f16: false,
         max_buffer_bytes: None,
+        memory_bytes: None,
         is_default,
     }
 }
@@ -334,16 +338,29 @@ fn adapters() -> Vec<Adapter> {
     GraphicsApi::ALL.into_iter().flat_map(adapters_of).collect()
 }
 
-fn adapters_of(api: GraphicsApi) -> Vec<Adapter> {
+/// What asks the driver of a device for its memory; `None` for the CPU and for devices that are not there.
+pub fn memory_gauge(info: &DeviceInfo) -> Option<MemoryGauge> {
+    let Ok(DeviceSpec::Adapter(api, index)) = info.id.parse() else {
+        return None;
+    };
+    let adapter = handles(api).into_iter().nth(index)?;
+    Some(MemoryGauge::new(adapter))
+}
+
+fn handles(api: GraphicsApi) -> Vec<wgpu::Adapter> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: api.wgpu_backends(),
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
     // Outside browsers the list is ready at once.
-    let found = instance
+    instance
         .enumerate_adapters(api.wgpu_backends())
         .now_or_never()
-        .unwrap_or_default();
+        .unwrap_or_default()
+}
+
+fn adapters_of(api: GraphicsApi) -> Vec<Adapter> {
+    let found = handles(api);
     let mut same_class = [0_usize; 5];
     found
         .iter()
@@ -363,6 +380,7 @@ fn adapters_of(api: GraphicsApi) -> Vec<Adapter> {
                         .to_owned(),
                     supports_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
                     max_buffer_bytes: Some(adapter.limits().max_buffer_size),
+                    memory_bytes: device_memory::read(adapter).map(|memory| memory.total_bytes),
                     is_default: false,
                 },
                 api,

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod config;
+pub mod device_memory;
 pub mod devices;
 pub mod error;
 pub mod layers;

@@ -1,11 +1,15 @@
-//! How much memory a run may take: what the machine, and the control groups around this process, leave to it.
+//! How much memory a run may take: what the machine and the control groups around this process, or a GPU's driver,
+//! leave to it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::diffusion::StableDiffusion;
+use crate::diffusion::device_memory::{DeviceMemory, MemoryGauge};
+use crate::diffusion::devices::{self, AdapterClass, DeviceInfo};
 use crate::store::runs::RunFailure;
-use crate::training::memory::{Remedy, in_gib};
+use crate::training::memory::{Place, Remedy, in_gib};
 use crate::training::{TrainSettings, TrainingSet, Workload};
 
 /// Beyond this share of the limit a worker stops.
@@ -54,47 +58,64 @@ pub fn own_bytes() -> Option<u64> {
     memory_stats::memory_stats().map(|stats| stats.physical_mem as u64)
 }
 
-/// What a run on the CPU is expected to take, and what there is.
+/// What a run is expected to take of the memory that its tensors are in, and what there is.
 #[derive(Clone, Debug)]
 pub struct MemoryPlan {
     /// The run.
     workload: Workload,
     /// Its estimated peak.
     pub estimated_peak_bytes: u64,
-    /// What this process may have, what it has included; `None` where the system does not tell.
+    /// What a worker may have; `None` where the system or the driver does not tell.
     pub available_bytes: Option<u64>,
 }
 
 impl MemoryPlan {
-    /// Reads the headers of the model's files; loads nothing.
+    /// The plan of this process, which has yet to load the model. Reads the headers of the model's files.
     ///
     /// # Errors
     /// `model_unusable` when they cannot be read.
-    pub fn new(data: &TrainingSet, settings: &TrainSettings) -> Result<Self, RunFailure> {
-        let model = StableDiffusion::measure(&data.base_model)
-            .map_err(|error| RunFailure::new("model_unusable", error))?;
-        let workload = Workload::new(&model, data, settings);
-        let available_bytes =
-            SystemMemory::now().map(|memory| memory.available_bytes + own_bytes().unwrap_or(0));
-        Ok(Self {
-            estimated_peak_bytes: workload.peak_bytes(),
-            workload,
-            available_bytes,
-        })
+    pub fn new(
+        data: &TrainingSet,
+        settings: &TrainSettings,
+        device: &DeviceInfo,
+    ) -> Result<Self, RunFailure> {
+        let mut plan = Self::of_another_process(data, settings, device)?;
+        if device.class == AdapterClass::Cpu {
+            // What this process has already is part of the estimate.
+            plan.available_bytes = plan
+                .available_bytes
+                .map(|bytes| bytes + own_bytes().unwrap_or(0));
+        }
+        Ok(plan)
     }
 
-    /// As [`MemoryPlan::new`], for a worker that is still to be started.
+    /// The plan of a worker that is still to be started.
     ///
     /// # Errors
     /// Those of [`MemoryPlan::new`].
     pub fn of_another_process(
         data: &TrainingSet,
         settings: &TrainSettings,
+        device: &DeviceInfo,
     ) -> Result<Self, RunFailure> {
-        let available_bytes = SystemMemory::now().map(|memory| memory.available_bytes);
+        let model = StableDiffusion::measure(&data.base_model)
+            .map_err(|error| RunFailure::new("model_unusable", error))?;
+        let machine = || SystemMemory::now().map(|memory| memory.available_bytes);
+        let of_device = || devices::memory_gauge(device)?.read();
+        let (place, available_bytes) = match device.class {
+            AdapterClass::Cpu => (Place::Process, machine()),
+            // The size that a software rasteriser tells is made up.
+            AdapterClass::Software => (Place::Device, machine()),
+            _ => (
+                Place::Device,
+                of_device().map(DeviceMemory::available_bytes),
+            ),
+        };
+        let workload = Workload::new(&model, data, settings, place);
         Ok(Self {
+            estimated_peak_bytes: workload.peak_bytes(),
+            workload,
             available_bytes,
-            ..Self::new(data, settings)?
         })
     }
 
@@ -109,8 +130,9 @@ impl MemoryPlan {
         match self.available_bytes {
             Some(available) if self.estimated_peak_bytes > available => {
                 let message = format!(
-                    "the run would need about {} of memory, {} are free{}",
+                    "the run would need about {} of {}, {} are free{}",
                     in_gib(self.estimated_peak_bytes),
+                    self.workload.place(),
                     in_gib(available),
                     self.workload.advice()
                 );
@@ -121,16 +143,74 @@ impl MemoryPlan {
     }
 }
 
-/// `memory_limit`: the worker has grown beyond what it may have. There is a plan for a run on the CPU.
-pub fn outgrown(grown_bytes: u64, plan: Option<&MemoryPlan>) -> RunFailure {
-    let advice = plan.map_or_else(
-        || "; `gradient_checkpointing: blocks` or a smaller `batch_size` takes less".to_owned(),
-        |plan| plan.workload.advice(),
-    );
+/// Looks whether this process outgrows what it may have, of the machine's memory and of a GPU's.
+#[derive(Debug)]
+pub struct MemoryWatch {
+    allowed_bytes: Option<u64>,
+    device: OnceLock<MemoryGauge>,
+    found: OnceLock<Outgrown>,
+}
+
+/// What a process has had when it had too much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outgrown {
+    bytes: u64,
+    place: Place,
+}
+
+impl Default for MemoryWatch {
+    fn default() -> Self {
+        Self {
+            allowed_bytes: SystemMemory::now().map(SystemMemory::allowed_bytes),
+            device: OnceLock::new(),
+            found: OnceLock::new(),
+        }
+    }
+}
+
+impl MemoryWatch {
+    /// From now on the memory of this GPU is looked at, too.
+    pub fn watch(&self, gauge: MemoryGauge) {
+        let _ = self.device.set(gauge); // a worker has one device
+    }
+
+    /// To be called again and again, as memory is at its peak in the middle of a step.
+    pub fn look(&self) {
+        let process = Outgrown {
+            bytes: own_bytes().unwrap_or(0),
+            place: Place::Process,
+        };
+        if self
+            .allowed_bytes
+            .is_some_and(|allowed| process.bytes > allowed)
+        {
+            let _ = self.found.set(process);
+        }
+        // Beyond this drivers begin to move memory to and fro, or fail.
+        if let Some(memory) = self.device.get().and_then(MemoryGauge::read)
+            && memory.used_bytes as f64 > SHARE * memory.allowed_bytes as f64
+        {
+            let _ = self.found.set(Outgrown {
+                bytes: memory.used_bytes,
+                place: Place::Device,
+            });
+        }
+    }
+
+    /// What was too much, the first time.
+    pub fn outgrown(&self) -> Option<Outgrown> {
+        self.found.get().copied()
+    }
+}
+
+/// `memory_limit`: the worker has grown beyond what it may have.
+pub fn outgrown(grown: Outgrown, plan: &MemoryPlan) -> RunFailure {
+    let advice = plan.workload.advice();
     let message = format!(
-        "the worker has grown to {}, more than {:.0} % of the memory{advice}",
-        in_gib(grown_bytes),
-        100.0 * SHARE
+        "the worker has grown to {}, more than {:.0} % of {}{advice}",
+        in_gib(grown.bytes),
+        100.0 * SHARE,
+        grown.place,
     );
     RunFailure::new("memory_limit", message)
 }
@@ -211,6 +291,11 @@ mod tests {
     use super::*;
     use crate::dataloader::{BucketSettings, TrainingImage};
 
+    fn cpu() -> DeviceInfo {
+        let mut known = devices::list();
+        known.pop().expect("the CPU comes last")
+    }
+
     fn plan(available_bytes: Option<u64>) -> MemoryPlan {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("tests/fixtures/tiny-sd15/tiny-sd15-ldm.safetensors");
@@ -236,7 +321,7 @@ mod tests {
         };
         MemoryPlan {
             available_bytes,
-            ..MemoryPlan::new(&data, &settings).expect("a model")
+            ..MemoryPlan::new(&data, &settings, &cpu()).expect("a model")
         }
     }
 
@@ -259,17 +344,19 @@ mod tests {
 
     #[test]
     fn a_worker_that_has_grown_too_large_is_told_the_same() {
-        let failure = outgrown(3 << 30, Some(&plan(None)));
+        let grown = |place| Outgrown {
+            bytes: 3 << 30,
+            place,
+        };
+        let failure = outgrown(grown(Place::Process), &plan(None));
         assert_eq!(failure.code, "memory_limit");
         for part in ["3.0 GiB", "95 %", "`batch_size: 1`: "] {
             assert!(failure.message.contains(part), "{}", failure.message);
         }
-        let failure = outgrown(3 << 30, None);
-        assert!(
-            failure.message.contains("`batch_size`"),
-            "{}",
-            failure.message
-        );
+        let failure = outgrown(grown(Place::Device), &plan(None));
+        for part in ["95 % of the device's memory", "`batch_size: 1`: "] {
+            assert!(failure.message.contains(part), "{}", failure.message);
+        }
     }
 
     #[test]

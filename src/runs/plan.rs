@@ -7,7 +7,7 @@ use super::pace::{self, Pace};
 use super::service::{Checked, NewRunRequest, RunError, RunProblem, RunService};
 use super::worker::training_set;
 use crate::dataloader::EpochPlan;
-use crate::diffusion::devices::{self, AdapterClass, DeviceInfo, DeviceSpec};
+use crate::diffusion::devices::{self, DeviceInfo, DeviceSpec};
 use crate::store::runs::RunFailure;
 use crate::training::memory::Remedy;
 use crate::training::{Length, TrainError, TrainSettings, TrainingSet};
@@ -126,10 +126,7 @@ fn plan(
     let epoch = epoch.map_err(|error| refused(error.into()))?;
     let length = Length::new(settings, epoch.batches_per_epoch()).map_err(refused)?;
     let buckets: Vec<PlannedBucket> = buckets(&epoch, settings.batch_size);
-    let (memory, refusal) = match device.class {
-        AdapterClass::Cpu => memory(data, settings),
-        _ => (None, None), // what a GPU has left its driver does not tell
-    };
+    let (memory, refusal) = memory(data, settings, device);
     Ok(RunPlan {
         device: device.id.clone(),
         images: buckets.iter().map(|bucket| bucket.images).sum(),
@@ -159,8 +156,9 @@ fn buckets(epoch: &EpochPlan, batch_size: usize) -> Vec<PlannedBucket> {
 fn memory(
     data: &TrainingSet,
     settings: &TrainSettings,
+    device: &DeviceInfo,
 ) -> (Option<PlannedMemory>, Option<RunFailure>) {
-    match MemoryPlan::of_another_process(data, settings) {
+    match MemoryPlan::of_another_process(data, settings, device) {
         Err(failure) => (None, Some(failure)),
         Ok(plan) => {
             let memory = PlannedMemory {

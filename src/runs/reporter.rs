@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use image::{ImageFormat, RgbImage};
@@ -16,9 +16,10 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use super::memory::{MemoryPlan, SystemMemory, outgrown, own_bytes};
+use super::memory::{MemoryPlan, MemoryWatch, outgrown, own_bytes};
 use super::state;
 use super::worker::LEASE;
+use crate::diffusion::device_memory::MemoryGauge;
 use crate::store::runs::{
     Lease, Metric, NewLora, NewSample, Progress, Run, RunFailure, RunState, Told, Wish,
     WorkerReport,
@@ -43,8 +44,7 @@ pub struct Stop {
     lost: AtomicBool,
     leaving: AtomicBool,
     storage_full: AtomicBool,
-    /// 0 as long as the process has not outgrown its memory.
-    outgrown_bytes: AtomicU64,
+    memory: MemoryWatch,
     save: AtomicBool,
     sample: AtomicBool,
 }
@@ -75,19 +75,13 @@ impl Stop {
         self.storage_full.load(Ordering::Relaxed)
     }
 
-    /// How large the process was when it had more memory than it may have.
-    pub fn outgrown_bytes(&self) -> Option<u64> {
-        let bytes = self.outgrown_bytes.load(Ordering::Relaxed);
-        (bytes > 0).then_some(bytes)
-    }
-
     fn any(&self) -> bool {
         self.is_cancelled()
             || self.is_pausing()
             || self.is_lost()
             || self.is_leaving()
             || self.is_storage_full()
-            || self.outgrown_bytes().is_some()
+            || self.memory.outgrown().is_some()
     }
 
     fn flag(&self, wish: Wish) -> &AtomicBool {
@@ -146,7 +140,6 @@ impl Reporter {
             owner,
             hurry: hurry.clone(),
             stop: stop.clone(),
-            allowed_bytes: SystemMemory::now().map(SystemMemory::allowed_bytes),
         };
         leave_when_asked(runtime, &stop);
         Self {
@@ -182,9 +175,14 @@ impl Reporter {
         });
     }
 
+    /// From now on the GPU's memory is watched, too.
+    pub fn watch(&self, gauge: MemoryGauge) {
+        self.stop.memory.watch(gauge);
+    }
+
     /// Why the training was stopped, when it was for its memory.
-    pub fn outgrown(&self, plan: Option<&MemoryPlan>) -> Option<RunFailure> {
-        let grown = self.stop.outgrown_bytes()?;
+    pub fn outgrown(&self, plan: &MemoryPlan) -> Option<RunFailure> {
+        let grown = self.stop.memory.outgrown()?;
         Some(outgrown(grown, plan))
     }
 
@@ -557,8 +555,6 @@ struct Writer {
     owner: String,
     stop: Arc<Stop>,
     hurry: Arc<Notify>,
-    /// What the process may grow to.
-    allowed_bytes: Option<u64>,
 }
 
 impl Writer {
@@ -631,17 +627,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Looked at once a second, as memory is at its peak in the middle of a step. The training stops after it.
-    fn watch_memory(&self) {
-        if let (Some(allowed), Some(own)) = (self.allowed_bytes, own_bytes())
-            && own > allowed
-        {
-            self.stop.outgrown_bytes.store(own, Ordering::Relaxed);
-        }
-    }
-
     async fn beat(&self) {
-        self.watch_memory();
+        self.stop.memory.look();
         match self
             .store
             .renew_lease(self.run_id, &self.owner, LEASE)

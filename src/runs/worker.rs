@@ -19,7 +19,7 @@ use super::reporter::{Reporter, Stop};
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::{TensorCache, TrainingImage};
-use crate::diffusion::devices::{self, AdapterClass, ComputeDevice};
+use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
 use crate::networks::{LoraNetwork, NetworkError, TrainParts};
@@ -313,14 +313,11 @@ fn run_training(
     };
     let cache = parts.cache.as_ref().and_then(CacheFolder::open);
     let data = training_set(&parts.store, images, &spec, &base.path, cache);
-    // What a GPU has left its driver does not tell.
-    let plan = match device.info.class {
-        AdapterClass::Cpu => Some(MemoryPlan::new(&data, settings)?),
-        _ => None,
-    };
-    if let Some(plan) = &plan {
-        reporter.memory(plan);
-        plan.check()?;
+    let plan = MemoryPlan::new(&data, settings, &device.info)?;
+    reporter.memory(&plan);
+    plan.check()?;
+    if let Some(gauge) = devices::memory_gauge(&device.info) {
+        reporter.watch(gauge);
     }
 
     let load = LoadOptions {
@@ -370,7 +367,7 @@ fn run_training(
         reporter,
         &place,
     );
-    trained.map_err(|error| match reporter.outgrown(plan.as_ref()) {
+    trained.map_err(|error| match reporter.outgrown(&plan) {
         Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure.into(),
         _ => error.into(),
     })

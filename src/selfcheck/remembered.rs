@@ -149,6 +149,7 @@ mod tests {
             driver: "driver 1.2".to_owned(),
             supports_f16: true,
             max_buffer_bytes: None,
+            memory_bytes: None,
             is_default: true,
         }
     }
