@@ -17,10 +17,11 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::crash::{self, Exit};
+use super::queue::Used;
 use super::reporter::LEAVE;
 use super::worker::{LEASE, storage_wait};
 use super::{liveness, queue, room, state};
-use crate::store::runs::{HeldBy, Run, RunFailure, RunState, Wish};
+use crate::store::runs::{HeldBy, Room, Run, RunFailure, RunState, Wish};
 use crate::store::{Store, StoreError};
 
 /// How often rows are looked at when nothing wakes the supervisor.
@@ -46,7 +47,7 @@ pub struct WorkerCommand {
     /// Where each worker's output is kept.
     pub log_dir: PathBuf,
     /// How many may run at once.
-    pub max_workers: usize,
+    pub room: Room,
     /// How long workers have to leave when the service ends.
     pub farewell: Duration,
 }
@@ -96,9 +97,15 @@ struct Loop {
     /// clocks say, and whether ours is set, does not matter.
     seen: HashMap<Uuid, (HeldBy, Instant)>,
     false_starts: HashMap<Uuid, u32>,
-    /// The attempt of each run when its process was started.
-    begun: HashMap<Uuid, u32>,
+    /// Each child's run when its process was started.
+    begun: HashMap<Uuid, Begun>,
     looked_for_room: Option<Instant>,
+}
+
+/// A run when a process was started for it.
+struct Begun {
+    attempt: u32,
+    device: Option<String>,
 }
 
 impl Loop {
@@ -156,8 +163,8 @@ impl Loop {
                 .worker_gone(&run, &crash::describe(&run, exit, &log))
                 .await;
         }
-        if run.state == RunState::Queued && !self.was_taken(&run) {
-            // It has not even taken the run.
+        if run.state == RunState::Queued && !self.was_taken(&run) && !exit.is_success() {
+            // It has not even tried to take the run.
             let starts = self.false_starts.entry(id).or_default();
             *starts += 1;
             if *starts >= MAX_FALSE_STARTS {
@@ -174,7 +181,7 @@ impl Loop {
     /// Whether the process that was started last has taken the run; it may be queued again by now.
     fn was_taken(&self, run: &Run) -> bool {
         let begun = self.begun.get(&run.id);
-        begun.is_some_and(|attempt| run.attempt > *attempt)
+        begun.is_some_and(|begun| run.attempt > begun.attempt)
     }
 
     /// Runs that nobody works on: no sign of life, or a crash came between two changes of the row.
@@ -292,31 +299,43 @@ impl Loop {
     }
 
     async fn start_queued(&mut self) -> Result<(), StoreError> {
-        let mut waiting = self.store.runs_in(&[RunState::Queued]).await?;
-        waiting.retain(|run| !self.children.contains_key(&run.id));
-        queue::sort(&mut waiting);
+        let waiting = self.store.runs_in(&[RunState::Queued]).await?;
         if waiting.is_empty() {
             return Ok(());
         }
+        // Workers of an earlier service count too: they still use their devices.
         let held = self.store.runs_in(&state::HELD).await?;
-        // Workers of an earlier service count too: they still use the device.
-        let foreign = held
-            .iter()
-            .filter(|run| !self.children.contains_key(&run.id))
-            .count();
-        let mut free = self
-            .command
-            .max_workers
-            .saturating_sub(self.children.len() + foreign);
-        for run in waiting {
-            if free == 0 {
-                break;
+        let mut used = Used::new(self.command.room);
+        for run in &held {
+            used.take(run.used_device());
+        }
+        // So do workers that are about to take their run, or to end.
+        for (id, begun) in &self.begun {
+            if held.iter().all(|run| run.id != *id) {
+                used.take(begun.device.as_deref());
+            }
+        }
+        let mut turns = self.store.turns().await?;
+        let (begun, waiting): (Vec<Run>, Vec<Run>) = waiting
+            .into_iter()
+            .partition(|run| self.children.contains_key(&run.id));
+        for run in begun {
+            turns.give(run.api_key_id);
+        }
+        for run in queue::order(waiting, turns) {
+            let device = run.wanted_device.as_deref();
+            if !used.has_room(device) {
+                continue;
             }
             match self.spawn(run.id) {
                 Ok(child) => {
+                    used.take(device);
+                    let begun = Begun {
+                        attempt: run.attempt,
+                        device: run.wanted_device.clone(),
+                    };
+                    self.begun.insert(run.id, begun);
                     self.children.insert(run.id, child);
-                    self.begun.insert(run.id, run.attempt);
-                    free -= 1;
                 }
                 Err(error) => {
                     let program = self.command.program.display();

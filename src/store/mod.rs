@@ -12,6 +12,8 @@ pub mod loras;
 mod rows;
 pub mod runs;
 mod sweep;
+#[cfg(test)]
+pub mod testing;
 pub mod webhooks;
 
 use std::path::{Path, PathBuf};
