@@ -169,6 +169,9 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     let Claim::Taken(run) = runtime.block_on(claim)? else {
         return Ok(WorkerEnd::NotOurs);
     };
+    if let Some(alive) = &alive {
+        alive.clear_others();
+    }
     let told = runtime.block_on(store.told(id))?;
     let stop = Arc::new(Stop::default());
     let mut reporter = Reporter::start(

@@ -1,5 +1,5 @@
 //! A database for one test: a file of SQLite, or a new database of the Postgres server that
-//! `LORASMITH_TEST_DATABASE_URL` (`postgres://user:password@host/postgres`) names.
+//! `TEST_DATABASE_URL` (`postgres://user:password@host/postgres`) names.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ pub struct TestDatabase {
 impl TestDatabase {
     /// An empty one; SQLite's file is in `folder`.
     pub fn new(folder: &Path) -> Self {
-        let Ok(server) = std::env::var("LORASMITH_TEST_DATABASE_URL") else {
+        let Ok(server) = std::env::var("TEST_DATABASE_URL") else {
             let file = folder.join("db.sqlite3");
             return Self {
                 url: format!("sqlite://{}?mode=rwc", file.display()),
