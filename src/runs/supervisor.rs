@@ -423,3 +423,6 @@ async fn ask_to_leave(child: &mut Child) {
         tracing::warn!(%error, "a worker could not be asked to leave");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,6 @@
-//! A store for one test.
+//! A store for one test, and a clock that it can set.
+
+use std::cell::Cell;
 
 use tempfile::TempDir;
 
@@ -29,4 +31,18 @@ pub async fn store() -> (Scratch, Store) {
     let scratch = Scratch { folder, database };
     let store = scratch.store().await;
     (scratch, store)
+}
+
+thread_local! {
+    static JUMPED_MS: Cell<i64> = const { Cell::new(0) };
+}
+
+/// Sets the wall clock of this thread, as rows are told it, forward or back.
+pub fn jump_clock(by_ms: i64) {
+    JUMPED_MS.with(|jumped| jumped.set(jumped.get() + by_ms));
+}
+
+/// How far the clock was set.
+pub fn jumped_ms() -> i64 {
+    JUMPED_MS.with(Cell::get)
 }

@@ -15,12 +15,12 @@ fn a_run_without_room_waits_and_goes_on() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut shell = Command::new("sh");
     // A write beyond the limit is to fail; it would end the process otherwise.
-    let script = format!("trap '' XFSZ; ulimit -f {LIMIT_BLOCKS}; exec {PROGRAM} \"$@\"");
+    let script = format!("trap '' XFSZ; ulimit -S -f {LIMIT_BLOCKS}; exec {PROGRAM} \"$@\"");
     shell.args(["-c", &script, "sh"]);
     let server = Server::run(shell, folder.path(), &root().join("examples/demo"));
     let dataset = server.make_dataset();
     let large = json!({"network": {"rank": 128, "alpha": 4.0}, "resume": {"every_n_steps": 2}});
-    let run = server.start_run_on(&dataset, 6, &large);
+    let run = server.start_run_on(&dataset, 3, &large);
     let waiting = server.wait(&run, "without room", |run| {
         run["state"] == "failed" || !run["waiting_for"].is_null()
     });
@@ -44,10 +44,10 @@ fn a_run_without_room_waits_and_goes_on() {
     });
     assert_eq!(end["state"], "succeeded", "{end}");
     let steps: Vec<u64> = server.losses(&run).iter().map(|(step, _)| *step).collect();
-    assert_eq!(steps, (1..=6).collect::<Vec<u64>>());
+    assert_eq!(steps, (1..=3).collect::<Vec<u64>>());
 
     // To the bit what it would have been.
-    let whole = server.start_run_on(&dataset, 6, &large);
+    let whole = server.start_run_on(&dataset, 3, &large);
     let whole = server.wait(&whole, "succeeded", |run| run["state"] == "succeeded");
     assert_eq!(server.result(&end), server.result(&whole));
 }
