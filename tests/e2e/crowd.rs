@@ -47,8 +47,8 @@ fn crowd(runs: usize, seed: u64) {
     let mut ids = Vec::new();
     for index in 0..runs {
         server.key = Some(keys[index % KEYS].clone());
-        let settings = json!({"base_model": "tiny-sd15-ldm", "priority": random.below(2)});
-        let steps = 2 + random.below(30);
+        let settings = json!({"base_model": "tiny-sd15-ldm", "priority": random.below(2), "resolution": {"width_px": 32, "height_px": 32}});
+        let steps = 2 + random.below(12);
         let id = server.start_run_on(&dataset, steps, &settings);
         led.insert(id.clone(), Led::default());
         ids.push(id);

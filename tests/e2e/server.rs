@@ -168,15 +168,27 @@ impl Server {
         lora["sha256"].as_str().expect("a digest").to_owned()
     }
 
+    /// A run when something has become true of it; there is patience as long as it moves.
     pub fn wait(&self, run: &str, what: &str, done: impl Fn(&Value) -> bool) -> Value {
-        let began = Instant::now();
+        let mut moved = ([const { Value::Null }; 5], Instant::now());
         loop {
             let found = self.get(&format!("/v1/runs/{run}"));
             if done(&found) {
                 return found;
             }
-            assert!(began.elapsed() < PATIENCE, "not {what}: {found}");
-            std::thread::sleep(Duration::from_millis(100));
+            let place = [
+                "state",
+                "attempt",
+                "progress",
+                "queue_position",
+                "expected_start_at",
+            ]
+            .map(|field| found[field].clone());
+            if place != moved.0 {
+                moved = (place, Instant::now());
+            }
+            assert!(moved.1.elapsed() < PATIENCE, "not {what}: {found}");
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 

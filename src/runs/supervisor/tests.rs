@@ -3,7 +3,8 @@
 use serde_json::json;
 
 use super::*;
-use crate::runs::liveness::Alive;
+use crate::runs::liveness::{self, Alive};
+use crate::runs::worker::LEASE;
 use crate::store::runs::{Claim, Lease, NewRun, WorkerReport};
 use crate::store::testing::{jump_clock, store};
 
