@@ -23,7 +23,9 @@ use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
-use crate::runs::{CacheFolder, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts};
+use crate::runs::{
+    self, CacheFolder, Room, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts,
+};
 use crate::selfcheck::Remembered;
 use crate::store::{Store, Swept};
 use crate::webhooks::{SendSettings, Sender, WebhookService};
@@ -120,7 +122,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         models.clone(),
         plugins.clone(),
         config.device.clone(),
-        config.max_concurrent_runs,
+        room(&config),
         wake.clone(),
     );
     let command = worker_command(&config)?;
@@ -273,6 +275,7 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
         plugins: find_plugins(&config),
         self_checks: Remembered::new(&config.data_dir),
         force_devices: config.force_devices,
+        room: room(&config),
         cache: (config.cache_max_bytes > 0).then(|| CacheFolder {
             path: config.data_dir.join("cache"),
             max_bytes: config.cache_max_bytes,
@@ -334,6 +337,14 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         setting("BIND", "127.0.0.1:0"), // it listens nowhere
         setting("DATABASE_URL", &config.database_url()),
         setting("CACHE_MAX_BYTES", &config.cache_max_bytes.to_string()),
+        setting(
+            "MAX_CONCURRENT_RUNS",
+            &config.max_concurrent_runs.to_string(),
+        ),
+        setting(
+            "MAX_RUNS_PER_DEVICE",
+            &config.max_runs_per_device.to_string(),
+        ),
     ];
     let folders: Vec<String> = config
         .plugin_dirs
@@ -350,9 +361,14 @@ fn worker_command(config: &Config) -> Result<WorkerCommand> {
         environment,
         removed: vec!["LORASMITH_API_KEY".to_owned()],
         log_dir: config.data_dir.join("logs"),
-        max_workers: config.max_concurrent_runs,
+        room: room(config),
         farewell: Duration::from_secs(config.shutdown_grace_s),
     })
+}
+
+/// How many runs may train at the same time.
+fn room(config: &Config) -> Room {
+    runs::room(config.max_concurrent_runs, config.max_runs_per_device)
 }
 
 fn setting(name: &str, value: &str) -> (String, String) {

@@ -66,6 +66,9 @@ pub struct ServeArgs {
     /// Device of runs that name none: `auto`, `cpu`, `vulkan:0`.
     #[arg(long)]
     pub device: Option<String>,
+    /// How many runs may train at the same time on one device.
+    #[arg(long, value_name = "N")]
+    pub max_runs_per_device: Option<usize>,
 }
 
 impl From<ServeArgs> for Overrides {
@@ -75,6 +78,7 @@ impl From<ServeArgs> for Overrides {
             data_dir: args.data_dir,
             models_dir: args.models_dir,
             device: args.device,
+            max_runs_per_device: args.max_runs_per_device,
         }
     }
 }

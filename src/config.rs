@@ -61,8 +61,10 @@ pub struct Config {
     pub webhook_give_up_s: u64,
     /// Threads that answer requests.
     pub http_workers: usize,
-    /// How many runs may train at the same time.
+    /// How many runs may train at the same time, on all devices together.
     pub max_concurrent_runs: usize,
+    /// How many runs may train at the same time on one device; runs on different devices do not wait for each other.
+    pub max_runs_per_device: usize,
     /// Most bytes that latents and states of captions take in `data_dir/cache`, so that later runs need not compute
     /// them again; checked when a run begins. 0 switches the cache off.
     pub cache_max_bytes: u64,
@@ -95,7 +97,8 @@ impl Default for Config {
             webhook_retry_s: 5.0,
             webhook_give_up_s: 3 * 24 * 60 * 60,
             http_workers: 2,
-            max_concurrent_runs: 1,
+            max_concurrent_runs: 16,
+            max_runs_per_device: 1,
             cache_max_bytes: 10 << 30,
             shutdown_grace_s: 30,
             extendable_days: 7,
@@ -139,6 +142,9 @@ pub struct Overrides {
     /// See [`Config::device`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// See [`Config::max_runs_per_device`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_runs_per_device: Option<usize>,
 }
 
 impl Config {
@@ -167,6 +173,7 @@ impl Config {
         for (name, value) in [
             ("http_workers", self.http_workers),
             ("max_concurrent_runs", self.max_concurrent_runs),
+            ("max_runs_per_device", self.max_runs_per_device),
         ] {
             if !(1..=256).contains(&value) {
                 return Err(ConfigError::OutOfRange {

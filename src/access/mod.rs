@@ -327,12 +327,11 @@ impl From<StoredKey> for ApiKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::testing;
 
-    async fn access(configured: Option<&str>) -> (tempfile::TempDir, Access) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let url = format!("sqlite://{}?mode=rwc", folder.path().join("db").display());
-        let store = Store::open(&url, folder.path()).await.expect("a store");
-        (folder, Access::new(store, configured, true))
+    async fn access(configured: Option<&str>) -> (testing::Scratch, Access) {
+        let (scratch, store) = testing::store().await;
+        (scratch, Access::new(store, configured, true))
     }
 
     #[tokio::test]

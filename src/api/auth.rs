@@ -6,7 +6,8 @@ use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::Method;
 use actix_web::http::header::{self, HeaderValue};
 use actix_web::middleware::Next;
-use actix_web::{Error, HttpMessage as _, web};
+use actix_web::{Error, HttpMessage as _, HttpRequest, web};
+use uuid::Uuid;
 
 use super::codes::Code;
 use super::limits::{Limits, address_of};
@@ -39,6 +40,11 @@ pub fn required_scope(method: &Method, path: &str) -> Option<Scope> {
     // A plan is computed and not kept.
     let looks = looks || (*method == Method::POST && path == "/v1/runs:plan");
     Some(if looks { Scope::Read } else { Scope::Write })
+}
+
+/// The key that a request came with; `None` for the one of the settings, and where none is asked for.
+pub fn key_of(request: &HttpRequest) -> Option<Uuid> {
+    request.extensions().get::<Caller>()?.key_id
 }
 
 /// Lets a request through, or answers 401 or 403.

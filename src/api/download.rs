@@ -93,7 +93,7 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Problem {
 }
 
 /// `If-None-Match`: compared weakly (RFC 9110, section 13.1.2).
-fn matches_any(request: &HttpRequest, etag: &str) -> bool {
+pub fn matches_any(request: &HttpRequest, etag: &str) -> bool {
     request
         .headers()
         .get_all(header::IF_NONE_MATCH)

@@ -4,13 +4,14 @@ use std::future::Future;
 
 use actix_web::http::StatusCode;
 use actix_web::http::header::{self, HeaderName};
-use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
+use actix_web::{HttpMessage as _, HttpRequest, HttpResponse, HttpResponseBuilder};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::codes::Code;
 use super::problem::Problem;
+use crate::access::Caller;
 use crate::store::Store;
 use crate::store::idempotency::{Idempotency, KeptAnswer};
 
@@ -42,9 +43,9 @@ impl Created {
     }
 }
 
-/// Runs `run` once for each idempotency key. Without the header it simply runs.
+/// Runs `run` once for each idempotency key of an API key. Without the header it simply runs.
 ///
-/// `scope` is the method and path; `payload` what the request asks for, in its checked form, so that spaces and the
+/// `scope` is the method and path, to which the caller is added; `payload` what the request asks for, in its checked form, so that spaces and the
 /// order of fields make no difference. The work is not broken off when the client hangs up: it may have had effects.
 ///
 /// # Errors
@@ -63,6 +64,7 @@ where
     let Some(key) = key_of(request)? else {
         return Ok(answer(&keep(run.await?), false));
     };
+    let scope = &scope_of(request, scope);
     let payload = serde_json::to_vec(payload).map_err(Problem::internal)?;
     let sha256 = hex::encode(Sha256::digest(payload));
     let claim = store.begin_idempotent(&key, scope, &sha256).await;
@@ -116,6 +118,17 @@ fn key_of(request: &HttpRequest) -> Result<Option<String>, Problem> {
         let detail = format!("Idempotency-Key: expected 1 to {MAX_KEY_BYTES} ASCII characters");
         Problem::new(Code::InvalidHeader, detail)
     })
+}
+
+/// What an idempotency key is unique in: nobody gets at an answer that was given to another API key.
+fn scope_of(request: &HttpRequest, operation: &str) -> String {
+    match request.extensions().get::<Caller>() {
+        None => operation.to_owned(),
+        Some(Caller { key_id: None, .. }) => format!("configured {operation}"),
+        Some(Caller {
+            key_id: Some(id), ..
+        }) => format!("{id} {operation}"),
+    }
 }
 
 fn keep(created: Created) -> KeptAnswer {

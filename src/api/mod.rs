@@ -32,7 +32,8 @@ mod run_plan;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
-pub mod uploads;
+pub mod tagged;
+mod uploads;
 pub mod webhooks;
 
 use actix_cors::Cors;

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::auth;
 use super::codes::Code;
 use super::extract::Json;
 use super::idempotency::{self, Created};
@@ -27,7 +28,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 
 /// Pause a run.
 ///
-/// A waiting run rests at once. A training one finishes its step, is kept exactly as it is, and gives its device back:
+/// A waiting run rests at once: it is held back, others pass it, and `resume` releases it. A training one finishes its step, is kept exactly as it is, and gives its device back:
 /// it is `pausing` until then. Asking again changes nothing.
 #[utoipa::path(
     tag = "runs",
@@ -50,7 +51,7 @@ pub async fn pause_run(
 
 /// Resume a paused run.
 ///
-/// It is queued, and computes what it would have computed without the pause: on the CPU to the bit.
+/// It is queued, at the place that its priority and its age give it, and computes what it would have computed without the pause: on the CPU to the bit.
 #[utoipa::path(
     tag = "runs",
     params(("run_id" = Uuid, Path)),
@@ -180,9 +181,9 @@ pub async fn extend_run(
 ) -> Result<HttpResponse, Problem> {
     let payload = body.into_inner();
     let extension = Extension::try_from(payload.clone())?;
-    let id = id.into_inner();
+    let (id, key) = (id.into_inner(), auth::key_of(&request));
     let make = async move {
-        let run = runs.extend(id, extension).await?;
+        let run = runs.extend(id, extension, key).await?;
         let location = format!("/v1/runs/{}", run.id);
         let run = Run::of(run, None)?.placed(&runs.places().await?);
         Created::new(location, &run)

@@ -435,6 +435,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
             base_model: wire.base_model,
             device: wire.device,
             priority: wire.priority,
+            api_key_id: None, // the request's, not the body's
             buckets: BucketSettings {
                 width_px,
                 height_px,

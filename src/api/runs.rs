@@ -11,6 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::auth;
 use super::codes::Code;
 use super::download::{self, Download};
 use super::extract::{Json, Query};
@@ -18,6 +19,7 @@ use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
 use super::run_settings::CreateRun;
+use super::tagged::tagged;
 use crate::runs::{NewRunRequest, Place, RunError, RunService, RunSpec};
 use crate::store::runs as rows;
 use crate::store::{Store, StoreError};
@@ -92,7 +94,7 @@ states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Su
                  "steps_per_s": 1.9, "eta_s": 147.4, "memory_bytes": 4123456789u64},
     "queue_position": null, "expected_start_at": null,
     "verdict": "validation loss fell from 0.124 to 0.0980 ± 0.00310 and was still falling at step 100, which is the best",
-    "early_stop": null, "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
+    "early_stop": null, "continued_from": null, "api_key_id": "019a9c1d-2b10-7c30-a4b2-3d1f2f6f0a11", "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
     "finished_at": null,
     "settings": {
         "name": "lumo", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "base_model": "6d2a1f8b0c9e4a57",
@@ -114,10 +116,10 @@ pub struct Run {
     /// `sampling`, `saving`.
     pub phase: Option<String>,
     pub progress: RunProgress,
-    /// Its place among the queued runs, from 1; `null` when it is not queued.
+    /// Its place among the queued runs, from 1; `null` when it is not queued. A run for another device may begin before.
     pub queue_position: Option<u64>,
-    /// When a worker may take it, by what earlier runs have told of their speed; `null` when it is not queued, or when
-    /// one before it has no known end.
+    /// When a worker may take it, by what earlier runs have told of their speed, to 10 seconds; `null` when it is not
+    /// queued, or when one before it has no known end.
     #[serde(with = "time::serde::rfc3339::option")]
     pub expected_start_at: Option<OffsetDateTime>,
     /// What it waits for while it is `interrupted`.
@@ -130,6 +132,8 @@ pub struct Run {
     pub early_stop: Option<String>,
     /// The run that this one makes longer.
     pub continued_from: Option<Uuid>,
+    /// The API key that has made it; `null` for the one of the settings, and where nobody needs a key.
+    pub api_key_id: Option<Uuid>,
     /// Why it failed.
     pub error: Option<RunFailure>,
     /// The result; see `/v1/loras/{lora_id}`.
@@ -217,6 +221,7 @@ impl Run {
             verdict: run.verdict,
             early_stop: run.early_stop,
             continued_from: run.continued_from,
+            api_key_id: run.api_key_id,
             error: run.error_code.map(|code| RunFailure {
                 code,
                 message: run.error_message.unwrap_or_default(),
@@ -265,8 +270,9 @@ pub async fn create_run(
     body: Json<CreateRun>,
 ) -> Result<HttpResponse, Problem> {
     let payload = body.into_inner();
-    let asked = NewRunRequest::try_from(payload.clone())
+    let mut asked = NewRunRequest::try_from(payload.clone())
         .map_err(|error| Problem::fields(Code::InvalidSettings, vec![error]))?;
+    asked.api_key_id = auth::key_of(&request);
     let make = async move {
         let run = runs.create(asked).await?;
         let location = format!("/v1/runs/{}", run.id);
@@ -347,23 +353,29 @@ pub async fn list_runs(
 
 /// Read a run.
 ///
-/// Its state, progress and settings; `lora_id` once it has succeeded.
+/// Its state, progress and settings; `lora_id` once it has succeeded. Give the `ETag` as `If-None-Match` when you ask
+/// again: 304 says that nothing has changed. To hear of changes without asking there is `/v1/runs/{run_id}/events`.
 #[utoipa::path(
     tag = "runs",
-    params(("run_id" = Uuid, Path)),
+    params(
+        ("run_id" = Uuid, Path),
+        ("If-None-Match" = Option<String>, Header, description = "The ETag of what the client has"),
+    ),
     responses(
-        (status = 200, description = "The run", body = Run),
+        (status = 200, description = "The run", body = Run, headers(("ETag" = String))),
+        (status = 304, description = "The client has it already", headers(("ETag" = String))),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 #[get("/runs/{run_id}")]
 pub async fn get_run(
+    request: HttpRequest,
     runs: Data<RunService>,
     store: Data<Store>,
     id: web::Path<Uuid>,
-) -> Result<web::Json<Run>, Problem> {
+) -> Result<HttpResponse, Problem> {
     let run = runs.get(id.into_inner()).await?;
-    with_result(&runs, &store, run).await
+    tagged(&request, &with_result(&runs, &store, run).await?.0)
 }
 
 /// The run with what other rows tell of it.

@@ -49,6 +49,11 @@ impl Exit {
         *self == Self::Code(i32::from(STORAGE_FULL))
     }
 
+    /// Whether it has done what it could.
+    pub fn is_success(&self) -> bool {
+        *self == Self::Code(0)
+    }
+
     fn words(&self) -> String {
         let signal = |name: &str, meaning: &str| format!("was ended by {name}: {meaning}");
         match self {

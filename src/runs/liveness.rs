@@ -21,12 +21,30 @@ impl Alive {
         lock.try_lock().ok()?;
         Some(Self { path, _lock: lock })
     }
+
+    /// Removes the signs of life of workers that were killed. For the one that has taken the run: another one that
+    /// only tries to may just be making its own.
+    pub fn clear_others(&self) {
+        let entries = self.path.parent().map(fs::read_dir);
+        for entry in entries.into_iter().flatten().flatten().flatten() {
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.to_string_lossy();
+            let is_lock = name.starts_with("worker-") && name.ends_with(".lock");
+            if is_lock && path != self.path && is_free(&path) {
+                let _ = fs::remove_file(path); // it says nothing either way
+            }
+        }
+    }
 }
 
 impl Drop for Alive {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path); // an unlocked one says the same
     }
+}
+
+fn is_free(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| file.try_lock().is_ok())
 }
 
 /// Whether a worker's process is certainly gone. A `false` says nothing.
@@ -82,7 +100,13 @@ mod tests {
         // Of another machine, or the same after a restart, nothing is known.
         assert!(!is_gone(&folder, &worker("b", Some("other".to_owned()))));
         assert!(!is_gone(&folder, &worker("b", None)));
-        drop(alive);
+        // One that was killed long ago is forgotten; one that lives is not.
+        fs::write(lock_file(&folder, "dead"), b"").expect("written");
+        let other = Alive::begin(&folder, "other").expect("locked");
+        alive.clear_others();
+        assert!(!lock_file(&folder, "dead").exists());
+        assert!(lock_file(&folder, "other").exists() && lock_file(&folder, "a").exists());
+        drop((alive, other));
         assert!(is_gone(&folder, &own));
         // A process that was killed leaves its file behind, unlocked.
         fs::write(lock_file(&folder, "c"), b"").expect("written");

@@ -15,11 +15,12 @@ pub mod state;
 pub mod supervisor;
 pub mod worker;
 
+pub use crate::store::runs::Room;
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
 pub use pace::Pace;
 pub use plan::{PlannedBucket, PlannedMemory, RunPlan};
-pub use queue::Place;
+pub use queue::{Place, room};
 pub use service::{Extension, NewRunRequest, RunError, RunProblem, RunService};
 pub use spec::{RunSpec, SnapshotImage};
 pub use supervisor::{Supervisor, WorkerCommand};

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use time::OffsetDateTime;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OnceCell};
 use uuid::Uuid;
 
 use super::queue::{self, Place};
@@ -14,7 +14,7 @@ use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::{BaseModel, ModelCatalog, ModelFolderError};
 use crate::plugin_host::PluginHost;
-use crate::store::runs::{NewRun, Run, RunFilter, RunState, StillNeeded, Wish};
+use crate::store::runs::{NewRun, Room, Run, RunFilter, RunState, StillNeeded, Wish};
 use crate::store::{Store, StoreError};
 use crate::training::{
     PluginChoice, ResumeError, ResumeFolder, TrainError, TrainLength, TrainSettings, planned_steps,
@@ -42,6 +42,8 @@ pub struct NewRunRequest {
     pub buckets: BucketSettings,
     /// Its place in the queue: higher goes first.
     pub priority: i32,
+    /// The API key that asks for it.
+    pub api_key_id: Option<Uuid>,
 }
 
 /// How much longer a run is to be.
@@ -142,18 +144,20 @@ pub struct RunService {
     models: ModelCatalog,
     plugins: Arc<PluginHost>,
     default_device: String,
-    max_workers: usize,
+    room: Room,
+    /// What `auto` means; drivers are asked once.
+    auto: Arc<OnceCell<String>>,
     wake: Arc<Notify>,
 }
 
 impl RunService {
-    /// `max_workers` is how many runs may train at once, `wake` what the supervisor waits for.
+    /// `room` is how many runs may train at once, `wake` what the supervisor waits for.
     pub fn new(
         store: Store,
         models: ModelCatalog,
         plugins: Arc<PluginHost>,
         default_device: String,
-        max_workers: usize,
+        room: Room,
         wake: Arc<Notify>,
     ) -> Self {
         Self {
@@ -161,7 +165,8 @@ impl RunService {
             models,
             plugins,
             default_device,
-            max_workers,
+            room,
+            auto: Arc::default(),
             wake,
         }
     }
@@ -172,6 +177,7 @@ impl RunService {
     /// [`RunError::Invalid`] with every wrong value, [`RunError::DatasetNotFound`], [`RunError::ModelNotFound`].
     pub async fn create(&self, request: NewRunRequest) -> Result<Run, RunError> {
         let (name, priority) = (request.name.clone(), request.priority);
+        let api_key_id = request.api_key_id;
         let Checked {
             spec,
             images,
@@ -184,6 +190,8 @@ impl RunService {
             .create_run(NewRun {
                 id: Uuid::now_v7(),
                 priority,
+                api_key_id,
+                wanted_device: self.wanted_device(&spec.device).await?,
                 continued_from: None,
                 total_steps,
                 name,
@@ -231,6 +239,23 @@ impl RunService {
         })
     }
 
+    /// The id of the device that a checked name means, as the queue counts by devices.
+    async fn wanted_device(&self, name: &str) -> Result<Option<String>, RunError> {
+        let Ok(spec) = name.parse::<DeviceSpec>() else {
+            return Ok(None);
+        };
+        if spec != DeviceSpec::Auto {
+            return Ok(Some(spec.to_string())); // `vulkan` is `vulkan:0`
+        }
+        let ask = async || {
+            let known = tokio::task::spawn_blocking(devices::list).await?;
+            let default = known.into_iter().find(|device| device.is_default);
+            let id = default.map_or_else(|| DeviceSpec::Cpu.to_string(), |device| device.id);
+            Ok::<_, RunError>(id)
+        };
+        Ok(Some(self.auto.get_or_try_init(ask).await?.clone()))
+    }
+
     pub(super) fn store(&self) -> &Store {
         &self.store
     }
@@ -240,7 +265,7 @@ impl RunService {
     /// # Errors
     /// When the database fails.
     pub async fn places(&self) -> Result<HashMap<Uuid, Place>, RunError> {
-        Ok(queue::places(&self.store, self.max_workers).await?)
+        Ok(queue::places(&self.store, self.room).await?)
     }
 
     /// One run.
@@ -416,11 +441,16 @@ impl RunService {
         Ok(run)
     }
 
-    /// Makes a run that goes on where a succeeded one has ended, which itself stays as it is.
+    /// Makes a run that goes on where a succeeded one has ended, which itself stays as it is. `api_key_id` asks for it.
     ///
     /// # Errors
     /// [`RunError::NotFound`]; [`RunError::NotExtendable`] when it has not succeeded, or its last resume point is gone.
-    pub async fn extend(&self, id: Uuid, extension: Extension) -> Result<Run, RunError> {
+    pub async fn extend(
+        &self,
+        id: Uuid,
+        extension: Extension,
+        api_key_id: Option<Uuid>,
+    ) -> Result<Run, RunError> {
         let run = self.get(id).await?;
         let refused = |why: String| RunError::NotExtendable(why);
         if run.state != RunState::Succeeded {
@@ -468,6 +498,8 @@ impl RunService {
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),
                 priority: run.priority,
+                api_key_id,
+                wanted_device: self.wanted_device(&spec.device).await?,
                 total_steps,
             })
             .await?;

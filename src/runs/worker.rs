@@ -25,7 +25,7 @@ use crate::models::ModelCatalog;
 use crate::networks::{LoraNetwork, NetworkError, TrainParts};
 use crate::plugin_host::{ComponentInfo, PluginHost};
 use crate::selfcheck::{self, Remembered, SelfCheck};
-use crate::store::runs::{Run, RunFailure, RunState, Wait};
+use crate::store::runs::{Claim, Room, Run, RunFailure, RunState, Wait};
 use crate::store::{Store, StoreError, is_storage_full};
 use crate::training::{
     Control, Phase, ProgressSink as _, Report, ResumeError, ResumeFolder, RunPlace, TrainError,
@@ -52,6 +52,8 @@ pub struct WorkerParts {
     pub self_checks: Remembered,
     /// Whether devices are used unchecked.
     pub force_devices: bool,
+    /// How many runs may be held at the same time.
+    pub room: Room,
 }
 
 /// The folder of the cache.
@@ -82,7 +84,7 @@ pub enum WorkerEnd {
     Failed,
     /// Somebody asked for it.
     Cancelled,
-    /// The run was not queued, or somebody else has taken it.
+    /// The run was not queued, somebody else has taken it, or others use its device.
     NotOurs,
     /// The process was asked to leave; another will go on with the run.
     Released,
@@ -163,10 +165,13 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     let folder = store.run_folder(id);
     let alive = Alive::begin(&folder, &owner);
     let host = alive.as_ref().and_then(|_| liveness::host());
-    let claimed = runtime.block_on(store.claim_run(id, &owner, pid, host.as_deref(), LEASE))?;
-    let Some(run) = claimed else {
+    let claim = store.claim_run(id, &owner, pid, host.as_deref(), LEASE, parts.room);
+    let Claim::Taken(run) = runtime.block_on(claim)? else {
         return Ok(WorkerEnd::NotOurs);
     };
+    if let Some(alive) = &alive {
+        alive.clear_others();
+    }
     let told = runtime.block_on(store.told(id))?;
     let stop = Arc::new(Stop::default());
     let mut reporter = Reporter::start(

@@ -1,6 +1,7 @@
 //! Answers kept under idempotency keys, so that a request that is sent again does not do its work again.
 
 use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::OnConflict;
 use sea_orm::{ActiveModelTrait as _, ColumnTrait as _, EntityTrait as _, QueryFilter as _};
 
 use super::rows::idempotency_key as row;
@@ -36,7 +37,7 @@ pub struct KeptAnswer {
 }
 
 impl Store {
-    /// Claims a key within a scope (a method and path).
+    /// Claims a key within a scope (a caller, a method and path).
     ///
     /// # Errors
     /// When the database fails.
@@ -73,8 +74,13 @@ impl Store {
                     body: Set(None),
                     created_at_ms: Set(now),
                 };
-                claim.insert(&write).await?;
-                Idempotency::Fresh
+                // Of two that come at once Postgres lets both look; only one is in time.
+                let nothing = OnConflict::new().do_nothing().to_owned();
+                let claimed = row::Entity::insert(claim).on_conflict(nothing);
+                match claimed.exec_without_returning(&write).await? {
+                    0 => Idempotency::Running,
+                    _ => Idempotency::Fresh,
+                }
             }
         };
         write.commit().await?;
@@ -144,9 +150,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_key_is_claimed_answered_and_forgotten() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let url = format!("sqlite://{}?mode=rwc", folder.path().join("db").display());
-        let store = Store::open(&url, folder.path()).await.expect("a store");
+        let (_scratch, store) = crate::store::testing::store().await;
         let begin = async |payload: &str| {
             let claim = store.begin_idempotent("k", "POST /v1/x", payload).await;
             claim.expect("a working database")
@@ -180,5 +184,19 @@ mod tests {
         assert_eq!(begin("b").await, Idempotency::OtherPayload);
         age(&store, KEPT_MS + 1).await;
         assert_eq!(begin("b").await, Idempotency::Fresh);
+    }
+
+    /// Over two pools, as two processes ask.
+    #[tokio::test]
+    async fn of_requests_that_come_at_once_one_is_the_first() {
+        let (scratch, store) = crate::store::testing::store().await;
+        let other = scratch.store().await;
+        for key in ["a", "b", "c", "d"] {
+            let begin = |store| Store::begin_idempotent(store, key, "POST /v1/x", "p");
+            let (one, two) = tokio::join!(begin(&store), begin(&other));
+            let mut both = [one.expect("working"), two.expect("working")];
+            both.sort_by_key(|claim| *claim != Idempotency::Fresh);
+            assert_eq!(both, [Idempotency::Fresh, Idempotency::Running]);
+        }
     }
 }

@@ -12,6 +12,8 @@ pub mod loras;
 mod rows;
 pub mod runs;
 mod sweep;
+#[cfg(test)]
+pub mod testing;
 pub mod webhooks;
 
 use std::path::{Path, PathBuf};
@@ -197,7 +199,10 @@ pub fn is_storage_full(error: &std::io::Error) -> bool {
 
 /// Now, as rows hold it.
 pub(crate) fn now_ms() -> i64 {
-    (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as i64
+    let now = (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as i64;
+    #[cfg(test)]
+    let now = now + testing::jumped_ms();
+    now
 }
 
 /// A row's time. Rows hold what [`now_ms`] gave, which is in range.

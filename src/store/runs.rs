@@ -3,6 +3,7 @@
 
 mod claims;
 mod deletion;
+mod queue;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -20,8 +21,9 @@ use uuid::Uuid;
 use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of, webhooks};
 
-pub use claims::{Lease, NewLora, Progress, WorkerReport};
+pub use claims::{Claim, Lease, NewLora, Progress, WorkerReport};
 pub use deletion::StillNeeded;
+pub use queue::{Room, Turns};
 pub use records::{Event, Metric, NewSample, Sample, Told};
 
 /// Where a run is in its life.
@@ -129,6 +131,14 @@ pub struct Run {
     pub continued_from: Option<Uuid>,
     /// Higher goes first.
     pub priority: i32,
+    /// The API key that has made it; `None` for the key of the settings, and where nobody needs one.
+    pub api_key_id: Option<Uuid>,
+    /// The id of the device that it waits for; a worker may open another one for `auto`.
+    pub wanted_device: Option<String>,
+    /// Counts runs in the order of making, whatever clocks say.
+    pub number: u64,
+    /// Whether it goes first again among those of its priority: its worker was lost.
+    pub keeps_turn: bool,
     /// What its validations say.
     pub verdict: Option<String>,
     /// Why it ends, or has ended, before its last step.
@@ -204,6 +214,10 @@ pub struct NewRun {
     pub continued_from: Option<Uuid>,
     /// See [`Run::priority`].
     pub priority: i32,
+    /// See [`Run::api_key_id`].
+    pub api_key_id: Option<Uuid>,
+    /// See [`Run::wanted_device`].
+    pub wanted_device: Option<String>,
     /// See [`Run::total_steps`].
     pub total_steps: Option<u64>,
 }
@@ -260,7 +274,7 @@ impl Store {
     /// [`StoreError::InUse`] when the dataset does not exist.
     pub async fn create_run(&self, new: NewRun) -> Result<Run, StoreError> {
         let now = now_ms();
-        let row = run::ActiveModel {
+        let mut row = run::ActiveModel {
             id: Set(new.id),
             name: Set(new.name),
             state: Set(RunState::Queued.as_str().to_owned()),
@@ -284,9 +298,15 @@ impl Store {
             continued_from: Set(new.continued_from),
             priority: Set(new.priority),
             total_steps: Set(new.total_steps.map(signed)),
+            api_key_id: Set(new.api_key_id),
+            wanted_device: Set(new.wanted_device),
+            turn: Set(0),
+            keeps_turn: Set(false),
             ..Default::default()
         };
         let transaction = self.begin().await?;
+        queue::lock(&transaction).await?;
+        row.number = Set(queue::next(&transaction, run::Column::Number).await?);
         let row = row.insert(&transaction).await?;
         let data = json!({"state": row.state, "previous": Value::Null});
         append(&transaction, row.id, "state", &data).await?;
@@ -460,6 +480,7 @@ async fn move_in(
             run::Column::LeaseOwner,
             run::Column::Attempt,
         ])
+        .lock_exclusive()
         .into_tuple()
         .one(transaction)
         .await?;
@@ -476,6 +497,7 @@ async fn move_in(
         id: Set(id),
         state: Set(to.as_str().to_owned()),
         updated_at_ms: Set(now),
+        keeps_turn: Set(to == RunState::Queued && previous == RunState::Interrupted.as_str()),
         ..Default::default()
     };
     let ended = matches!(
@@ -601,6 +623,10 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         }),
         continued_from: row.continued_from,
         priority: row.priority,
+        api_key_id: row.api_key_id,
+        wanted_device: row.wanted_device,
+        number: unsigned(row.number),
+        keeps_turn: row.keeps_turn,
         verdict: row.verdict,
         early_stop: row.early_stop,
         phase: row.phase,

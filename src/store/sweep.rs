@@ -84,21 +84,14 @@ mod tests {
     use std::fs::{self, File};
 
     use serde_json::json;
-    use tempfile::TempDir;
 
     use super::*;
     use crate::store::StoredBlob;
     use crate::store::datasets::{AddedImage, NewImage, SubsetHints};
-    use crate::store::runs::{NewLora, NewRun, NewSample, WorkerReport};
+    use crate::store::runs::{Claim, NewLora, NewRun, NewSample, Room, WorkerReport};
+    use crate::store::testing::store;
 
     const HOUR: Duration = Duration::from_secs(3600);
-
-    async fn store() -> (TempDir, Store) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let url = format!("sqlite://{}?mode=rwc", folder.path().join("db").display());
-        let store = Store::open(&url, folder.path()).await.expect("a store");
-        (folder, store)
-    }
 
     /// A blob that was stored two hours ago.
     fn old(store: &Store, content: &str) -> StoredBlob {
@@ -156,8 +149,13 @@ mod tests {
             ..NewRun::default()
         });
         let run = run.await.expect("made").id;
-        let claimed = store.claim_run(run, "worker", 1, None, HOUR).await;
-        claimed.expect("claimed").expect("queued");
+        let room = Room {
+            runs: 1,
+            per_device: 1,
+            held: &[],
+        };
+        let claimed = store.claim_run(run, "worker", 1, None, HOUR, room).await;
+        assert!(matches!(claimed, Ok(Claim::Taken(_))), "{claimed:?}");
         let report = WorkerReport {
             samples: vec![NewSample {
                 id: Uuid::now_v7(),

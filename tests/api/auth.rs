@@ -23,7 +23,7 @@ fn keys(config: &Config, command: KeysCommand) -> String {
     key_commands::run(&args, config.clone()).expect("a working command")
 }
 
-fn make_key(config: &Config, scope: Scope) -> Value {
+pub fn make_key(config: &Config, scope: Scope) -> Value {
     let made = keys(
         config,
         KeysCommand::Create {
@@ -46,7 +46,7 @@ fn with_keys() -> (Service, [Value; 3]) {
     (service, made)
 }
 
-fn ask(service: &Service, method: &str, path: &str, key: Option<&Value>) -> Answer {
+pub fn ask(service: &Service, method: &str, path: &str, key: Option<&Value>) -> Answer {
     let bearer = key.map(|key| format!("Bearer {}", key["key"].as_str().expect("a key")));
     let mut headers = vec![("content-type", "application/json")];
     headers.extend(bearer.as_deref().map(|value| ("authorization", value)));

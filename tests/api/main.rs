@@ -1,11 +1,14 @@
 //! The REST API as a client sees it: the real application on a port, a database file, requests over TCP.
 
 mod auth;
+#[path = "../support/database.rs"]
+mod database;
 mod datasets;
 mod images;
 mod limits;
 mod openapi;
 mod operations;
+mod queue;
 mod runs;
 mod support;
 mod uploads;

@@ -10,18 +10,18 @@ use crate::support::{Service, png};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn fixtures() -> PathBuf {
+pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-sd15")
 }
 
-fn settings(config: &mut Config) {
+pub fn settings(config: &mut Config) {
     config.models_dir = fixtures();
     config.device = "cpu".to_owned();
     config.max_concurrent_runs = 1;
 }
 
 /// A dataset of two pictures.
-fn dataset(service: &Service) -> String {
+pub fn dataset(service: &Service) -> String {
     let path = service.dataset("a");
     let files = [png(1), png(2)];
     let files = [("a.png", files[0].as_slice()), ("b.png", &files[1])];
@@ -32,7 +32,7 @@ fn dataset(service: &Service) -> String {
 }
 
 /// The settings of a short run.
-fn short(dataset: &str, more: &Value) -> Value {
+pub fn short(dataset: &str, more: &Value) -> Value {
     let mut body = json!({
         "name": "a", "dataset_id": dataset.rsplit('/').next(), "base_model": "tiny-sd15-ldm", "max_train_steps": 1,
         "network": {"rank": 2}, "resolution": {"width_px": 64, "height_px": 64}, "buckets": {"enabled": false},
@@ -43,12 +43,12 @@ fn short(dataset: &str, more: &Value) -> Value {
     body
 }
 
-fn start(service: &Service, dataset: &str, more: &Value) -> String {
+pub fn start(service: &Service, dataset: &str, more: &Value) -> String {
     let run = service.post("/v1/runs", &short(dataset, more)).expect(201);
     format!("/v1/runs/{}", run["id"].as_str().expect("an id"))
 }
 
-fn wait(service: &Service, run: &str, state: &str) -> Value {
+pub fn wait(service: &Service, run: &str, state: &str) -> Value {
     let began = Instant::now();
     loop {
         let found = service.get(run).expect(200);

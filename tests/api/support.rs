@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use ureq::http::{HeaderMap, Request, Response};
 
+use crate::database::TestDatabase;
+
 /// The usual settings of a service in a folder.
 pub fn config_in(folder: &Path) -> Config {
     Config {
@@ -27,6 +29,7 @@ pub struct Service {
     agent: ureq::Agent,
     running: Option<app::Service>,
     folder: TempDir,
+    database: Option<TestDatabase>,
 }
 
 /// An answer, read to its end.
@@ -85,7 +88,9 @@ impl Service {
 
     /// With other settings than the usual ones.
     pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
-        Self::start_in(tempfile::tempdir().expect("a folder"), change)
+        let folder = tempfile::tempdir().expect("a folder");
+        let database = TestDatabase::new(folder.path());
+        Self::start_in(folder, database, change)
     }
 
     /// Ends it and starts another one on its folder.
@@ -93,11 +98,13 @@ impl Service {
         let running = self.running.take().expect("a running service");
         running.stop().expect("an end");
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a folder"));
-        Self::start_in(folder, change)
+        let database = self.database.take().expect("a database");
+        Self::start_in(folder, database, change)
     }
 
-    fn start_in(folder: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+    fn start_in(folder: TempDir, database: TestDatabase, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = config_in(folder.path());
+        config.database_url = Some(database.url().to_owned());
         change(&mut config);
         let running = app::Service::start_in_background(config).expect("a service that starts");
         let config = ureq::Agent::config_builder()
@@ -109,6 +116,7 @@ impl Service {
             agent: config.new_agent(),
             running: Some(running),
             folder,
+            database: Some(database),
         }
     }
 

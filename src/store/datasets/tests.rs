@@ -1,20 +1,13 @@
 //! The queries of datasets, subsets and images against a real database file.
 
 use sea_orm::EntityTrait as _;
-use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::{AddedImage, NewImage, SubsetHints, SubsetSettings};
+use crate::store::StoreError;
 use crate::store::rows::run;
 use crate::store::runs::NewRun;
-use crate::store::{Store, StoreError};
-
-async fn store() -> (TempDir, Store) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let url = format!("sqlite://{}?mode=rwc", folder.path().join("db").display());
-    let store = Store::open(&url, folder.path()).await.expect("a store");
-    (folder, store)
-}
+use crate::store::testing::store;
 
 fn picture(subset_id: Uuid, content: &str, caption: Option<&str>) -> NewImage {
     NewImage {

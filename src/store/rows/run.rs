@@ -51,6 +51,11 @@ pub struct Model {
     pub priority: i32,
     pub verdict: Option<String>,
     pub early_stop: Option<String>,
+    pub api_key_id: Option<Uuid>,
+    pub wanted_device: Option<String>,
+    pub number: i64,
+    pub turn: i64,
+    pub keeps_turn: bool,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -10,6 +10,7 @@ use sea_orm::{
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::queue::{self, Room};
 use super::records::{Metric, NewSample, metric_row, sample_row};
 use super::{Run, RunFailure, RunState, Wait, Wish, append, move_in, read, signed};
 use crate::store::rows::{lora, run, run_metric, run_sample};
@@ -92,8 +93,19 @@ pub enum Lease {
     Lost,
 }
 
+/// What has come of the wish to take a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Claim {
+    /// The worker has it.
+    Taken(Box<Run>),
+    /// It is not queued (any more).
+    NotQueued,
+    /// As many runs as may are held, or use its device.
+    NoRoom,
+}
+
 impl Store {
-    /// Takes a queued run for the worker `owner`; `None` when it is not queued (any more).
+    /// Takes a queued run for the worker `owner`, if there is room for it.
     ///
     /// What an earlier worker has left stays: this one goes on.
     ///
@@ -106,14 +118,19 @@ impl Store {
         pid: u32,
         host: Option<&str>,
         lease: Duration,
-    ) -> Result<Option<Run>, StoreError> {
+        room: Room,
+    ) -> Result<Claim, StoreError> {
         let transaction = self.begin().await?;
-        let Some(row) = run::Entity::find_by_id(id).one(&transaction).await? else {
-            return Ok(None);
+        queue::lock(&transaction).await?; // two claims must not find the same room
+        let row = run::Entity::find_by_id(id).lock_exclusive();
+        let row = row.one(&transaction).await?;
+        let Some(row) = row.filter(|row| row.state == RunState::Queued.as_str()) else {
+            return Ok(Claim::NotQueued);
         };
-        if row.state != RunState::Queued.as_str() {
-            return Ok(None);
+        if !queue::has_room(&transaction, room, row.wanted_device.as_deref()).await? {
+            return Ok(Claim::NoRoom);
         }
+        let turn = queue::next(&transaction, run::Column::Turn).await?;
         let now = now_ms();
         let (previous, attempt) = (row.state.clone(), row.attempt + 1);
         let started = row.started_at_ms.unwrap_or(now);
@@ -130,13 +147,15 @@ impl Store {
             eta_s: Set(None),
             started_at_ms: Set(Some(started)),
             updated_at_ms: Set(now),
+            turn: Set(turn),
+            keeps_turn: Set(false),
             ..Default::default()
         };
         let row = change.update(&transaction).await?;
         let data = json!({"state": row.state, "previous": previous, "attempt": attempt});
         append(&transaction, id, "state", &data).await?;
         transaction.commit().await?;
-        read(row).map(Some)
+        Ok(Claim::Taken(Box::new(read(row)?)))
     }
 
     /// Renews the lease.
@@ -221,8 +240,8 @@ impl Store {
     /// [`StoreError::NotFound`].
     pub async fn judge_lost_worker(&self, id: Uuid) -> Result<u32, StoreError> {
         let transaction = self.begin().await?;
-        let row = run::Entity::find_by_id(id).one(&transaction).await?;
-        let row = row.ok_or(StoreError::NotFound)?;
+        let row = run::Entity::find_by_id(id).lock_exclusive();
+        let row = row.one(&transaction).await?.ok_or(StoreError::NotFound)?;
         let further = row.furthest_step > row.judged_furthest_step
             || row.kept_step > row.judged_kept_step
             || row.attempt <= 1;

@@ -2,21 +2,25 @@
 
 use std::time::Duration;
 
-use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::{
-    Lease, Metric, NewLora, NewRun, NewSample, Progress, RunFilter, RunState, Wish, WorkerReport,
+    Claim, Lease, Metric, NewLora, NewRun, NewSample, Progress, Room, RunFilter, RunState, Wish,
+    WorkerReport,
 };
+use crate::store::testing::{Scratch, store};
 use crate::store::{Store, StoreError};
 
 const LEASE: Duration = Duration::from_secs(20);
 
-/// A store, and a run that `worker` has taken.
-async fn claimed() -> (TempDir, Store, Uuid) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let url = format!("sqlite://{}?mode=rwc", folder.path().join("db").display());
-    let store = Store::open(&url, folder.path()).await.expect("a store");
+const ROOM: Room = Room {
+    runs: 9,
+    per_device: 9,
+    held: &[RunState::Preparing, RunState::Running],
+};
+
+/// A run on a new dataset.
+async fn queued(store: &Store, api_key_id: Option<Uuid>, device: Option<&str>) -> Uuid {
     let dataset = store.create_dataset("a").await.expect("made").id;
     let run = store.create_run(NewRun {
         id: Uuid::now_v7(),
@@ -25,13 +29,114 @@ async fn claimed() -> (TempDir, Store, Uuid) {
         images: "[1]".to_owned(),
         dataset_id: dataset,
         base_model_id: "m".to_owned(),
+        api_key_id,
+        wanted_device: device.map(str::to_owned),
         ..NewRun::default()
     });
-    let id = run.await.expect("made").id;
-    let run = store.claim_run(id, "worker", 7, Some("here"), LEASE).await;
-    let run = run.expect("claimed").expect("queued");
+    run.await.expect("made").id
+}
+
+async fn claim(store: &Store, id: Uuid, owner: &str, room: Room) -> Claim {
+    let claimed = store.claim_run(id, owner, 7, Some("here"), LEASE, room);
+    claimed.await.expect("a working database")
+}
+
+/// A store, and a run that `worker` has taken.
+async fn claimed() -> (Scratch, Store, Uuid) {
+    let (scratch, store) = store().await;
+    let id = queued(&store, None, None).await;
+    let Claim::Taken(run) = claim(&store, id, "worker", ROOM).await else {
+        panic!("it was queued");
+    };
     assert_eq!((run.state, run.attempt), (RunState::Preparing, 1));
-    (folder, store, id)
+    (scratch, store, id)
+}
+
+#[tokio::test]
+async fn claims_at_once_find_the_room_that_there_is() {
+    let (scratch, store) = store().await;
+    let other = scratch.store().await;
+    let room = Room {
+        per_device: 1,
+        ..ROOM
+    };
+    for _ in 0..5 {
+        let a = queued(&store, None, Some("cpu")).await;
+        let b = queued(&store, None, Some("cpu")).await;
+        let gpu = queued(&store, None, Some("vulkan:0")).await;
+        let (one, two, third) = tokio::join!(
+            claim(&store, a, "one", room),
+            claim(&other, b, "two", room),
+            claim(&other, gpu, "three", room)
+        );
+        let cpu = [&one, &two].map(|claim| matches!(claim, Claim::Taken(_)));
+        assert!(cpu[0] != cpu[1], "{one:?} and {two:?}");
+        assert!([one, two].contains(&Claim::NoRoom));
+        assert!(matches!(third, Claim::Taken(_)), "devices are apart");
+        // Of several workers of one run one has it.
+        for id in [a, b, gpu] {
+            let from = [RunState::Queued, RunState::Preparing];
+            store
+                .move_run(id, &from, RunState::Queued, None)
+                .await
+                .expect("moved");
+        }
+        let (one, two) = tokio::join!(
+            claim(&store, a, "four", ROOM),
+            claim(&other, a, "five", ROOM)
+        );
+        assert!([one, two].contains(&Claim::NotQueued));
+        for id in [a, b, gpu] {
+            store
+                .move_run(id, &RunState::ALL, RunState::Failed, None)
+                .await
+                .expect("moved");
+        }
+    }
+    let all = Room { runs: 0, ..ROOM };
+    let id = queued(&store, None, None).await;
+    assert_eq!(claim(&store, id, "six", all).await, Claim::NoRoom);
+}
+
+#[tokio::test]
+async fn turns_and_numbers_grow_whatever_the_clock_says() {
+    let (_scratch, store) = store().await;
+    let [a, b] = [Some(Uuid::now_v7()), Some(Uuid::now_v7())];
+    let mut runs = Vec::new();
+    for key in [a, a, b, None] {
+        runs.push(queued(&store, key, None).await);
+    }
+    let mut numbers = Vec::new();
+    for id in &runs {
+        numbers.push(store.run(*id).await.expect("there").number);
+    }
+    assert_eq!(numbers, [1, 2, 3, 4]);
+    let last = async |keys: [Option<Uuid>; 3]| {
+        let turns = store.turns().await.expect("turns");
+        keys.map(|key| turns.last(key))
+    };
+    assert_eq!(last([a, b, None]).await, [0, 0, 0]);
+    for (id, expected) in [
+        (runs[2], [0, 1, 0]),
+        (runs[0], [2, 1, 0]),
+        (runs[3], [2, 1, 3]),
+        (runs[1], [4, 1, 3]),
+    ] {
+        claim(&store, id, "x", ROOM).await;
+        assert_eq!(last([a, b, None]).await, expected);
+    }
+    // What has lost its worker keeps its turn, what was paused does not.
+    let go = async |from, to| {
+        store
+            .move_run(runs[0], &[from], to, None)
+            .await
+            .expect("moved");
+        store.run(runs[0]).await.expect("there").keeps_turn
+    };
+    assert!(!go(RunState::Preparing, RunState::Interrupted).await);
+    assert!(go(RunState::Interrupted, RunState::Queued).await);
+    assert!(!go(RunState::Queued, RunState::Paused).await);
+    assert!(!go(RunState::Paused, RunState::Queued).await);
 }
 
 fn steps(metrics: Vec<Metric>) -> WorkerReport {
@@ -145,8 +250,8 @@ async fn lose(store: &Store, id: Uuid, worker: &str) -> u32 {
     ] {
         assert!(store.move_run(id, &[from], to, None).await.expect("moved"));
     }
-    let claimed = store.claim_run(id, worker, 8, None, LEASE).await;
-    assert!(claimed.expect("claimed").is_some());
+    let claimed = claim(store, id, worker, ROOM).await;
+    assert!(matches!(claimed, Claim::Taken(_)));
     stalls
 }
 
@@ -267,8 +372,7 @@ async fn an_end_is_final() {
                 .await
                 .expect("asked")
         );
-        let claimed = store.claim_run(id, "x", 1, None, LEASE).await;
-        assert_eq!(claimed.expect("asked"), None);
+        assert_eq!(claim(&store, id, "x", ROOM).await, Claim::NotQueued);
         assert_eq!(store.run(id).await.expect("there"), ended);
     }
 }

@@ -1,0 +1,11 @@
+//! The program as a whole, as a newcomer meets it: the demo, and what is left after processes are killed.
+
+mod crowd;
+mod demo;
+#[cfg(unix)]
+mod kills;
+mod life;
+mod requests;
+#[cfg(target_os = "linux")]
+mod room;
+mod server;
