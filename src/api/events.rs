@@ -47,7 +47,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 pub struct EventQuery {
     /// Only events after this number; `Last-Event-ID` wins over it.
     after: Option<u64>,
-    /// JSON only: how long an answer may wait for the next event, in seconds.
+    /// Asks for JSON that waits so many seconds for the next event.
     #[param(minimum = 0, maximum = 30, default = 0)]
     wait: Option<u64>,
 }
@@ -95,8 +95,8 @@ impl From<Event> for RunEvent {
 /// number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
 /// comes back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
 ///
-/// With `Accept: application/json` the answer is a list of at most 500 events after `?after=`. With `?wait=` it comes
-/// when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
+/// With `Accept: application/json` or `?wait=` the answer is a list of at most 500 events after `?after=`. With `?wait=`
+/// it comes when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
 ///
 /// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
 /// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
@@ -104,6 +104,7 @@ impl From<Event> for RunEvent {
 /// and how many of them were `cached` by an earlier run.
 #[utoipa::path(
     tag = "runs",
+    operation_id = "list_events",
     params(
         ("run_id" = Uuid, Path),
         EventQuery,
@@ -111,8 +112,8 @@ impl From<Event> for RunEvent {
     ),
     responses(
         (status = 200, description = "The events", content(
-            (String = "text/event-stream", example = json!("id: 7\nevent: state\ndata: {\"state\":\"running\",\"previous\":\"preparing\",\"attempt\":1}\n\n")),
             (RunEvents = "application/json"),
+            (String = "text/event-stream", example = json!("id: 7\nevent: state\ndata: {\"state\":\"running\",\"previous\":\"preparing\",\"attempt\":1}\n\n")),
         )),
         (status = 204, description = "As a stream: the run has ended and everything was seen"),
         (status = 400, description = "`invalid_header`", body = ProblemBody, content_type = "application/problem+json"),
@@ -130,6 +131,7 @@ pub async fn stream_events(
     query: Query<EventQuery>,
 ) -> Result<HttpResponse, Problem> {
     let EventQuery { after, wait } = query.into_inner();
+    let as_list = wants_json(&request, wait.is_some());
     let wait = wait.unwrap_or(0);
     if wait > MAX_WAIT_S {
         let message = format!("found {wait}, expected 0 to {MAX_WAIT_S}");
@@ -143,7 +145,7 @@ pub async fn stream_events(
     let last = last_event_id(&request)?.or(after).unwrap_or(0);
     let place = limits.stream()?;
     let run = runs.get(id.into_inner()).await?;
-    if wants_json(&request) {
+    if as_list {
         let wait = Duration::from_secs(wait);
         return Ok(HttpResponse::Ok()
             .insert_header((header::CACHE_CONTROL, "no-store"))
@@ -172,11 +174,13 @@ pub async fn stream_events(
         .streaming(stream::try_unfold(subscription, Subscription::next)))
 }
 
-fn wants_json(request: &HttpRequest) -> bool {
+/// What a client accepts decides; one that takes anything wants a list when it says how long it waits.
+fn wants_json(request: &HttpRequest, waits: bool) -> bool {
     let accept = request.headers().get(header::ACCEPT);
-    accept
+    let accept = accept
         .and_then(|value| value.to_str().ok())
-        .is_some_and(|value| value.starts_with("application/json"))
+        .unwrap_or("*/*");
+    accept.starts_with("application/json") || (waits && !accept.contains("text/event-stream"))
 }
 
 /// The events after `last`, or those that come within `wait`.
