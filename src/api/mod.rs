@@ -18,6 +18,7 @@ pub mod models;
 pub mod multipart;
 pub mod openapi;
 pub mod openapi30;
+mod openapi_links;
 mod openapi_schemas;
 mod openapi_shared;
 pub mod operations;

@@ -6,7 +6,7 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Info, OpenApi, Tag};
 use utoipa_actix_web::AppExt as _;
 
-use super::{openapi_schemas, openapi_shared};
+use super::{openapi_links, openapi_schemas, openapi_shared};
 
 /// Tags in the order of a first visit.
 const TAGS: [(&str, &str); 8] = [
@@ -76,6 +76,7 @@ fn finish(mut document: OpenApi) -> OpenApi {
         name_head(item);
     }
     openapi_schemas::name_types(&mut document);
+    openapi_links::link(&mut document);
     openapi_shared::complete(&mut document);
     document
 }

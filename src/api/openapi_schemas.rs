@@ -109,6 +109,9 @@ fn refer(operation: &mut Operation, choices: &BTreeMap<String, String>) {
                 object.schema_type = SchemaType::Type(only.clone());
             }
         }
+        if parameter.name == "Idempotency-Key" {
+            object.pattern = Some("^[!-~]{1,255}$".to_owned());
+        }
         if let Some(name) = words(object).and_then(|words| choices.get(&words)) {
             *schema = Ref::from_schema_name(name).into();
         }
