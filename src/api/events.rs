@@ -217,7 +217,8 @@ fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
     let number = value
         .to_str()
         .ok()
-        .and_then(|text| text.trim().parse().ok());
+        .and_then(|text| text.trim().parse().ok())
+        .filter(|number| i64::try_from(*number).is_ok());
     number.map(Some).ok_or_else(|| {
         Problem::new(
             Code::InvalidHeader,

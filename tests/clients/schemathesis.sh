@@ -15,7 +15,7 @@ fuzz() {
   [ -z "$key" ] || headers=(--header "Authorization: Bearer $key")
   start_service "$name" LORASMITH_WEBHOOK_ALLOWED_NETWORKS='["127.0.0.0/8"]'
   # Something to find: pictures, a run that has ended, its events, samples and files.
-  LORASMITH=$BASE LORASMITH_API_KEY=$key "$ROOT/examples/quickstart.sh" "$WORK/lumo.zip" diffusers "$WORK/lora" 2 128 >"$WORK/quickstart.log"
+  LORASMITH=$BASE LORASMITH_API_KEY=$key "$ROOT/examples/quickstart.sh" "$PICTURES" diffusers "$WORK/lora" 2 128 >"$WORK/quickstart.log"
   (
     cd "$WORK" # where the fuzzer leaves what it remembers
     schemathesis --config-file "$HERE/schemathesis.toml" run "$BASE/openapi.json" --no-color --seed "$SEED" \
@@ -25,6 +25,6 @@ fuzz() {
   ! grep -i '"level":"ERROR"\|panicked' "$WORK/$name.log" | grep -v 'stream error: request parse error'
 }
 
-(cd "$ROOT/examples/demo/dataset" && python3 -m zipfile -c "$WORK/lumo.zip" 10_lumo 10_lumo_reg)
+make_pictures
 step "Schemathesis without a key" fuzz open ""
 step "Schemathesis with a key" fuzz keyed "$(make_key keyed admin)"

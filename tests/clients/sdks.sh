@@ -15,8 +15,8 @@ else
   export LORASMITH_API_KEY=$key
 fi
 export LORASMITH=$BASE
-PICTURES=${2:-$WORK/lumo.zip} MODEL=${3:-diffusers} STEPS=${4:-4} SIZE=${5:-128}
-[ -e "$PICTURES" ] || (cd "$ROOT/examples/demo/dataset" && python3 -m zipfile -c "$PICTURES" 10_lumo 10_lumo_reg)
+PICTURES=${2:-} MODEL=${3:-diffusers} STEPS=${4:-4} SIZE=${5:-128}
+[ -n "$PICTURES" ] || make_pictures
 
 # Each tool reads what is served, not what is checked in.
 curl -sSf "$BASE/openapi.json" >"$WORK/openapi.json"

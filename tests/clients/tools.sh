@@ -72,3 +72,9 @@ make_key() {
   "$PROGRAM" keys create --data-dir "$WORK/$1" --name "$2" --scope "$2" --json |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["key"])'
 }
+
+# Sets PICTURES to a zip in kohya layout.
+make_pictures() {
+  PICTURES=$WORK/lumo.zip
+  (cd "$ROOT/examples/demo/dataset" && python3 -m zipfile -c "$PICTURES" 10_lumo 10_lumo_reg)
+}
