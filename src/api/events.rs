@@ -13,12 +13,14 @@ use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::codes::Code;
+use super::event_feed::{After, EventFeed, Frame, Tail};
 use super::extract::Query;
 use super::limits::Limits;
 use super::problem::{Problem, ProblemBody};
@@ -26,8 +28,6 @@ use crate::runs::{RunError, RunService, state};
 use crate::store::Store;
 use crate::store::runs::Event;
 
-/// How often rows are looked at.
-const POLL: Duration = Duration::from_millis(250);
 /// After so long without an event a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The longest that a list waits for an event.
@@ -126,6 +126,7 @@ pub async fn stream_events(
     request: HttpRequest,
     runs: Data<RunService>,
     store: Data<Store>,
+    feed: Data<EventFeed>,
     limits: Data<Limits>,
     id: web::Path<Uuid>,
     query: Query<EventQuery>,
@@ -149,20 +150,20 @@ pub async fn stream_events(
         let wait = Duration::from_secs(wait);
         return Ok(HttpResponse::Ok()
             .insert_header((header::CACHE_CONTROL, "no-store"))
-            .json(list_events(&store, run.id, last, wait).await?));
+            .json(list_events(&store, &feed, run.id, last, wait).await?));
     }
-    let waiting = store
-        .events(run.id, last, BATCH)
-        .await
-        .map_err(RunError::from)?;
+    let waiting = rows(&store, run.id, last).await?;
     if waiting.is_empty() && state::has_ended(run.state) {
         return Ok(HttpResponse::NoContent().finish());
     }
+    let seen = waiting.back().map_or(last, |frame| frame.seq);
     let subscription = Subscription {
         store: store.get_ref().clone(),
+        tail: feed.subscribe(run.id, seen),
+        feed: feed.get_ref().clone(),
         run_id: run.id,
         last,
-        waiting: waiting.into(),
+        waiting,
         silent_since: Instant::now(),
         greeted: false,
         _place: place,
@@ -186,19 +187,25 @@ fn wants_json(request: &HttpRequest, waits: bool) -> bool {
 /// The events after `last`, or those that come within `wait`.
 async fn list_events(
     store: &Store,
+    feed: &EventFeed,
     run_id: Uuid,
     last: u64,
     wait: Duration,
 ) -> Result<RunEvents, Problem> {
     let began = Instant::now();
+    let mut tail = None;
     loop {
         // The state is read before the events: what a run's end has written is then among them.
         let state = store.run_state(run_id).await.map_err(RunError::from)?;
         let found = store.events(run_id, last, BATCH).await;
         let found = found.map_err(RunError::from)?;
         let ended = state::has_ended(state);
-        if found.is_empty() && !ended && began.elapsed() < wait {
-            tokio::time::sleep(POLL).await;
+        let left = wait.saturating_sub(began.elapsed());
+        if found.is_empty() && !ended && !left.is_zero() {
+            let watched = tail.get_or_insert_with(|| feed.subscribe(run_id, last));
+            if let Ok(Err(_)) = timeout(left, watched.changed()).await {
+                tail = None;
+            }
             continue;
         }
         let whole = (found.len() as u64) < BATCH;
@@ -229,9 +236,11 @@ fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
 
 struct Subscription {
     store: Store,
+    feed: EventFeed,
+    tail: watch::Receiver<Tail>,
     run_id: Uuid,
     last: u64,
-    waiting: VecDeque<Event>,
+    waiting: VecDeque<Frame>,
     silent_since: Instant,
     greeted: bool,
     /// Among the streams that may be open.
@@ -246,39 +255,40 @@ impl Subscription {
             return Ok(Some((Bytes::from_static(b"retry: 1000\n\n"), self)));
         }
         loop {
-            if let Some(event) = self.waiting.pop_front() {
-                self.last = event.seq;
+            if let Some(frame) = self.waiting.pop_front() {
+                self.last = frame.seq;
                 self.silent_since = Instant::now();
-                let text = format!(
-                    "id: {}\nevent: {}\ndata: {}\n\n",
-                    event.seq, event.kind, event.data
-                );
-                return Ok(Some((Bytes::from(text), self)));
+                return Ok(Some((frame.text, self)));
             }
-            // The state is read before the events: what a run's end has written is then among them.
-            let ended = self.run_has_ended().await?;
-            self.waiting = self
-                .store
-                .events(self.run_id, self.last, BATCH)
-                .await
-                .map_err(Problem::internal)?
-                .into();
-            if !self.waiting.is_empty() {
-                continue;
+            let after = self.tail.borrow_and_update().after(self.last);
+            match after {
+                After::Frames(frames) => self.waiting = frames,
+                After::Rows => {
+                    self.waiting = rows(&self.store, self.run_id, self.last).await?;
+                    if self.waiting.is_empty() {
+                        return Ok(None); // the run is gone
+                    }
+                }
+                After::End => return Ok(None),
+                After::Nothing => {
+                    let silence = KEEP_ALIVE.saturating_sub(self.silent_since.elapsed());
+                    match timeout(silence, self.tail.changed()).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) => self.tail = self.feed.subscribe(self.run_id, self.last),
+                        Err(_) => {
+                            self.silent_since = Instant::now();
+                            return Ok(Some((Bytes::from_static(b": still here\n\n"), self)));
+                        }
+                    }
+                }
             }
-            if ended {
-                return Ok(None);
-            }
-            if self.silent_since.elapsed() >= KEEP_ALIVE {
-                self.silent_since = Instant::now();
-                return Ok(Some((Bytes::from_static(b": still here\n\n"), self)));
-            }
-            tokio::time::sleep(POLL).await;
         }
     }
+}
 
-    async fn run_has_ended(&self) -> Result<bool, Problem> {
-        let state = self.store.run_state(self.run_id).await;
-        Ok(state::has_ended(state.map_err(Problem::internal)?))
-    }
+/// Events after `last` as they are sent.
+async fn rows(store: &Store, run_id: Uuid, last: u64) -> Result<VecDeque<Frame>, Problem> {
+    let events = store.events(run_id, last, BATCH).await;
+    let events = events.map_err(RunError::from)?;
+    Ok(events.iter().map(Frame::from).collect())
 }
