@@ -4,10 +4,10 @@
 #
 #   usage: schemathesis.sh [EXAMPLES [SEED]]
 #
-# EXAMPLES is how many requests are made up for each operation, 15 when not given.
+# EXAMPLES is how many requests are made up for each operation, 5 when not given.
 source "$(dirname "$0")/tools.sh"
 
-EXAMPLES=${1:-15} SEED=${2:-1}
+EXAMPLES=${1:-5} SEED=${2:-1}
 python_tools
 
 fuzz() {
