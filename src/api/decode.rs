@@ -205,14 +205,40 @@ impl<'de> de::Deserializer<'de> for Node<'_> {
 
     leaves! {
         deserialize_bool deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64 deserialize_i128
-        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64 deserialize_u128 deserialize_f32 deserialize_f64
+        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u128 deserialize_f32 deserialize_f64
+    }
+
+    /// The document says `int64`: clients have no larger numbers, and neither has the database.
+    fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Failure> {
+        let node = self.parsed();
+        let number = node.value.as_u64();
+        if let Some(number) = number.filter(|number| *number > i64::MAX.unsigned_abs()) {
+            let found = de::Unexpected::Unsigned(number);
+            let refused = de::Error::invalid_value(found, &"at most 9223372036854775807");
+            return Self::note(node.failed_at, &node.path, Err(refused));
+        }
+        node.leaf(de::Deserializer::deserialize_u64, visitor)
+    }
+
+    /// serde would take the fields in their order as well: that is no part of the API.
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Failure> {
+        if self.value.is_array() {
+            let refused = de::Error::invalid_type(de::Unexpected::Seq, &"an object");
+            return Self::note(self.failed_at, &self.path, Err(refused));
+        }
+        self.deserialize_any(visitor)
     }
 
     compounds! {
         deserialize_char() deserialize_str() deserialize_string() deserialize_bytes() deserialize_byte_buf()
         deserialize_unit() deserialize_unit_struct(name: &'static str) deserialize_seq() deserialize_tuple(len: usize)
         deserialize_tuple_struct(name: &'static str, len: usize) deserialize_map()
-        deserialize_struct(name: &'static str, fields: &'static [&'static str]) deserialize_identifier()
+        deserialize_identifier()
         deserialize_ignored_any()
     }
 
@@ -455,6 +481,28 @@ mod tests {
     }
 
     #[test]
+    fn fields_have_names_and_numbers_are_those_of_the_document() {
+        let nameless = json!({"name": "a", "inner": [4]});
+        assert_eq!(failure(nameless), pair("/inner", "wrong_type"));
+        assert_eq!(failure(json!(["a"])), pair("", "wrong_type"));
+        #[derive(Debug, Deserialize)]
+        struct Query {
+            after: u64,
+        }
+        let read = |after: u64| {
+            let query = from_pairs::<Query>(vec![("after".to_owned(), after.to_string())]);
+            query.map(|query| query.after)
+        };
+        assert_eq!(
+            read(i64::MAX.unsigned_abs()).expect("in range"),
+            i64::MAX.unsigned_abs()
+        );
+        let error = read(1 << 63).expect_err("out of range");
+        assert_eq!(error.pointer, "/after");
+        assert!(error.message.contains("at most"), "{}", error.message);
+    }
+
+    #[test]
     fn good_values_are_read() {
         let value = json!({"name": "a", "inner": {"rank": 4, "kind": {"sized": {"px": 3}}}, "list": [{"rank": 1}]});
         let outer: Outer = from_json(value).expect("a right value");
@@ -506,7 +554,7 @@ mod tests {
         );
         assert_eq!(failure(json!({"name": 3})), pair("/name", "wrong_type"));
         assert_eq!(failure(json!({})), pair("/name", "missing_field"));
-        assert_eq!(failure(json!([])), pair("", "invalid_value"));
+        assert_eq!(failure(json!([])), pair("", "wrong_type"));
         let kind = json!({"name": "a", "inner": {"rank": 1, "kind": {"sized": {"px": null}}}});
         assert_eq!(failure(kind), pair("/inner/kind/sized/px", "wrong_type"));
         let kind = json!({"name": "a", "inner": {"rank": 1, "kind": "round"}});

@@ -13,12 +13,14 @@ use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::codes::Code;
+use super::event_feed::{After, EventFeed, Frame, Tail};
 use super::extract::Query;
 use super::limits::Limits;
 use super::problem::{Problem, ProblemBody};
@@ -26,8 +28,6 @@ use crate::runs::{RunError, RunService, state};
 use crate::store::Store;
 use crate::store::runs::Event;
 
-/// How often rows are looked at.
-const POLL: Duration = Duration::from_millis(250);
 /// After so long without an event a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// The longest that a list waits for an event.
@@ -47,7 +47,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 pub struct EventQuery {
     /// Only events after this number; `Last-Event-ID` wins over it.
     after: Option<u64>,
-    /// JSON only: how long an answer may wait for the next event, in seconds.
+    /// Asks for JSON that waits so many seconds for the next event.
     #[param(minimum = 0, maximum = 30, default = 0)]
     wait: Option<u64>,
 }
@@ -95,8 +95,8 @@ impl From<Event> for RunEvent {
 /// number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
 /// comes back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
 ///
-/// With `Accept: application/json` the answer is a list of at most 500 events after `?after=`. With `?wait=` it comes
-/// when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
+/// With `Accept: application/json` or `?wait=` the answer is a list of at most 500 events after `?after=`. With `?wait=`
+/// it comes when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
 ///
 /// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
 /// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
@@ -104,6 +104,7 @@ impl From<Event> for RunEvent {
 /// and how many of them were `cached` by an earlier run.
 #[utoipa::path(
     tag = "runs",
+    operation_id = "list_events",
     params(
         ("run_id" = Uuid, Path),
         EventQuery,
@@ -111,8 +112,8 @@ impl From<Event> for RunEvent {
     ),
     responses(
         (status = 200, description = "The events", content(
-            (String = "text/event-stream", example = json!("id: 7\nevent: state\ndata: {\"state\":\"running\",\"previous\":\"preparing\",\"attempt\":1}\n\n")),
             (RunEvents = "application/json"),
+            (String = "text/event-stream", example = json!("id: 7\nevent: state\ndata: {\"state\":\"running\",\"previous\":\"preparing\",\"attempt\":1}\n\n")),
         )),
         (status = 204, description = "As a stream: the run has ended and everything was seen"),
         (status = 400, description = "`invalid_header`", body = ProblemBody, content_type = "application/problem+json"),
@@ -125,11 +126,13 @@ pub async fn stream_events(
     request: HttpRequest,
     runs: Data<RunService>,
     store: Data<Store>,
+    feed: Data<EventFeed>,
     limits: Data<Limits>,
     id: web::Path<Uuid>,
     query: Query<EventQuery>,
 ) -> Result<HttpResponse, Problem> {
     let EventQuery { after, wait } = query.into_inner();
+    let as_list = wants_json(&request, wait.is_some());
     let wait = wait.unwrap_or(0);
     if wait > MAX_WAIT_S {
         let message = format!("found {wait}, expected 0 to {MAX_WAIT_S}");
@@ -143,24 +146,24 @@ pub async fn stream_events(
     let last = last_event_id(&request)?.or(after).unwrap_or(0);
     let place = limits.stream()?;
     let run = runs.get(id.into_inner()).await?;
-    if wants_json(&request) {
+    if as_list {
         let wait = Duration::from_secs(wait);
         return Ok(HttpResponse::Ok()
             .insert_header((header::CACHE_CONTROL, "no-store"))
-            .json(list_events(&store, run.id, last, wait).await?));
+            .json(list_events(&store, &feed, run.id, last, wait).await?));
     }
-    let waiting = store
-        .events(run.id, last, BATCH)
-        .await
-        .map_err(RunError::from)?;
+    let waiting = rows(&store, run.id, last).await?;
     if waiting.is_empty() && state::has_ended(run.state) {
         return Ok(HttpResponse::NoContent().finish());
     }
+    let seen = waiting.back().map_or(last, |frame| frame.seq);
     let subscription = Subscription {
         store: store.get_ref().clone(),
+        tail: feed.subscribe(run.id, seen),
+        feed: feed.get_ref().clone(),
         run_id: run.id,
         last,
-        waiting: waiting.into(),
+        waiting,
         silent_since: Instant::now(),
         greeted: false,
         _place: place,
@@ -172,29 +175,37 @@ pub async fn stream_events(
         .streaming(stream::try_unfold(subscription, Subscription::next)))
 }
 
-fn wants_json(request: &HttpRequest) -> bool {
+/// What a client accepts decides; one that takes anything wants a list when it says how long it waits.
+fn wants_json(request: &HttpRequest, waits: bool) -> bool {
     let accept = request.headers().get(header::ACCEPT);
-    accept
+    let accept = accept
         .and_then(|value| value.to_str().ok())
-        .is_some_and(|value| value.starts_with("application/json"))
+        .unwrap_or("*/*");
+    accept.starts_with("application/json") || (waits && !accept.contains("text/event-stream"))
 }
 
 /// The events after `last`, or those that come within `wait`.
 async fn list_events(
     store: &Store,
+    feed: &EventFeed,
     run_id: Uuid,
     last: u64,
     wait: Duration,
 ) -> Result<RunEvents, Problem> {
     let began = Instant::now();
+    let mut tail = None;
     loop {
         // The state is read before the events: what a run's end has written is then among them.
         let state = store.run_state(run_id).await.map_err(RunError::from)?;
         let found = store.events(run_id, last, BATCH).await;
         let found = found.map_err(RunError::from)?;
         let ended = state::has_ended(state);
-        if found.is_empty() && !ended && began.elapsed() < wait {
-            tokio::time::sleep(POLL).await;
+        let left = wait.saturating_sub(began.elapsed());
+        if found.is_empty() && !ended && !left.is_zero() {
+            let watched = tail.get_or_insert_with(|| feed.subscribe(run_id, last));
+            if let Ok(Err(_)) = timeout(left, watched.changed()).await {
+                tail = None;
+            }
             continue;
         }
         let whole = (found.len() as u64) < BATCH;
@@ -213,7 +224,8 @@ fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
     let number = value
         .to_str()
         .ok()
-        .and_then(|text| text.trim().parse().ok());
+        .and_then(|text| text.trim().parse().ok())
+        .filter(|number| i64::try_from(*number).is_ok());
     number.map(Some).ok_or_else(|| {
         Problem::new(
             Code::InvalidHeader,
@@ -224,9 +236,11 @@ fn last_event_id(request: &HttpRequest) -> Result<Option<u64>, Problem> {
 
 struct Subscription {
     store: Store,
+    feed: EventFeed,
+    tail: watch::Receiver<Tail>,
     run_id: Uuid,
     last: u64,
-    waiting: VecDeque<Event>,
+    waiting: VecDeque<Frame>,
     silent_since: Instant,
     greeted: bool,
     /// Among the streams that may be open.
@@ -241,39 +255,40 @@ impl Subscription {
             return Ok(Some((Bytes::from_static(b"retry: 1000\n\n"), self)));
         }
         loop {
-            if let Some(event) = self.waiting.pop_front() {
-                self.last = event.seq;
+            if let Some(frame) = self.waiting.pop_front() {
+                self.last = frame.seq;
                 self.silent_since = Instant::now();
-                let text = format!(
-                    "id: {}\nevent: {}\ndata: {}\n\n",
-                    event.seq, event.kind, event.data
-                );
-                return Ok(Some((Bytes::from(text), self)));
+                return Ok(Some((frame.text, self)));
             }
-            // The state is read before the events: what a run's end has written is then among them.
-            let ended = self.run_has_ended().await?;
-            self.waiting = self
-                .store
-                .events(self.run_id, self.last, BATCH)
-                .await
-                .map_err(Problem::internal)?
-                .into();
-            if !self.waiting.is_empty() {
-                continue;
+            let after = self.tail.borrow_and_update().after(self.last);
+            match after {
+                After::Frames(frames) => self.waiting = frames,
+                After::Rows => {
+                    self.waiting = rows(&self.store, self.run_id, self.last).await?;
+                    if self.waiting.is_empty() {
+                        return Ok(None); // the run is gone
+                    }
+                }
+                After::End => return Ok(None),
+                After::Nothing => {
+                    let silence = KEEP_ALIVE.saturating_sub(self.silent_since.elapsed());
+                    match timeout(silence, self.tail.changed()).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) => self.tail = self.feed.subscribe(self.run_id, self.last),
+                        Err(_) => {
+                            self.silent_since = Instant::now();
+                            return Ok(Some((Bytes::from_static(b": still here\n\n"), self)));
+                        }
+                    }
+                }
             }
-            if ended {
-                return Ok(None);
-            }
-            if self.silent_since.elapsed() >= KEEP_ALIVE {
-                self.silent_since = Instant::now();
-                return Ok(Some((Bytes::from_static(b": still here\n\n"), self)));
-            }
-            tokio::time::sleep(POLL).await;
         }
     }
+}
 
-    async fn run_has_ended(&self) -> Result<bool, Problem> {
-        let state = self.store.run_state(self.run_id).await;
-        Ok(state::has_ended(state.map_err(Problem::internal)?))
-    }
+/// Events after `last` as they are sent.
+async fn rows(store: &Store, run_id: Uuid, last: u64) -> Result<VecDeque<Frame>, Problem> {
+    let events = store.events(run_id, last, BATCH).await;
+    let events = events.map_err(RunError::from)?;
+    Ok(events.iter().map(Frame::from).collect())
 }

@@ -6,7 +6,7 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Info, OpenApi, Tag};
 use utoipa_actix_web::AppExt as _;
 
-use super::openapi_shared;
+use super::{openapi_links, openapi_schemas, openapi_shared};
 
 /// Tags in the order of a first visit.
 const TAGS: [(&str, &str); 8] = [
@@ -75,6 +75,8 @@ fn finish(mut document: OpenApi) -> OpenApi {
     for item in document.paths.paths.values_mut() {
         name_head(item);
     }
+    openapi_schemas::name_types(&mut document);
+    openapi_links::link(&mut document);
     openapi_shared::complete(&mut document);
     document
 }

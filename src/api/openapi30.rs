@@ -89,6 +89,7 @@ pub fn down_convert(mut document: Value) -> Value {
             convert_parameters(operation);
             if let Some(body) = operation.get_mut("requestBody") {
                 convert_holder(body);
+                call_patches_json(body);
             }
             for answer in members(operation, "/responses") {
                 convert_holder(answer);
@@ -110,6 +111,16 @@ fn empty_scopes(holder: &mut Value) {
         for scopes in members(requirement, "") {
             *scopes = json!([]);
         }
+    }
+}
+
+/// The service takes a merge-patch as JSON too, the one name that every generator for 3.0 knows.
+fn call_patches_json(body: &mut Value) {
+    let content = body.get_mut("content").and_then(Value::as_object_mut);
+    if let Some(content) = content
+        && let Some(patch) = content.remove("application/merge-patch+json")
+    {
+        content.insert("application/json".to_owned(), patch);
     }
 }
 
@@ -419,6 +430,7 @@ mod tests {
             "\"type\":[",
             "\"type\":\"null\"",
             "\"contentMediaType\"",
+            "application/merge-patch+json",
         ] {
             assert!(!text.contains(left), "{left}");
         }

@@ -166,6 +166,7 @@ pub enum NetworkKind {
 /// A plugin's component and its settings.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = PluginChoice)] // `Plugin` is what `GET /v1/plugins` lists
 pub struct Plugin {
     /// Its id.
     pub id: String,

@@ -9,6 +9,7 @@ use actix_web::HttpServer;
 use actix_web::dev::{Server, ServerHandle};
 use actix_web::web::Data;
 
+use super::event_feed::EventFeed;
 use super::limits::Limits;
 use super::metrics::HttpMetrics;
 use super::origin::Origins;
@@ -78,7 +79,9 @@ impl HttpService {
     /// # Errors
     /// When the address is taken.
     pub fn listen(address: SocketAddr, threads: usize, services: Services) -> io::Result<Self> {
+        let feed = EventFeed::new(services.store.clone());
         let server = HttpServer::new(move || {
+            let feed = feed.clone();
             let services = services.clone();
             let cors = super::cors::cors(&services.origins.pages);
             super::app(cors, move |app| {
@@ -88,6 +91,7 @@ impl HttpService {
                     .app_data(Data::new(services.metrics))
                     .app_data(Data::new(services.logs))
                     .app_data(Data::new(services.store))
+                    .app_data(Data::new(feed))
                     .app_data(Data::new(services.datasets))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))

@@ -101,6 +101,11 @@ fn every_route_but_health_wants_a_key() {
                 challenge.contains(&format!("scope=\"{needed}\"")),
                 "{place}: {challenge}"
             );
+            if method != "HEAD" {
+                let detail = answer.problem(403, "missing_scope")["detail"].clone();
+                let detail = detail.as_str().expect("words");
+                assert!(detail.contains(needed), "{place}: {detail}");
+            }
         };
         let admits = |key: &Value| {
             let answer = ask(&service, &method, &path, Some(key));

@@ -4,6 +4,7 @@ mod auth;
 #[path = "../support/database.rs"]
 mod database;
 mod datasets;
+mod examples;
 mod images;
 mod limits;
 mod openapi;
