@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::runs::RolledBack as RolledBackRow;
 use crate::runs::settings as domain;
 
 /// Loss on images that are not trained on, at fixed noise and timesteps: before the first step, after the last and at
@@ -34,6 +35,66 @@ pub struct EarlyStopping {
     #[serde(default)]
     #[schema(minimum = 0)]
     pub min_delta: f64,
+}
+
+/// What a run does when its loss, its gradients or its adapters are no longer finite numbers. What f16 overflows in is
+/// no such case: `precision: fp16` leaves those steps out.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// It fails with `loss_not_finite` and says what to change.
+    Fail,
+    /// It goes back to its last resume point and on with half the learning rates, once; then it fails. The default, as
+    /// nobody watches a run at night, and one that has gone back says so: event `rolled_back`, field `rolled_back`,
+    /// `verdict`, and the LoRA's metadata. Where it goes back to depends on when it was last kept: give
+    /// `resume.every_n_steps` where two runs are to be the same even then.
+    #[default]
+    HalveLr,
+}
+
+/// That a run's numbers were no longer finite, and where it went on.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "at_step": 312, "to_step": 280, "lr_factor": 0.5, "cause": "the loss was NaN and the gradient norm NaN"
+}))]
+pub struct RolledBack {
+    /// The optimizer step in which they were found.
+    pub at_step: u64,
+    /// The step it went back to, and on from.
+    pub to_step: u64,
+    /// What its learning rates have been multiplied by since.
+    pub lr_factor: f64,
+    /// What was not finite.
+    pub cause: String,
+}
+
+impl From<RolledBackRow> for RolledBack {
+    fn from(row: RolledBackRow) -> Self {
+        Self {
+            lr_factor: row.lr_factor(),
+            at_step: row.at_step,
+            to_step: row.to_step,
+            cause: row.cause,
+        }
+    }
+}
+
+impl From<OnNonFinite> for domain::OnNonFinite {
+    fn from(wire: OnNonFinite) -> Self {
+        match wire {
+            OnNonFinite::Fail => Self::Fail,
+            OnNonFinite::HalveLr => Self::HalveLr,
+        }
+    }
+}
+
+impl From<domain::OnNonFinite> for OnNonFinite {
+    fn from(domain: domain::OnNonFinite) -> Self {
+        match domain {
+            domain::OnNonFinite::Fail => Self::Fail,
+            domain::OnNonFinite::HalveLr => Self::HalveLr,
+        }
+    }
 }
 
 impl From<Validation> for domain::ValidationSettings {

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::FieldError;
-use super::run_judging::{EarlyStopping, Validation};
+use super::run_judging::{EarlyStopping, OnNonFinite, Validation};
 use crate::runs::settings::{
     self as domain, BucketSettings, NetworkSettings, PredictionType, SamplerKind, SavePrecision,
 };
@@ -128,6 +128,9 @@ pub struct CreateRun {
     /// Ends the run when its validation loss no longer falls; off when absent.
     #[serde(default)]
     pub early_stopping: Option<EarlyStopping>,
+    /// What to do when its numbers are no longer finite.
+    #[serde(default)]
+    pub on_non_finite: OnNonFinite,
     /// Its place in the queue: runs of a higher number go first, of the same number the older one.
     #[serde(default)]
     #[schema(minimum = -100, maximum = 100)]
@@ -467,6 +470,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 samples: wire.samples.into(),
                 validation: wire.validation.into(),
                 early_stopping: wire.early_stopping.map(Into::into),
+                on_non_finite: wire.on_non_finite.into(),
                 optimizer: wire.optimizer.into(),
                 scheduler: wire.scheduler.into(),
             },
@@ -522,6 +526,7 @@ impl CreateRun {
             samples: settings.samples.into(),
             validation: settings.validation.into(),
             early_stopping: settings.early_stopping.map(Into::into),
+            on_non_finite: settings.on_non_finite.into(),
             priority: run.priority,
         }
     }

@@ -15,6 +15,7 @@ pub mod state;
 pub mod supervisor;
 pub mod worker;
 
+pub use crate::training::guard::RolledBack;
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
 pub use pace::Pace;
@@ -32,7 +33,8 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, EarlyStopping, GradientCheckpointing, PluginChoice, ResumeSettings,
-        SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings, ValidationSettings,
+        ComputePrecision, EarlyStopping, GradientCheckpointing, OnNonFinite, PluginChoice,
+        ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings,
+        ValidationSettings,
     };
 }

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::training::TrainError;
+use crate::training::guard::Guard;
 use crate::training::judge::Judge;
 use crate::training::resume::{Part, PartTensor, Resumable};
 
@@ -17,6 +18,8 @@ pub struct LoopState {
     pub clock: Clock,
     /// Of the validations.
     pub judge: Judge,
+    /// Of numbers that were not finite.
+    pub guard: Guard,
 }
 
 /// How far the data has been gone through. Its order is a function of the seed and the epoch, noise and timesteps of

@@ -56,6 +56,8 @@ pub struct TrainSettings {
     /// When to end before the last step; never without.
     #[serde(default)]
     pub early_stopping: Option<EarlyStopping>,
+    /// What to do when loss or adapters are no longer finite.
+    pub on_non_finite: OnNonFinite,
     /// The optimizer plugin.
     pub optimizer: PluginChoice,
     /// The learning-rate scheduler plugin.
@@ -212,6 +214,18 @@ pub struct EarlyStopping {
     pub min_delta: f64,
 }
 
+/// What a run does when its loss or its adapters are no longer finite.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// It fails.
+    Fail,
+    /// It goes back to the last resume point and on with half the learning rates; the second time it fails. This is
+    /// the default: nobody watches a run at night, and one that has gone back says so wherever it is looked at.
+    #[default]
+    HalveLr,
+}
+
 /// A plugin and its settings, which only the plugin understands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -252,6 +266,7 @@ impl Default for TrainSettings {
             samples: SampleSettings::default(),
             validation: ValidationSettings::default(),
             early_stopping: None,
+            on_non_finite: OnNonFinite::default(),
             optimizer: plugin("adamw"),
             scheduler: plugin("constant"),
         }
@@ -304,6 +319,7 @@ impl TrainSettings {
                 ..ours.validation
             },
             early_stopping: None,
+            on_non_finite: OnNonFinite::default(),
             ..ours
         }
     }

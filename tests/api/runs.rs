@@ -252,3 +252,83 @@ fn what_a_run_needs_stays_and_the_rest_can_go() {
     }
     service.delete(&dataset).expect(204);
 }
+
+/// Absurd learning rates: the run goes back to its start once, then fails and says what to change.
+#[test]
+fn a_run_that_diverges_goes_back_once_and_then_fails_with_advice() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let absurd = json!({"unet_lr": 1e30, "max_train_steps": 4});
+    let run = start(&service, &dataset, &absurd);
+    let found = wait(&service, &run, "failed");
+    assert_eq!(found["settings"]["on_non_finite"], "halve_lr");
+    assert_eq!(found["error"]["code"], "loss_not_finite", "{found}");
+    let message = found["error"]["message"].as_str().expect("words");
+    for part in ["had gone back", "5e29 (UNet)", "learning rates of a third"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let back = &found["rolled_back"];
+    assert_eq!(
+        (&back["to_step"], &back["lr_factor"]),
+        (&json!(0), &json!(0.5))
+    );
+    let verdict = found["verdict"].as_str().expect("words");
+    assert!(verdict.contains("went back to step 0"), "{verdict}");
+    let accept = [("accept", "application/json")];
+    let events = service.send("GET", &format!("{run}/events?after=0"), &accept, &[]);
+    let events = events.expect(200);
+    let events = events["data"].as_array().expect("a list");
+    let told = events
+        .iter()
+        .filter(|event| event["event"] == "rolled_back");
+    let told: Vec<_> = told.collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0]["data"]["at_step"], back["at_step"]);
+
+    let stern = json!({"unet_lr": 1e30, "max_train_steps": 4, "on_non_finite": "fail"});
+    let run = start(&service, &dataset, &stern);
+    let found = wait(&service, &run, "failed");
+    assert_eq!(found["rolled_back"], Value::Null);
+    let message = found["error"]["message"].as_str().expect("words");
+    assert!(message.contains("on_non_finite: halve_lr"), "{message}");
+    let unknown = short(&dataset, &json!({"on_non_finite": "pray"}));
+    let problem = service
+        .post("/v1/runs", &unknown)
+        .problem(422, "invalid_body");
+    assert_eq!(problem["errors"][0]["pointer"], "/on_non_finite");
+}
+
+#[test]
+fn the_series_has_norms_by_part_and_speed() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let run = start(&service, &dataset, &json!({"max_train_steps": 3}));
+    wait(&service, &run, "succeeded");
+    let series = service.get(&format!("{run}/metrics")).expect(200);
+    let points = series["data"].as_array().expect("points");
+    assert_eq!(points.len(), 3);
+    for point in points {
+        let number = |name: &str| {
+            point[name]
+                .as_f64()
+                .unwrap_or_else(|| panic!("{name}: {point}"))
+        };
+        let parts = number("grad_norm_unet").hypot(number("grad_norm_text_encoder"));
+        assert!((parts / number("grad_norm") - 1.0).abs() < 1e-9);
+        assert!(number("images_per_s") > 0.0 && number("eta_s") >= 0.0);
+        assert_eq!(point["device_memory_bytes"], Value::Null);
+    }
+    let table = service.send(
+        "GET",
+        &format!("{run}/metrics"),
+        &[("accept", "text/csv")],
+        &[],
+    );
+    let text = String::from_utf8(table.bytes).expect("UTF-8");
+    let columns: Vec<usize> = text.lines().map(|line| line.split(',').count()).collect();
+    assert_eq!(columns, [16; 4]);
+    let fields: Vec<&str> = text.lines().next().expect("a head").split(',').collect();
+    for field in fields {
+        assert!(points[0].get(field).is_some(), "{field}");
+    }
+}

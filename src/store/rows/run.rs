@@ -51,6 +51,7 @@ pub struct Model {
     pub priority: i32,
     pub verdict: Option<String>,
     pub early_stop: Option<String>,
+    pub rolled_back: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
