@@ -1,4 +1,5 @@
-//! Settings of a run about how it is judged, and their way to the domain: held-out images, early stopping.
+//! Settings of a run about how it is judged, and their way to the domain: held-out images, early stopping, what to do
+//! with numbers that are not finite, the average of the adapters.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -94,6 +95,39 @@ impl From<domain::OnNonFinite> for OnNonFinite {
             domain::OnNonFinite::Fail => Self::Fail,
             domain::OnNonFinite::HalveLr => Self::HalveLr,
         }
+    }
+}
+
+/// An exponential moving average of the adapters: less noisy than the last step. Validation, previews and LoRA files are
+/// of the average (`lorasmith_weights` in a file's metadata says `ema`); the training itself goes on without it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schema(example = json!({"decay": 0.999, "warm_up": true}))]
+pub struct Ema {
+    /// The share of the average that stays in each step: about `1 / (1 - decay)` steps count.
+    #[schema(exclusive_minimum = 0, exclusive_maximum = 1)]
+    pub decay: f64,
+    /// Whether the decay rises to that, as `(1 + steps) / (10 + steps)`, so that short runs are averaged too.
+    pub warm_up: bool,
+}
+
+impl Default for Ema {
+    fn default() -> Self {
+        domain::EmaSettings::default().into()
+    }
+}
+
+impl From<Ema> for domain::EmaSettings {
+    fn from(wire: Ema) -> Self {
+        let Ema { decay, warm_up } = wire;
+        Self { decay, warm_up }
+    }
+}
+
+impl From<domain::EmaSettings> for Ema {
+    fn from(domain: domain::EmaSettings) -> Self {
+        let domain::EmaSettings { decay, warm_up } = domain;
+        Self { decay, warm_up }
     }
 }
 

@@ -33,8 +33,8 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, EarlyStopping, GradientCheckpointing, OnNonFinite, PluginChoice,
-        ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings,
-        ValidationSettings,
+        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite,
+        PluginChoice, ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength,
+        TrainSettings, ValidationSettings,
     };
 }

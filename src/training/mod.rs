@@ -3,6 +3,9 @@
 #[cfg(test)]
 mod cache_tests;
 pub mod data;
+pub mod ema;
+#[cfg(test)]
+mod ema_tests;
 #[cfg(test)]
 mod goldens;
 pub mod guard;
@@ -35,7 +38,7 @@ pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDt
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 pub use resume::{ResumeError, ResumeFolder};
 pub use settings::{
-    ComputePrecision, EarlyStopping, GradientCheckpointing, OnNonFinite, PluginChoice,
+    ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite, PluginChoice,
     ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength,
     TrainSettings, ValidationSettings,
 };

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::training::TrainError;
+use crate::training::ema::Ema;
 use crate::training::guard::Guard;
 use crate::training::judge::Judge;
 use crate::training::resume::{Part, PartTensor, Resumable};
@@ -20,6 +21,8 @@ pub struct LoopState {
     pub judge: Judge,
     /// Of numbers that were not finite.
     pub guard: Guard,
+    /// Of the adapters, where one is wanted.
+    pub ema: Option<Ema>,
 }
 
 /// How far the data has been gone through. Its order is a function of the seed and the epoch, noise and timesteps of

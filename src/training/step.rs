@@ -154,6 +154,11 @@ impl<'a> Trainer<'a> {
         self.lr_factor = factor;
     }
 
+    /// Lets the model have the adapters' values of this moment.
+    pub fn attach(&mut self) {
+        self.network.attach(self.model, false);
+    }
+
     /// Optimizer steps done.
     pub fn steps_done(&self) -> u64 {
         self.step
@@ -176,7 +181,7 @@ impl<'a> Trainer<'a> {
     /// Goes on after so many steps, with what [`resumable`](Self::resumable) parts have taken up.
     pub fn resume_at(&mut self, step: u64) {
         self.step = step;
-        self.network.attach(self.model, false);
+        self.attach();
     }
 
     /// What the UNet learns to predict.

@@ -16,6 +16,7 @@ use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::{
     LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
 };
+use crate::training::ema::Ema;
 use crate::training::guard::{self, Cause, NonFinite, RolledBack};
 use crate::training::judge::{EarlyStop, Judge, Measured};
 use crate::training::position::{LoopState, Position};
@@ -152,6 +153,10 @@ pub fn train(
         output_dir: &place.output_dir,
         record: training_record(settings, facts),
     };
+    let state = LoopState {
+        ema: (settings.ema.clone()).map(|ema| Ema::new(ema, trainer.network)),
+        ..LoopState::default()
+    };
     let mut run = Run {
         trainer,
         reporter,
@@ -161,7 +166,7 @@ pub fn train(
         captions: &captions,
         length,
         resume: resume.as_ref(),
-        state: LoopState::default(),
+        state,
         kept_at: Instant::now(),
         measured: None,
         early_stop: None,
@@ -238,6 +243,9 @@ impl Run<'_> {
                     .map(|(batch, number)| source.micro_batch(batch, number))
                     .collect();
                 let output = self.trainer.optimizer_step(&micro)?;
+                if let (Some(ema), false) = (&mut self.state.ema, output.skipped) {
+                    ema.update(self.trainer.network);
+                }
 
                 let images = group.iter().map(|batch| batch.images.len()).sum();
                 let (average, clock) = (&mut self.state.average, &mut self.state.clock);
@@ -503,13 +511,15 @@ impl Run<'_> {
         });
         let rolled_back = self.state.guard.rolled_back.as_ref();
         let rolled_back = rolled_back.map(ToString::to_string);
-        let (trainer, reporter) = (&self.trainer, &mut self.reporter);
-        let step = trainer.steps_done();
-        reporter.phase(Phase::Saving)?;
-        let (path, saved) = self
+        let step = self.trainer.steps_done();
+        self.reporter.phase(Phase::Saving)?;
+        self.exchange();
+        let saved = self
             .files
-            .save(trainer, name, epoch, judgement, rolled_back)?;
-        reporter.send(Report::Checkpoint {
+            .save(&self.trainer, name, epoch, judgement, rolled_back);
+        self.exchange();
+        let (path, saved) = saved?;
+        self.reporter.send(Report::Checkpoint {
             step,
             epoch,
             last,
@@ -527,7 +537,10 @@ impl Run<'_> {
         }
         self.expect_finite()?;
         self.reporter.phase(Phase::Validating)?;
-        let measured = validate(&self.trainer, self.held_out, self.captions)?;
+        self.exchange();
+        let measured = validate(&self.trainer, self.held_out, self.captions);
+        self.exchange();
+        let measured = measured?;
         let judge = with(&self.state.judge, measured);
         // Later decisions depend on what every run of these settings measures, not on wishes or on where it ends.
         if occasion == Occasion::Planned {
@@ -548,6 +561,14 @@ impl Run<'_> {
     fn measured_now(&self) -> Option<Measured> {
         let step = self.trainer.steps_done();
         self.measured.filter(|measured| measured.step == step)
+    }
+
+    /// Exchanges the adapters and their average, where there is one: before anything is made of it, and after.
+    fn exchange(&mut self) {
+        if let Some(ema) = &mut self.state.ema {
+            ema.exchange(self.trainer.network);
+            self.trainer.attach();
+        }
     }
 
     /// What validations say, and whether the run has gone back.
@@ -575,7 +596,13 @@ impl Run<'_> {
     }
 
     fn draw_samples(&mut self) -> Result<(), TrainError> {
-        self.reporter.draw_samples(&self.trainer, self.settings)
+        if self.settings.samples.prompts.is_empty() {
+            return Ok(());
+        }
+        self.exchange();
+        let drawn = self.reporter.draw_samples(&self.trainer, self.settings);
+        self.exchange();
+        drawn
     }
 }
 
@@ -605,6 +632,9 @@ fn parts<'a>(trainer: &'a mut Trainer<'_>, state: &'a mut LoopState) -> Parts<'a
     parts.push(("clock", &mut state.clock));
     parts.push(("validations", &mut state.judge));
     parts.push(("guard", &mut state.guard));
+    if let Some(ema) = &mut state.ema {
+        parts.push(("ema", ema));
+    }
     parts
 }
 
