@@ -13,6 +13,7 @@ pub mod service;
 pub mod spec;
 pub mod state;
 pub mod supervisor;
+pub mod tensorboard;
 pub mod worker;
 
 pub use crate::training::guard::RolledBack;

@@ -332,3 +332,73 @@ fn the_series_has_norms_by_part_and_speed() {
         assert!(points[0].get(field).is_some(), "{field}");
     }
 }
+
+/// The frames of an event file, each with the right length.
+fn records(mut bytes: &[u8]) -> Vec<&[u8]> {
+    let mut records = Vec::new();
+    while !bytes.is_empty() {
+        let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+        for (data, place) in [(&bytes[..8], 8), (&bytes[12..12 + length], 12 + length)] {
+            let masked = bytes[place..place + 4].try_into().expect("four bytes");
+            let crc = u32::from_le_bytes(masked)
+                .wrapping_sub(0xa282_ead8)
+                .rotate_left(15);
+            assert_eq!(crc32c::crc32c(data), crc);
+        }
+        records.push(&bytes[12..12 + length]);
+        bytes = &bytes[16 + length..];
+    }
+    records
+}
+
+#[test]
+fn a_run_can_be_read_by_tensorboard() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let prompt = json!({"prompt": "a", "width_px": 64, "height_px": 64, "steps": 1});
+    let more =
+        json!({"max_train_steps": 3, "samples": {"prompts": [prompt]}, "ema": {"decay": 0.9}});
+    let run = start(&service, &dataset, &more);
+    let found = wait(&service, &run, "succeeded");
+    assert_eq!(
+        found["settings"]["ema"],
+        json!({"decay": 0.9, "warm_up": true})
+    );
+    let answer = service.get(&format!("{run}/tensorboard?pictures=true"));
+    assert_eq!(answer.status, 200);
+    let name = answer.header("content-disposition");
+    assert!(name.contains("events.out.tfevents."), "{name}");
+    if let Ok(folder) = std::env::var("KEEP_EVENT_FILE") {
+        std::fs::write(
+            Path::new(&folder).join("events.out.tfevents.1.test"),
+            &answer.bytes,
+        )
+        .expect("written");
+    }
+    let found = records(&answer.bytes);
+    assert_eq!(found.len(), 1 + 3 + 1, "a head, three steps, a picture");
+    assert!(found[0].ends_with(b"brain.Event:2"));
+    let has = |record: &[u8], part: &[u8]| record.windows(part.len()).any(|found| found == part);
+    let series = service.get(&format!("{run}/metrics")).expect(200);
+    for (point, record) in series["data"]
+        .as_array()
+        .expect("points")
+        .iter()
+        .zip(&found[1..])
+    {
+        let loss = point["loss"].as_f64().expect("a loss") as f32;
+        let value = [b"\x0a\x09loss/step\x15".as_slice(), &loss.to_le_bytes()].concat();
+        assert!(has(record, &value), "{point}");
+        assert!(has(record, b"grad_norm/text_encoder"));
+    }
+    assert!(has(found[4], b"samples/0") && has(found[4], b"\x89PNG"));
+    let every = service.get(&format!("{run}/tensorboard?every=2"));
+    assert_eq!(records(&every.bytes).len(), 2);
+    let zero = service.get(&format!("{run}/tensorboard?every=0"));
+    zero.problem(422, "invalid_query");
+    let wrong = short(&dataset, &json!({"ema": {"decay": 1.0}}));
+    let problem = service
+        .post("/v1/runs", &wrong)
+        .problem(422, "invalid_settings");
+    assert_eq!(problem["errors"][0]["pointer"], "/ema/decay");
+}
