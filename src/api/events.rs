@@ -91,8 +91,8 @@ impl From<Event> for RunEvent {
 
 /// Follow a run.
 ///
-/// Server-sent events: `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, each with JSON data and a
-/// number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
+/// Server-sent events: `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, `resumed`, `rolled_back`,
+/// each with JSON data and a number as its id. All that has happened comes first, then what happens; the stream ends with the run. A client that
 /// comes back with `Last-Event-ID` misses nothing; 204 tells it that there is nothing more to come.
 ///
 /// With `Accept: application/json` or `?wait=` the answer is a list of at most 500 events after `?after=`. With `?wait=`
@@ -102,6 +102,9 @@ impl From<Event> for RunEvent {
 /// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
 /// phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in `total`,
 /// and how many of them were `cached` by an earlier run.
+///
+/// `rolled_back` says that loss or adapters were no longer finite `at_step`, and that the run goes on from `to_step`
+/// with half the learning rates: `progress` and results follow from the step after that again.
 #[utoipa::path(
     tag = "runs",
     operation_id = "list_events",

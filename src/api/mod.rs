@@ -33,6 +33,7 @@ mod run_judging;
 pub mod run_logs;
 mod run_plan;
 pub mod run_settings;
+pub mod run_tensorboard;
 pub mod runs;
 pub mod server;
 pub mod tagged;
@@ -77,6 +78,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_actions::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
+            .configure(run_tensorboard::routes)
             .configure(loras::routes)
             .configure(plugins::routes)
             .configure(webhooks::routes)

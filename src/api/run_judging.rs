@@ -1,9 +1,11 @@
-//! Settings of a run about how it is judged, and their way to the domain: held-out images, early stopping.
+//! Settings of a run about how it is judged, and their way to the domain: held-out images, early stopping, what to do
+//! with numbers that are not finite, the average of the adapters.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::runs::RolledBack as RolledBackRow;
 use crate::runs::settings as domain;
 
 /// Loss on images that are not trained on, at fixed noise and timesteps: before the first step, after the last and at
@@ -34,6 +36,99 @@ pub struct EarlyStopping {
     #[serde(default)]
     #[schema(minimum = 0)]
     pub min_delta: f64,
+}
+
+/// What a run does when its loss, its gradients or its adapters are no longer finite numbers. What f16 overflows in is
+/// no such case: `precision: fp16` leaves those steps out.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// It fails with `loss_not_finite` and says what to change.
+    Fail,
+    /// It goes back to its last resume point and on with half the learning rates, once; then it fails. The default, as
+    /// nobody watches a run at night, and one that has gone back says so: event `rolled_back`, field `rolled_back`,
+    /// `verdict`, and the LoRA's metadata. Where it goes back to depends on when it was last kept: give
+    /// `resume.every_n_steps` where two runs are to be the same even then.
+    #[default]
+    HalveLr,
+}
+
+/// That a run's numbers were no longer finite, and where it went on.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "at_step": 312, "to_step": 280, "lr_factor": 0.5, "cause": "the loss was NaN and the gradient norm NaN"
+}))]
+pub struct RolledBack {
+    /// The optimizer step in which they were found.
+    pub at_step: u64,
+    /// The step it went back to, and on from.
+    pub to_step: u64,
+    /// What its learning rates have been multiplied by since.
+    pub lr_factor: f64,
+    /// What was not finite.
+    pub cause: String,
+}
+
+impl From<RolledBackRow> for RolledBack {
+    fn from(row: RolledBackRow) -> Self {
+        Self {
+            lr_factor: row.lr_factor(),
+            at_step: row.at_step,
+            to_step: row.to_step,
+            cause: row.cause,
+        }
+    }
+}
+
+impl From<OnNonFinite> for domain::OnNonFinite {
+    fn from(wire: OnNonFinite) -> Self {
+        match wire {
+            OnNonFinite::Fail => Self::Fail,
+            OnNonFinite::HalveLr => Self::HalveLr,
+        }
+    }
+}
+
+impl From<domain::OnNonFinite> for OnNonFinite {
+    fn from(domain: domain::OnNonFinite) -> Self {
+        match domain {
+            domain::OnNonFinite::Fail => Self::Fail,
+            domain::OnNonFinite::HalveLr => Self::HalveLr,
+        }
+    }
+}
+
+/// An exponential moving average of the adapters: less noisy than the last step. Validation, previews and LoRA files are
+/// of the average (`lorasmith_weights` in a file's metadata says `ema`); the training itself goes on without it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schema(example = json!({"decay": 0.999, "warm_up": true}))]
+pub struct Ema {
+    /// The share of the average that stays in each step: about `1 / (1 - decay)` steps count.
+    #[schema(exclusive_minimum = 0, exclusive_maximum = 1)]
+    pub decay: f64,
+    /// Whether the decay rises to that, as `(1 + steps) / (10 + steps)`, so that short runs are averaged too.
+    pub warm_up: bool,
+}
+
+impl Default for Ema {
+    fn default() -> Self {
+        domain::EmaSettings::default().into()
+    }
+}
+
+impl From<Ema> for domain::EmaSettings {
+    fn from(wire: Ema) -> Self {
+        let Ema { decay, warm_up } = wire;
+        Self { decay, warm_up }
+    }
+}
+
+impl From<domain::EmaSettings> for Ema {
+    fn from(domain: domain::EmaSettings) -> Self {
+        let domain::EmaSettings { decay, warm_up } = domain;
+        Self { decay, warm_up }
+    }
 }
 
 impl From<Validation> for domain::ValidationSettings {

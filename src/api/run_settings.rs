@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::FieldError;
-use super::run_judging::{EarlyStopping, Validation};
+use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
 use crate::runs::settings::{
     self as domain, BucketSettings, NetworkSettings, PredictionType, SamplerKind, SavePrecision,
 };
@@ -128,6 +128,12 @@ pub struct CreateRun {
     /// Ends the run when its validation loss no longer falls; off when absent.
     #[serde(default)]
     pub early_stopping: Option<EarlyStopping>,
+    /// What to do when its numbers are no longer finite.
+    #[serde(default)]
+    pub on_non_finite: OnNonFinite,
+    /// An average of the adapters, which is then what is measured and saved; off when absent.
+    #[serde(default)]
+    pub ema: Option<Ema>,
     /// Its place in the queue: runs of a higher number go first, of the same number the older one.
     #[serde(default)]
     #[schema(minimum = -100, maximum = 100)]
@@ -469,6 +475,8 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 samples: wire.samples.into(),
                 validation: wire.validation.into(),
                 early_stopping: wire.early_stopping.map(Into::into),
+                on_non_finite: wire.on_non_finite.into(),
+                ema: wire.ema.map(Into::into),
                 optimizer: wire.optimizer.into(),
                 scheduler: wire.scheduler.into(),
             },
@@ -524,6 +532,8 @@ impl CreateRun {
             samples: settings.samples.into(),
             validation: settings.validation.into(),
             early_stopping: settings.early_stopping.map(Into::into),
+            on_non_finite: settings.on_non_finite.into(),
+            ema: settings.ema.map(Into::into),
             priority: run.priority,
         }
     }

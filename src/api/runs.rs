@@ -18,9 +18,10 @@ use super::extract::{Json, Query};
 use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
+use super::run_judging::RolledBack;
 use super::run_settings::CreateRun;
 use super::tagged::tagged;
-use crate::runs::{NewRunRequest, Place, RunError, RunService, RunSpec};
+use crate::runs::{self, NewRunRequest, Place, RunError, RunService, RunSpec};
 use crate::store::runs as rows;
 use crate::store::{Store, StoreError};
 
@@ -94,7 +95,7 @@ states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Su
                  "steps_per_s": 1.9, "eta_s": 147.4, "memory_bytes": 4123456789u64},
     "queue_position": null, "expected_start_at": null,
     "verdict": "validation loss fell from 0.124 to 0.0980 ± 0.00310 and was still falling at step 100, which is the best",
-    "early_stop": null, "continued_from": null, "api_key_id": "019a9c1d-2b10-7c30-a4b2-3d1f2f6f0a11", "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
+    "early_stop": null, "rolled_back": null, "continued_from": null, "api_key_id": "019a9c1d-2b10-7c30-a4b2-3d1f2f6f0a11", "error": null, "lora_id": null, "created_at": "2026-11-25T06:42:00Z", "started_at": "2026-11-25T06:42:01Z",
     "finished_at": null,
     "settings": {
         "name": "lumo", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "base_model": "6d2a1f8b0c9e4a57",
@@ -130,6 +131,8 @@ pub struct Run {
     pub verdict: Option<String>,
     /// Why `early_stopping` ends it before its last step.
     pub early_stop: Option<String>,
+    /// That its numbers were no longer finite, and where it went on; `null` when they always were.
+    pub rolled_back: Option<RolledBack>,
     /// The run that this one makes longer.
     pub continued_from: Option<Uuid>,
     /// The API key that has made it; `null` for the one of the settings, and where nobody needs a key.
@@ -179,7 +182,8 @@ pub struct RunWait {
 /// Why a run failed.
 #[derive(Serialize, ToSchema)]
 pub struct RunFailure {
-    /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `device_failed_self_check`,
+    /// A stable word: `loss_not_finite` (the loss, the gradients or the adapters were no longer finite; the message says
+    /// at which step, and what to change), `model_unusable`, `device_unusable`, `device_failed_self_check`,
     /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
     /// change), `memory_limit` (it has outgrown it), `worker_lost` (its workers die without coming further),
     /// `resume_refused` (what it was kept for has changed) and others.
@@ -190,6 +194,12 @@ pub struct RunFailure {
 impl Run {
     pub(super) fn of(run: rows::Run, lora_id: Option<Uuid>) -> Result<Self, Problem> {
         let spec: RunSpec = serde_json::from_str(&run.spec).map_err(Problem::internal)?;
+        let rolled_back: Option<runs::RolledBack> = run
+            .rolled_back
+            .as_deref()
+            .map(serde_json::from_str)
+            .transpose()
+            .map_err(Problem::internal)?;
         Ok(Self {
             settings: CreateRun::of(&run, spec),
             id: run.id,
@@ -220,6 +230,7 @@ impl Run {
             resumable_step: run.kept_step,
             verdict: run.verdict,
             early_stop: run.early_stop,
+            rolled_back: rolled_back.map(Into::into),
             continued_from: run.continued_from,
             api_key_id: run.api_key_id,
             error: run.error_code.map(|code| RunFailure {
@@ -464,7 +475,8 @@ pub struct MetricQuery {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "step": 120, "epoch": 3, "loss": 0.0981, "loss_average": 0.1043, "validation_loss": null, "validation_error": null, "lr_unet": 1e-4,
-    "lr_text_encoder": 5e-5, "grad_norm": 0.41, "step_time_s": 0.52, "memory_bytes": 4123456789u64
+    "lr_text_encoder": 5e-5, "grad_norm": 0.41, "grad_norm_unet": 0.4, "grad_norm_text_encoder": 0.09, "step_time_s": 0.52,
+    "images_per_s": 3.8, "eta_s": 145.6, "memory_bytes": 4123456789u64, "device_memory_bytes": 8123456789u64
 }))]
 pub struct MetricPoint {
     pub step: u64,
@@ -480,9 +492,19 @@ pub struct MetricPoint {
     pub lr_text_encoder: Option<f64>,
     /// L2 norm of all gradients before clipping.
     pub grad_norm: Option<f64>,
+    /// That of the UNet's adapters alone.
+    pub grad_norm_unet: Option<f64>,
+    /// That of the text encoder's adapters alone.
+    pub grad_norm_text_encoder: Option<f64>,
     pub step_time_s: Option<f64>,
+    /// Mean over the steps so far, without caching, previews and validation.
+    pub images_per_s: Option<f64>,
+    /// Expected time of the remaining steps.
+    pub eta_s: Option<f64>,
     /// Memory of the worker's process.
     pub memory_bytes: Option<u64>,
+    /// Memory of the device that is set aside for it; `null` on the CPU, and where the device does not tell.
+    pub device_memory_bytes: Option<u64>,
 }
 
 /// A series by step.
@@ -495,7 +517,7 @@ pub struct MetricSeries {
 
 /// Read the series of a run.
 ///
-/// Loss, learning rates, gradient norm, time and memory of each optimizer step, at most 10 000 in one answer. With
+/// Loss, learning rates, gradient norms, time, speed and memory of each optimizer step, at most 10 000 in one answer. With
 /// `Accept: text/csv` the same as a table.
 #[utoipa::path(
     tag = "runs",
@@ -503,7 +525,7 @@ pub struct MetricSeries {
     responses(
         (status = 200, description = "The series", content(
             (MetricSeries = "application/json"),
-            (String = "text/csv", example = json!("step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n120,3,0.0981,0.1043,,,0.0001,0.00005,0.41,0.52,4123456789\n")),
+            (String = "text/csv", example = json!("step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,grad_norm_unet,grad_norm_text_encoder,step_time_s,images_per_s,eta_s,memory_bytes,device_memory_bytes\n120,3,0.0981,0.1043,,,0.0001,0.00005,0.41,0.4,0.09,0.52,3.8,145.6,4123456789,8123456789\n")),
         )),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
@@ -562,8 +584,13 @@ impl From<rows::Metric> for MetricPoint {
             lr_unet: row.lr_unet,
             lr_text_encoder: row.lr_text_encoder,
             grad_norm: row.grad_norm,
+            grad_norm_unet: row.grad_norm_unet,
+            grad_norm_text_encoder: row.grad_norm_text_encoder,
             step_time_s: row.step_time_s,
+            images_per_s: row.images_per_s,
+            eta_s: row.eta_s,
             memory_bytes: row.memory_bytes,
+            device_memory_bytes: row.device_memory_bytes,
         }
     }
 }
@@ -575,9 +602,15 @@ fn wants_csv(request: &HttpRequest) -> bool {
         .is_some_and(|value| value.starts_with("text/csv"))
 }
 
+/// The columns of the table, in the order of the fields.
+const COLUMNS: &str = "step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,\
+                       grad_norm_unet,grad_norm_text_encoder,step_time_s,images_per_s,eta_s,memory_bytes,\
+                       device_memory_bytes\n";
+
 fn csv(points: &[MetricPoint]) -> String {
-    let mut text = "step,epoch,loss,loss_average,validation_loss,validation_error,lr_unet,lr_text_encoder,grad_norm,step_time_s,memory_bytes\n".to_owned();
+    let mut text = COLUMNS.to_owned();
     let number = |value: Option<f64>| value.map(|value| value.to_string()).unwrap_or_default();
+    let bytes = |value: Option<u64>| value.map(|value| value.to_string()).unwrap_or_default();
     for point in points {
         let cells = [
             point.step.to_string(),
@@ -589,11 +622,13 @@ fn csv(points: &[MetricPoint]) -> String {
             number(point.lr_unet),
             number(point.lr_text_encoder),
             number(point.grad_norm),
+            number(point.grad_norm_unet),
+            number(point.grad_norm_text_encoder),
             number(point.step_time_s),
-            point
-                .memory_bytes
-                .map(|bytes| bytes.to_string())
-                .unwrap_or_default(),
+            number(point.images_per_s),
+            number(point.eta_s),
+            bytes(point.memory_bytes),
+            bytes(point.device_memory_bytes),
         ];
         text.push_str(&cells.join(","));
         text.push('\n');

@@ -49,7 +49,8 @@ pub struct CreateWebhook {
     #[schema(max_length = 2048)]
     pub url: String,
     /// Event types, or `*` for all: `run.` and a state (`run.succeeded`), or `run.` and the kind of another event
-    /// (`run.lora`, `run.sample`, `run.validation`, `run.progress`, `run.phase`, `run.memory`).
+    /// (`run.lora`, `run.sample`, `run.validation`, `run.progress`, `run.phase`, `run.memory`,
+    /// `run.resumed`, `run.rolled_back`).
     #[schema(min_items = 1)]
     pub events: Vec<String>,
     /// For people.

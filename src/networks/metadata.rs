@@ -82,6 +82,10 @@ pub struct TrainingRecord {
     pub validate_every_n_steps: Option<u64>,
     /// What validation says of these adapters and of the run so far.
     pub judgement: Option<JudgementRecord>,
+    /// That the run has gone back and on with half the learning rates, if it has.
+    pub rolled_back: Option<String>,
+    /// Decay of the average that the file holds in place of the adapters of its step, if it does.
+    pub ema_decay: Option<f64>,
     /// Base model.
     pub base_model: BaseModelRecord,
 }
@@ -247,6 +251,13 @@ impl TrainingRecord {
     }
 
     fn put_judgement(&self, entries: &mut BTreeMap<String, String>) {
+        if let Some(back) = &self.rolled_back {
+            entries.insert("lorasmith_rolled_back".to_owned(), back.clone());
+        }
+        if let Some(decay) = self.ema_decay {
+            entries.insert("lorasmith_weights".to_owned(), "ema".to_owned());
+            entries.insert("lorasmith_ema_decay".to_owned(), float(decay));
+        }
         let Some(judgement) = &self.judgement else {
             return;
         };
@@ -558,6 +569,8 @@ mod tests {
             validation_split: None,
             validate_every_n_steps: None,
             judgement: None,
+            rolled_back: None,
+            ema_decay: None,
             base_model: BaseModelRecord {
                 name: "sd15_full_random_fp16.safetensors".to_owned(),
                 legacy_hash: "c6406a4c".to_owned(),

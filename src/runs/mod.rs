@@ -13,9 +13,11 @@ pub mod service;
 pub mod spec;
 pub mod state;
 pub mod supervisor;
+pub mod tensorboard;
 pub mod worker;
 
 pub use crate::store::runs::Room;
+pub use crate::training::guard::RolledBack;
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
 pub use pace::Pace;
@@ -33,7 +35,8 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, EarlyStopping, GradientCheckpointing, PluginChoice, ResumeSettings,
-        SamplePrompt, SampleSettings, SaveSettings, TrainLength, TrainSettings, ValidationSettings,
+        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite,
+        PluginChoice, ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength,
+        TrainSettings, ValidationSettings,
     };
 }

@@ -25,6 +25,7 @@ use crate::store::runs::{
     WorkerReport,
 };
 use crate::store::{Store, StoreError};
+use crate::training::guard::RolledBack;
 use crate::training::judge::Measured;
 use crate::training::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 
@@ -264,8 +265,13 @@ impl Reporter {
                 lr_unet: Some(step.lr_unet),
                 lr_text_encoder: Some(step.lr_text_encoder),
                 grad_norm: finite(step.grad_norm),
+                grad_norm_unet: step.grad_norm_unet.and_then(finite),
+                grad_norm_text_encoder: step.grad_norm_text_encoder.and_then(finite),
                 step_time_s: Some(step.step_time_s),
+                images_per_s: Some(step.images_per_s),
+                eta_s: Some(step.eta_s),
                 memory_bytes,
+                device_memory_bytes: step.device_memory_bytes,
                 ..Metric::default()
             }],
             // A worker before this one may have come further, and told it.
@@ -287,6 +293,10 @@ impl Reporter {
                         "step_time_s": step.step_time_s,
                         "eta_s": step.eta_s,
                         "memory_bytes": memory_bytes,
+                        "device_memory_bytes": step.device_memory_bytes,
+                        "grad_norm": finite(step.grad_norm),
+                        "grad_norm_unet": step.grad_norm_unet.and_then(finite),
+                        "grad_norm_text_encoder": step.grad_norm_text_encoder.and_then(finite),
                         "skipped_steps": step.skipped_steps,
                     }),
                 )]
@@ -345,6 +355,33 @@ impl Reporter {
         self.write(WorkerReport {
             progress: Some(self.progress.clone()),
             events: vec![("resumed".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+    }
+
+    fn rolled_back(&mut self, back: &RolledBack, epoch: u64, loss_average: f64, verdict: &str) {
+        self.told.go_back_to(back.to_step);
+        self.ends_early = false;
+        self.progress = Progress {
+            step: back.to_step,
+            epoch,
+            loss_average: (back.to_step > 0).then_some(loss_average),
+            ..self.progress.clone()
+        };
+        let data = json!({
+            "at_step": back.at_step, "to_step": back.to_step, "lr_factor": back.lr_factor(), "cause": back.cause,
+            "message": back.to_string(),
+        });
+        let known = self.was_told("rolled_back", |told| told["at_step"] == back.at_step);
+        self.write(WorkerReport {
+            progress: Some(self.progress.clone()),
+            verdict: Some((verdict.to_owned(), None)),
+            rolled_back: serde_json::to_string(back).ok(),
+            events: if known.is_some() {
+                Vec::new()
+            } else {
+                vec![("rolled_back".to_owned(), data)]
+            },
             ..WorkerReport::default()
         });
     }
@@ -444,6 +481,15 @@ impl ProgressSink for Reporter {
                 loss_average,
             } => {
                 self.resumed(step, epoch, loss_average);
+                Ok(())
+            }
+            Report::RolledBack {
+                back,
+                epoch,
+                loss_average,
+                verdict,
+            } => {
+                self.rolled_back(back, epoch, loss_average, verdict);
                 Ok(())
             }
             Report::Kept { step } => {
@@ -655,6 +701,8 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
             .iter_mut()
             .find(|known| known.step == metric.step);
         match same {
+            // A run that has gone back does steps again.
+            Some(known) if metric.loss_average.is_some() => *known = metric,
             Some(known) => {
                 known.validation_loss = metric.validation_loss.or(known.validation_loss);
                 known.validation_error = metric.validation_error.or(known.validation_error);
@@ -666,6 +714,7 @@ fn merge(into: &mut WorkerReport, report: WorkerReport) {
     into.loras.extend(report.loras);
     into.events.extend(report.events);
     into.verdict = report.verdict.or(into.verdict.take());
+    into.rolled_back = report.rolled_back.or(into.rolled_back.take());
     into.kept_step = report.kept_step.or(into.kept_step);
     into.fulfilled.extend(report.fulfilled);
 }

@@ -140,7 +140,7 @@ impl From<TrainError> for RunFailure {
             TrainError::Settings(_) => "invalid_settings",
             TrainError::Data(_) | TrainError::LatentsNotFinite { .. } => "image_unusable",
             TrainError::NoImages | TrainError::UnknownImage { .. } => "no_images",
-            TrainError::NotFinite { .. } => "loss_not_finite",
+            TrainError::NotFinite(_) => "loss_not_finite",
             TrainError::Optimizer(_) => "plugin_failed",
             TrainError::BaseModel { .. } | TrainError::Model(_) => "model_unusable",
             TrainError::Resume(ResumeError::Foreign { .. }) => "resume_refused",

@@ -143,6 +143,8 @@ pub struct Run {
     pub verdict: Option<String>,
     /// Why it ends, or has ended, before its last step.
     pub early_stop: Option<String>,
+    /// That its numbers were no longer finite, and where it went on; JSON that `runs` wrote.
+    pub rolled_back: Option<String>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -629,6 +631,7 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         keeps_turn: row.keeps_turn,
         verdict: row.verdict,
         early_stop: row.early_stop,
+        rolled_back: row.rolled_back,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

@@ -41,6 +41,11 @@ impl LossScale {
             .map_or(1.0, |exponent| f64::exp2(exponent.into()))
     }
 
+    /// Whether the loss is scaled.
+    pub fn is_on(&self) -> bool {
+        self.exponent.is_some()
+    }
+
     /// Steps that were left out.
     pub fn skipped(&self) -> u64 {
         self.skipped

@@ -3,8 +3,14 @@
 #[cfg(test)]
 mod cache_tests;
 pub mod data;
+pub mod ema;
+#[cfg(test)]
+mod ema_tests;
 #[cfg(test)]
 mod goldens;
+pub mod guard;
+#[cfg(test)]
+mod guard_tests;
 pub mod judge;
 pub mod loss_scale;
 pub mod memory;
@@ -32,9 +38,9 @@ pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDt
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 pub use resume::{ResumeError, ResumeFolder};
 pub use settings::{
-    ComputePrecision, EarlyStopping, GradientCheckpointing, PluginChoice, ResumeSettings,
-    SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength, TrainSettings,
-    ValidationSettings,
+    ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite, PluginChoice,
+    ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, SettingProblem, TrainLength,
+    TrainSettings, ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
 pub use train::{Length, RunPlace, TrainOutcome, planned_steps, train};
@@ -76,19 +82,9 @@ pub enum TrainError {
         /// The image.
         id: String,
     },
-    /// The loss or the gradients are not finite; nothing was updated in this step.
-    #[error(
-        "step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers; \
-         a lower learning rate may help"
-    )]
-    NotFinite {
-        /// The step, from 1.
-        step: u64,
-        /// Its loss.
-        loss: f64,
-        /// Its gradient norm.
-        grad_norm: f64,
-    },
+    /// The loss, the gradients or the adapters are not finite.
+    #[error("{0}")]
+    NotFinite(Box<guard::NonFinite>),
     /// A resume point cannot be written, read or used.
     #[error(transparent)]
     Resume(#[from] ResumeError),
@@ -112,4 +108,10 @@ pub enum TrainError {
         /// Optimizer steps done.
         step: u64,
     },
+}
+
+impl From<guard::NonFinite> for TrainError {
+    fn from(found: guard::NonFinite) -> Self {
+        Self::NotFinite(Box::new(found))
+    }
 }

@@ -3,6 +3,8 @@
 use serde_json::json;
 
 use crate::training::TrainError;
+use crate::training::ema::Ema;
+use crate::training::guard::Guard;
 use crate::training::judge::Judge;
 use crate::training::resume::{Part, PartTensor, Resumable};
 
@@ -17,6 +19,10 @@ pub struct LoopState {
     pub clock: Clock,
     /// Of the validations.
     pub judge: Judge,
+    /// Of numbers that were not finite.
+    pub guard: Guard,
+    /// Of the adapters, where one is wanted.
+    pub ema: Option<Ema>,
 }
 
 /// How far the data has been gone through. Its order is a function of the seed and the epoch, noise and timesteps of

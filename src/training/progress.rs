@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::networks::SavedLora;
+use crate::training::guard::RolledBack;
 use crate::training::judge::Measured;
 
 /// Receives reports; the training stops soon after it answers [`Control::Stop`].
@@ -64,6 +65,17 @@ pub enum Report<'a> {
     Kept {
         /// Optimizer steps done.
         step: u64,
+    },
+    /// Numbers were no longer finite: the run has gone back, and does again what came after.
+    RolledBack {
+        /// From where, to where, and why.
+        back: &'a RolledBack,
+        /// Epoch of the step it went back to, from 1.
+        epoch: u64,
+        /// Mean of the latest loss at each position of the epoch.
+        loss_average: f64,
+        /// What is to be said of the run now.
+        verdict: &'a str,
     },
     /// An optimizer step is done.
     Step(&'a StepReport),
@@ -163,6 +175,10 @@ pub struct StepReport {
     pub loss_average: f64,
     /// L2 norm of all gradients before clipping; not finite in a step that was left out.
     pub grad_norm: f64,
+    /// That of the UNet's adapters alone; none when they are not trained.
+    pub grad_norm_unet: Option<f64>,
+    /// That of the text encoder's adapters alone; none when they are not trained.
+    pub grad_norm_text_encoder: Option<f64>,
     /// Steps so far that were left out because their gradients overflowed in f16.
     pub skipped_steps: u64,
     /// Learning rate of the UNet in this step.
@@ -175,6 +191,8 @@ pub struct StepReport {
     pub step_time_s: f64,
     /// Images per second of training, without caching, previews and validation.
     pub images_per_s: f64,
+    /// What the device has set aside for this process; none on the CPU, and where the device does not tell.
+    pub device_memory_bytes: Option<u64>,
     /// Expected time of the remaining steps.
     pub eta_s: f64,
 }

@@ -88,6 +88,8 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         validation_split: settings.validation.fraction,
         validate_every_n_steps: settings.validation.every_n_steps,
         judgement: None,
+        rolled_back: None,
+        ema_decay: settings.ema.as_ref().map(|ema| ema.decay),
         base_model: facts.base_model,
     }
 }

@@ -56,6 +56,10 @@ pub struct TrainSettings {
     /// When to end before the last step; never without.
     #[serde(default)]
     pub early_stopping: Option<EarlyStopping>,
+    /// What to do when loss or adapters are no longer finite.
+    pub on_non_finite: OnNonFinite,
+    /// An average of the adapters; none without.
+    pub ema: Option<EmaSettings>,
     /// The optimizer plugin.
     pub optimizer: PluginChoice,
     /// The learning-rate scheduler plugin.
@@ -212,6 +216,38 @@ pub struct EarlyStopping {
     pub min_delta: f64,
 }
 
+/// What a run does when its loss or its adapters are no longer finite.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// It fails.
+    Fail,
+    /// It goes back to the last resume point and on with half the learning rates; the second time it fails. This is
+    /// the default: nobody watches a run at night, and one that has gone back says so wherever it is looked at.
+    #[default]
+    HalveLr,
+}
+
+/// An exponential moving average of the adapters. It is what is measured, drawn and saved; the training itself goes on
+/// without it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmaSettings {
+    /// The share of the average that stays in each update, 0 to 1; `1 / (1 − decay)` steps count.
+    pub decay: f64,
+    /// Whether the decay rises to that, as `(1 + updates) / (10 + updates)`.
+    pub warm_up: bool,
+}
+
+impl Default for EmaSettings {
+    fn default() -> Self {
+        Self {
+            decay: 0.999,
+            warm_up: true,
+        }
+    }
+}
+
 /// A plugin and its settings, which only the plugin understands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -252,6 +288,8 @@ impl Default for TrainSettings {
             samples: SampleSettings::default(),
             validation: ValidationSettings::default(),
             early_stopping: None,
+            on_non_finite: OnNonFinite::default(),
+            ema: None,
             optimizer: plugin("adamw"),
             scheduler: plugin("constant"),
         }
@@ -304,6 +342,7 @@ impl TrainSettings {
                 ..ours.validation
             },
             early_stopping: None,
+            on_non_finite: OnNonFinite::default(),
             ..ours
         }
     }
@@ -397,6 +436,12 @@ impl TrainSettings {
 
 impl TrainSettings {
     fn check_judging(&self, check: &mut Check) {
+        if let Some(EmaSettings { decay, .. }) = self.ema
+            && !(decay > 0.0 && decay < 1.0)
+        {
+            let message = format!("is {decay}, expected a number above 0 and below 1");
+            check.report("/ema/decay", message);
+        }
         let validation = &self.validation;
         if let Some(fraction) = validation.fraction {
             if !(fraction > 0.0 && fraction <= 0.9) {
@@ -493,6 +538,10 @@ mod tests {
             patience: 0,
             min_delta: 0.0,
         });
+        settings.ema = Some(EmaSettings {
+            decay: 1.0,
+            ..EmaSettings::default()
+        });
         let problems = settings.problems();
         let found: Vec<_> = problems.iter().map(|p| p.pointer.as_str()).collect();
         assert_eq!(
@@ -505,6 +554,7 @@ mod tests {
                 "/output_name",
                 "/save/every_n_steps",
                 "/samples/prompts/0/steps",
+                "/ema/decay",
                 "/validation/fraction",
                 "/early_stopping/patience"
             ]

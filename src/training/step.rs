@@ -8,6 +8,7 @@ use crate::diffusion::devices::is_cpu;
 use crate::diffusion::{Keep, Part, StableDiffusion};
 use crate::networks::{Leaves, LoraNetwork};
 use crate::training::TrainError;
+use crate::training::guard::{Cause, NonFinite, weights_are_finite};
 use crate::training::loss_scale::LossScale;
 use crate::training::objective::{Objective, weighted_mse};
 use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
@@ -49,6 +50,10 @@ pub struct StepOutput {
     pub loss: f64,
     /// L2 norm of all gradients before clipping.
     pub grad_norm: f64,
+    /// That of the UNet's adapters alone; none when they are not trained.
+    pub grad_norm_unet: Option<f64>,
+    /// That of the text encoder's adapters alone; none when they are not trained.
+    pub grad_norm_text_encoder: Option<f64>,
     /// Learning rate of the UNet's adapters.
     pub lr_unet: f64,
     /// Learning rate of the text encoder's adapters.
@@ -91,6 +96,7 @@ pub struct Trainer<'a> {
     objective: Objective,
     unet_lr: f64,
     text_encoder_lr: f64,
+    lr_factor: f64,
     clip_skip: usize,
     max_grad_norm: f64,
     gradient_accumulation_steps: usize,
@@ -122,6 +128,7 @@ impl<'a> Trainer<'a> {
             scheduler,
             unet_lr: settings.unet_lr,
             text_encoder_lr: settings.text_encoder_lr,
+            lr_factor: 1.0,
             clip_skip: settings.clip_skip,
             max_grad_norm: settings.max_grad_norm,
             gradient_accumulation_steps: settings.gradient_accumulation_steps,
@@ -140,6 +147,16 @@ impl<'a> Trainer<'a> {
     /// Waits for the device at the end of each phase, so that [`StepTimes`] are true on a GPU.
     pub fn wait_after_phases(&mut self) {
         self.waits = true;
+    }
+
+    /// Multiplies the learning rates by this from now on, beside the schedule.
+    pub fn set_lr_factor(&mut self, factor: f64) {
+        self.lr_factor = factor;
+    }
+
+    /// Lets the model have the adapters' values of this moment.
+    pub fn attach(&mut self) {
+        self.network.attach(self.model, false);
     }
 
     /// Optimizer steps done.
@@ -164,7 +181,7 @@ impl<'a> Trainer<'a> {
     /// Goes on after so many steps, with what [`resumable`](Self::resumable) parts have taken up.
     pub fn resume_at(&mut self, step: u64) {
         self.step = step;
-        self.network.attach(self.model, false);
+        self.attach();
     }
 
     /// What the UNet learns to predict.
@@ -186,30 +203,31 @@ impl<'a> Trainer<'a> {
         }
         let started = Instant::now();
         let scale = self.loss_scale.factor();
-        let (loss, scaled_norm) = read_loss_and_norm(losses, &gradients)?;
-        let grad_norm = scaled_norm / scale;
+        let (loss, norms) = self.read_loss_and_norms(losses, &gradients)?;
+        let grad_norm = norms.all / scale;
         let updates_done = self.step - self.loss_scale.skipped();
-        let factor = self.scheduler.factor(updates_done)?;
+        let factor = self.scheduler.factor(updates_done)? * self.lr_factor;
         let mut output = StepOutput {
             loss,
             grad_norm,
+            grad_norm_unet: norms.unet.map(|norm| norm / scale),
+            grad_norm_text_encoder: norms.text_encoder.map(|norm| norm / scale),
             lr_unet: self.unet_lr * factor,
             lr_text_encoder: self.text_encoder_lr * factor,
             skipped: false,
             times,
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
-            if self.loss_scale.overflowed() {
+            // A smaller scale does not mend adapters that are not finite.
+            let scaled = self.loss_scale.is_on() && weights_are_finite(self.network)?;
+            if scaled && self.loss_scale.overflowed() {
                 self.step += 1;
                 self.network.attach(self.model, false);
                 output.skipped = true;
                 return Ok(output);
             }
-            return Err(TrainError::NotFinite {
-                step: self.step + 1,
-                loss,
-                grad_norm,
-            });
+            let cause = Cause::Loss { loss, grad_norm };
+            return Err(self.non_finite(self.step + 1, cause)?.into());
         }
         self.loss_scale.succeeded();
         rescale(
@@ -240,6 +258,19 @@ impl<'a> Trainer<'a> {
         self.network.attach(self.model, false);
         output.times.optimizer_s = self.seconds_since(started)?;
         Ok(output)
+    }
+
+    /// An error for what was found in a step.
+    pub fn non_finite(&self, step: u64, cause: Cause) -> Result<NonFinite, TrainError> {
+        let updates_done = step.saturating_sub(1 + self.loss_scale.skipped());
+        let factor = self.scheduler.factor(updates_done)? * self.lr_factor;
+        Ok(NonFinite {
+            step,
+            cause,
+            lr_unet: self.unet_lr * factor,
+            lr_text_encoder: self.text_encoder_lr * factor,
+            advice: String::new(),
+        })
     }
 
     /// Adds the gradients of one batch to the sums; the result is its loss.
@@ -294,6 +325,44 @@ impl<'a> Trainer<'a> {
         }
         times.backward_s += self.seconds_since(started)?;
         Ok(value)
+    }
+
+    /// The mean loss and the L2 norms of the gradients, in one read from the device.
+    fn read_loss_and_norms(
+        &self,
+        losses: Vec<Tensor<1>>,
+        gradients: &[Option<Tensor<4>>],
+    ) -> Result<(f64, Norms), TrainError> {
+        let count = losses.len();
+        let mut numbers = losses;
+        numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
+        if count == 0 || numbers.len() == count {
+            return Err(TrainError::NothingToTrain);
+        }
+        let numbers = Tensor::cat(numbers, 0)
+            .try_into_vec_as::<f32>()
+            .map_err(|error| TrainError::Device(error.to_string()))?;
+        let (losses, squares) = numbers.split_at(count);
+        let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+        let parameters = self.network.parameters().iter().zip(gradients);
+        let parts = parameters.filter_map(|(parameter, gradient)| {
+            gradient.as_ref()?;
+            Some(parameter.part)
+        });
+        let parts: Vec<Part> = parts.collect();
+        let of_part = |part: Part| {
+            let own = parts.iter().zip(squares).filter(|(p, _)| **p == part);
+            let squares = own.map(|(_, square)| f64::from(*square));
+            self.network
+                .covers(part)
+                .then(|| squares.sum::<f64>().sqrt())
+        };
+        let norms = Norms {
+            all: sum(squares).sqrt(),
+            unet: of_part(Part::UNet),
+            text_encoder: of_part(Part::TextEncoder),
+        };
+        Ok((sum(losses) / count as f64, norms))
     }
 
     fn seconds_since(&self, started: Instant) -> Result<f64, TrainError> {
@@ -358,23 +427,11 @@ fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, gradients: &mu
     }
 }
 
-/// The mean loss and the L2 norm of all gradients, in one read from the device.
-fn read_loss_and_norm(
-    losses: Vec<Tensor<1>>,
-    gradients: &[Option<Tensor<4>>],
-) -> Result<(f64, f64), TrainError> {
-    let count = losses.len();
-    let mut numbers = losses;
-    numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
-    if count == 0 || numbers.len() == count {
-        return Err(TrainError::NothingToTrain);
-    }
-    let numbers = Tensor::cat(numbers, 0)
-        .try_into_vec_as::<f32>()
-        .map_err(|error| TrainError::Device(error.to_string()))?;
-    let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-    let (losses, squares) = numbers.split_at(count);
-    Ok((sum(losses) / count as f64, sum(squares).sqrt()))
+/// L2 norms of the gradients, of all and of the halves of the model that are trained.
+struct Norms {
+    all: f64,
+    unet: Option<f64>,
+    text_encoder: Option<f64>,
 }
 
 /// What brings the L2 norm of all gradients down to `max_norm`, where it is above; 0 switches that off.

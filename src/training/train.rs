@@ -16,13 +16,15 @@ use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::{
     LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
 };
+use crate::training::ema::Ema;
+use crate::training::guard::{self, Cause, NonFinite, RolledBack};
 use crate::training::judge::{EarlyStop, Judge, Measured};
 use crate::training::position::{LoopState, Position};
 use crate::training::progress::{Control, Phase, ProgressSink, Report, StepReport};
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::{RunFacts, training_record};
-use crate::training::resume::{Owner, Parts, ResumeFolder, ResumePoint};
-use crate::training::settings::{TrainLength, TrainSettings};
+use crate::training::resume::{Owner, Parts, ResumeError, ResumeFolder, ResumePoint};
+use crate::training::settings::{OnNonFinite, TrainLength, TrainSettings};
 use crate::training::step::{MicroBatch, StepOutput, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::{HeldOut, validate};
@@ -151,6 +153,10 @@ pub fn train(
         output_dir: &place.output_dir,
         record: training_record(settings, facts),
     };
+    let state = LoopState {
+        ema: (settings.ema.clone()).map(|ema| Ema::new(ema, trainer.network)),
+        ..LoopState::default()
+    };
     let mut run = Run {
         trainer,
         reporter,
@@ -160,15 +166,30 @@ pub fn train(
         captions: &captions,
         length,
         resume: resume.as_ref(),
-        state: LoopState::default(),
+        state,
         kept_at: Instant::now(),
         measured: None,
         early_stop: None,
+        start: None,
+        finite_at: None,
     };
     run.take_up()?;
-    let outcome = run.train(&plan, &source).and_then(|()| run.finish());
+    let outcome = loop {
+        match run.train(&plan, &source).and_then(|()| run.finish()) {
+            Err(TrainError::NotFinite(found)) => {
+                if let Err(error) = run.roll_back(*found) {
+                    break Err(error);
+                }
+            }
+            outcome => break outcome,
+        }
+    };
     if matches!(outcome, Err(TrainError::Stopped { .. })) && run.reporter.sink.wishes().leave {
-        run.keep()?;
+        match run.keep() {
+            // The next worker goes on from the point before, and finds this out itself.
+            Err(TrainError::NotFinite(_)) => {}
+            kept => kept?,
+        }
     }
     outcome
 }
@@ -189,6 +210,10 @@ struct Run<'a> {
     /// The newest validation of this process.
     measured: Option<Measured>,
     early_stop: Option<EarlyStop>,
+    /// The state before the first step, as long as there is no resume point and it may be needed.
+    start: Option<ResumePoint>,
+    /// The step whose adapters are known to be finite.
+    finite_at: Option<u64>,
 }
 
 impl Run<'_> {
@@ -218,6 +243,9 @@ impl Run<'_> {
                     .map(|(batch, number)| source.micro_batch(batch, number))
                     .collect();
                 let output = self.trainer.optimizer_step(&micro)?;
+                if let (Some(ema), false) = (&mut self.state.ema, output.skipped) {
+                    ema.update(self.trainer.network);
+                }
 
                 let images = group.iter().map(|batch| batch.images.len()).sum();
                 let (average, clock) = (&mut self.state.average, &mut self.state.clock);
@@ -252,12 +280,15 @@ impl Run<'_> {
             loss: output.loss,
             loss_average,
             grad_norm: output.grad_norm,
+            grad_norm_unet: output.grad_norm_unet,
+            grad_norm_text_encoder: output.grad_norm_text_encoder,
             skipped_steps: self.trainer.loss_scale().skipped(),
             lr_unet: output.lr_unet,
             lr_text_encoder: output.lr_text_encoder,
             images,
             step_time_s: clock.last_s,
             images_per_s: clock.images_per_s(),
+            device_memory_bytes: self.device_memory_bytes(),
             eta_s: clock.eta_s(step, self.length.steps),
         };
         self.reporter.step = step;
@@ -339,17 +370,17 @@ impl Run<'_> {
 
     /// Goes on where the newest resume point is, if there is one.
     fn take_up(&mut self) -> Result<(), TrainError> {
-        let Some((folder, owner)) = self.resume else {
-            return Ok(());
-        };
-        folder.clear_unfinished();
-        let Some(point) = folder.newest()? else {
+        if let Some((folder, _)) = self.resume {
+            folder.clear_unfinished();
+        }
+        let Some(point) = self.newest_point()? else {
+            if self.settings.on_non_finite == OnNonFinite::HalveLr {
+                self.start = Some(self.resume_point()?);
+            }
             return Ok(());
         };
         let step = point.step;
-        point.restore(owner, parts(&mut self.trainer, &mut self.state))?;
-        self.trainer.resume_at(step);
-        self.reporter.step = step;
+        self.go_on_from(point)?;
         self.reporter.send(Report::Resumed {
             step,
             epoch: self.state.position.epoch,
@@ -357,19 +388,103 @@ impl Run<'_> {
         })
     }
 
+    /// Goes back to where the numbers were finite, once and with half the learning rates, or fails with advice.
+    fn roll_back(&mut self, found: NonFinite) -> Result<(), TrainError> {
+        let guard = &self.state.guard;
+        let may =
+            self.settings.on_non_finite == OnNonFinite::HalveLr && guard.rolled_back.is_none();
+        let point = if may { self.newest_point()? } else { None };
+        let Some(point) = point.or(self.start.take().filter(|_| may)) else {
+            return Err(found.advised(self.settings, &self.state.guard).into());
+        };
+        let back = RolledBack {
+            at_step: found.step,
+            to_step: point.step,
+            cause: found.cause.to_string(),
+        };
+        tracing::warn!(%back, "numbers are no longer finite");
+        self.go_on_from(point)?;
+        // Whatever was due after that step was done before the numbers went wrong.
+        self.state.position.chores_due = false;
+        self.state.guard.rolled_back = Some(back.clone());
+        self.trainer.set_lr_factor(self.state.guard.lr_factor());
+        (self.measured, self.early_stop, self.finite_at) = (None, None, None);
+        let verdict = self.verdict(&self.state.judge).unwrap_or_default();
+        let told = self.reporter.send(Report::RolledBack {
+            back: &back,
+            epoch: self.state.position.epoch,
+            loss_average: self.state.average.mean(),
+            verdict: &verdict,
+        });
+        // Neither a crash nor a pause makes the run forget what it has learned.
+        self.keep_as(ResumeFolder::write_back)?;
+        told
+    }
+
+    /// Makes everything as it was at a resume point.
+    fn go_on_from(&mut self, point: ResumePoint) -> Result<(), TrainError> {
+        let step = point.step;
+        let owner = point.owner.clone();
+        let owner = self.resume.map_or(&owner, |(_, owner)| owner);
+        point.restore(owner, parts(&mut self.trainer, &mut self.state))?;
+        self.trainer.resume_at(step);
+        self.trainer.set_lr_factor(self.state.guard.lr_factor());
+        self.reporter.step = step;
+        Ok(())
+    }
+
+    fn newest_point(&self) -> Result<Option<ResumePoint>, TrainError> {
+        match self.resume {
+            Some((folder, _)) => Ok(folder.newest()?),
+            None => Ok(None),
+        }
+    }
+
+    /// The state of this moment, which has to be finite.
+    fn resume_point(&mut self) -> Result<ResumePoint, TrainError> {
+        let step = self.trainer.steps_done();
+        let owner = self.resume.map(|(_, owner)| owner.clone());
+        let parts = parts(&mut self.trainer, &mut self.state);
+        let point = ResumePoint::of(step, &owner.unwrap_or_default(), parts)?;
+        if !guard::is_finite(&point) {
+            return Err(self.trainer.non_finite(step, Cause::Weights)?.into());
+        }
+        Ok(point)
+    }
+
+    /// Lets nothing be made of adapters that are not finite.
+    fn expect_finite(&mut self) -> Result<(), TrainError> {
+        let step = self.trainer.steps_done();
+        if self.finite_at == Some(step) {
+            return Ok(());
+        }
+        if !guard::weights_are_finite(self.trainer.network)? {
+            return Err(self.trainer.non_finite(step, Cause::Weights)?.into());
+        }
+        self.finite_at = Some(step);
+        Ok(())
+    }
+
     /// Writes a resume point.
     fn keep(&mut self) -> Result<(), TrainError> {
-        let Some((folder, owner)) = self.resume else {
+        self.keep_as(ResumeFolder::write)
+    }
+
+    fn keep_as(
+        &mut self,
+        write: fn(&ResumeFolder, &ResumePoint) -> Result<(), ResumeError>,
+    ) -> Result<(), TrainError> {
+        let Some((folder, _)) = self.resume else {
             return Ok(());
         };
-        let step = self.trainer.steps_done();
-        let parts = parts(&mut self.trainer, &mut self.state);
-        let point = ResumePoint::of(step, owner, parts)?;
+        let point = self.resume_point()?;
+        let step = point.step;
         // Whoever goes on from here reports nothing of what came before.
         if self.reporter.sink.settle() == Control::Stop {
             return Err(TrainError::Stopped { step });
         }
-        folder.write(&point)?;
+        write(folder, &point)?;
+        self.start = None;
         self.kept_at = Instant::now();
         self.reporter.send(Report::Kept { step })
     }
@@ -380,9 +495,8 @@ impl Run<'_> {
         epoch: u64,
         last: bool,
     ) -> Result<(PathBuf, SavedLora), TrainError> {
+        self.expect_finite()?;
         let measured = self.measured_now();
-        let (trainer, reporter) = (&self.trainer, &mut self.reporter);
-        let step = trainer.steps_done();
         let judgement = measured.and_then(|measured| {
             let Measured {
                 loss,
@@ -392,12 +506,20 @@ impl Run<'_> {
             Some(JudgementRecord {
                 validation_loss: loss,
                 standard_error,
-                verdict: with(&self.state.judge, measured).verdict(self.early_stop.as_ref())?,
+                verdict: self.verdict(&with(&self.state.judge, measured))?,
             })
         });
-        reporter.phase(Phase::Saving)?;
-        let (path, saved) = self.files.save(trainer, name, epoch, judgement)?;
-        reporter.send(Report::Checkpoint {
+        let rolled_back = self.state.guard.rolled_back.as_ref();
+        let rolled_back = rolled_back.map(ToString::to_string);
+        let step = self.trainer.steps_done();
+        self.reporter.phase(Phase::Saving)?;
+        self.exchange();
+        let saved = self
+            .files
+            .save(&self.trainer, name, epoch, judgement, rolled_back);
+        self.exchange();
+        let (path, saved) = saved?;
+        self.reporter.send(Report::Checkpoint {
             step,
             epoch,
             last,
@@ -413,8 +535,12 @@ impl Run<'_> {
         if self.held_out.is_empty() {
             return Ok(());
         }
+        self.expect_finite()?;
         self.reporter.phase(Phase::Validating)?;
-        let measured = validate(&self.trainer, self.held_out, self.captions)?;
+        self.exchange();
+        let measured = validate(&self.trainer, self.held_out, self.captions);
+        self.exchange();
+        let measured = measured?;
         let judge = with(&self.state.judge, measured);
         // Later decisions depend on what every run of these settings measures, not on wishes or on where it ends.
         if occasion == Occasion::Planned {
@@ -422,7 +548,7 @@ impl Run<'_> {
             self.early_stop = self.stops_early();
         }
         self.measured = Some(measured);
-        let verdict = judge.verdict(self.early_stop.as_ref());
+        let verdict = self.verdict(&judge);
         let early_stop = self.early_stop.map(|stop| stop.to_string());
         self.reporter.send(Report::Validation {
             measured,
@@ -437,6 +563,30 @@ impl Run<'_> {
         self.measured.filter(|measured| measured.step == step)
     }
 
+    /// Exchanges the adapters and their average, where there is one: before anything is made of it, and after.
+    fn exchange(&mut self) {
+        if let Some(ema) = &mut self.state.ema {
+            ema.exchange(self.trainer.network);
+            self.trainer.attach();
+        }
+    }
+
+    /// What validations say, and whether the run has gone back.
+    fn verdict(&self, judge: &Judge) -> Option<String> {
+        let judged = judge.verdict(self.early_stop.as_ref());
+        let back = self.state.guard.rolled_back.as_ref();
+        let said: Vec<String> = judged
+            .into_iter()
+            .chain(back.map(ToString::to_string))
+            .collect();
+        (!said.is_empty()).then(|| said.join("; "))
+    }
+
+    fn device_memory_bytes(&self) -> Option<u64> {
+        let usage = self.trainer.device().memory_pool_usage()?;
+        Some(usage.bytes_reserved)
+    }
+
     /// Why the run ends here, before its last step.
     fn stops_early(&self) -> Option<EarlyStop> {
         let rule = self.settings.early_stopping.as_ref()?;
@@ -446,7 +596,13 @@ impl Run<'_> {
     }
 
     fn draw_samples(&mut self) -> Result<(), TrainError> {
-        self.reporter.draw_samples(&self.trainer, self.settings)
+        if self.settings.samples.prompts.is_empty() {
+            return Ok(());
+        }
+        self.exchange();
+        let drawn = self.reporter.draw_samples(&self.trainer, self.settings);
+        self.exchange();
+        drawn
     }
 }
 
@@ -475,6 +631,10 @@ fn parts<'a>(trainer: &'a mut Trainer<'_>, state: &'a mut LoopState) -> Parts<'a
     parts.push(("loss_average", &mut state.average));
     parts.push(("clock", &mut state.clock));
     parts.push(("validations", &mut state.judge));
+    parts.push(("guard", &mut state.guard));
+    if let Some(ema) = &mut state.ema {
+        parts.push(("ema", ema));
+    }
     parts
 }
 
@@ -569,12 +729,14 @@ impl Files<'_> {
         name: &str,
         epoch: u64,
         judgement: Option<JudgementRecord>,
+        rolled_back: Option<String>,
     ) -> Result<(PathBuf, SavedLora), TrainError> {
         let record = TrainingRecord {
             output_name: name.to_owned(),
             steps: trainer.steps_done(),
             epoch,
             judgement,
+            rolled_back,
             ..self.record.clone()
         };
         let path = self.output_dir.join(format!("{name}.safetensors"));

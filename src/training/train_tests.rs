@@ -11,26 +11,30 @@ use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
-    Control, EarlyStopping, ProgressSink, Report, ResumeFolder, RunPlace, SamplePrompt,
+    Control, EarlyStopping, Optimizer, ProgressSink, Report, ResumeFolder, RunPlace, SamplePrompt,
     SaveSettings, TrainError, TrainLength, TrainOutcome, TrainSettings, TrainingSet, Wishes, train,
 };
 
 /// Writes down what is reported and stops after a number of steps.
 #[derive(Default)]
-struct Log {
-    lines: Vec<String>,
-    losses: Vec<f64>,
-    averages: Vec<f64>,
-    kept: Vec<u64>,
-    validation: Vec<f64>,
-    stopped: Option<String>,
-    stop_after: Option<u64>,
+pub(super) struct Log {
+    pub(super) lines: Vec<String>,
+    pub(super) losses: Vec<f64>,
+    /// Learning rates of the UNet.
+    pub(super) rates: Vec<f64>,
+    /// Whether UNet and text encoder had gradients.
+    pub(super) trained: [bool; 2],
+    pub(super) averages: Vec<f64>,
+    pub(super) kept: Vec<u64>,
+    pub(super) validation: Vec<f64>,
+    pub(super) stopped: Option<String>,
+    pub(super) stop_after: Option<u64>,
     /// Asks the training to leave a resume point behind when it is stopped.
-    leave: bool,
+    pub(super) leave: bool,
     /// Stops at the first line that begins so.
-    stop_at: Option<&'static str>,
+    pub(super) stop_at: Option<&'static str>,
     /// Wants a file and pictures after this step.
-    wish_at: Option<u64>,
+    pub(super) wish_at: Option<u64>,
 }
 
 impl ProgressSink for Log {
@@ -71,8 +75,18 @@ impl Log {
                 self.lines.push(format!("resumed {step} epoch {epoch}"));
             }
             Report::Kept { step } => self.kept.push(step),
+            Report::RolledBack { back, verdict, .. } => {
+                assert!(verdict.contains("half the learning rates"), "{verdict}");
+                let (from, to) = (back.at_step, back.to_step);
+                self.lines.push(format!("back from {from} to {to}"));
+            }
             Report::Step(step) => {
                 assert!(step.loss_average.is_finite() && step.eta_s >= 0.0);
+                let norms = [step.grad_norm_unet, step.grad_norm_text_encoder];
+                let squares: f64 = norms.iter().flatten().map(|norm| norm * norm).sum();
+                assert!((squares.sqrt() / step.grad_norm - 1.0).abs() < 1e-9);
+                self.trained = norms.map(|norm| norm.is_some());
+                self.rates.push(step.lr_unet);
                 self.losses.push(step.loss);
                 self.averages.push(step.loss_average);
                 let (done, epoch) = (step.step, step.epoch);
@@ -140,7 +154,7 @@ fn pictures(folder: &Path) -> TrainingSet {
     }
 }
 
-fn settings() -> TrainSettings {
+pub(super) fn settings() -> TrainSettings {
     let mut settings = TrainSettings {
         output_name: "colours".to_owned(),
         network: NetworkSettings {
@@ -186,6 +200,17 @@ fn run_kept(
     log: &mut Log,
     kept: bool,
 ) -> Result<TrainOutcome, TrainError> {
+    run_with(folder, settings, log, kept, &mut AdamW::default())
+}
+
+/// A run with an optimizer.
+pub(super) fn run_with(
+    folder: &Path,
+    settings: &TrainSettings,
+    log: &mut Log,
+    kept: bool,
+    optimizer: &mut dyn Optimizer,
+) -> Result<TrainOutcome, TrainError> {
     let mut model = load_model(fixture("diffusers"));
     let parts = TrainParts {
         unet: settings.unet_lr != 0.0,
@@ -199,7 +224,7 @@ fn run_kept(
         &mut network,
         &pictures(folder),
         settings,
-        &mut AdamW::default(),
+        optimizer,
         &Constant,
         log,
         &RunPlace {
@@ -481,6 +506,7 @@ fn an_untrained_text_encoder_has_no_adapters_in_the_file() {
     let mut log = Log::default();
     let outcome = run(folder.path(), &settings, &mut log).expect("a result");
     assert_eq!(outcome.steps, 3);
+    assert_eq!(log.trained, [true, false]);
     let file = LoraFile::read(&outcome.path).expect("a LoRA");
     assert!(file.tensors.keys().all(|key| key.starts_with("lora_unet_")));
     assert_eq!(file.metadata["ss_text_encoder_lr"], "None");

@@ -21,11 +21,13 @@ use crate::store::{Store, StoreError};
 pub use sender::{SendSettings, Sender};
 
 /// Kinds of events besides changes of the state.
-const KINDS: [&str; 6] = [
+const KINDS: [&str; 8] = [
     "lora",
     "memory",
     "phase",
     "progress",
+    "resumed",
+    "rolled_back",
     "sample",
     "validation",
 ];

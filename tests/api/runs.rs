@@ -252,3 +252,153 @@ fn what_a_run_needs_stays_and_the_rest_can_go() {
     }
     service.delete(&dataset).expect(204);
 }
+
+/// Absurd learning rates: the run goes back to its start once, then fails and says what to change.
+#[test]
+fn a_run_that_diverges_goes_back_once_and_then_fails_with_advice() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let absurd = json!({"unet_lr": 1e30, "max_train_steps": 4});
+    let run = start(&service, &dataset, &absurd);
+    let found = wait(&service, &run, "failed");
+    assert_eq!(found["settings"]["on_non_finite"], "halve_lr");
+    assert_eq!(found["error"]["code"], "loss_not_finite", "{found}");
+    let message = found["error"]["message"].as_str().expect("words");
+    for part in ["had gone back", "5e29 (UNet)", "learning rates of a third"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let back = &found["rolled_back"];
+    assert_eq!(
+        (&back["to_step"], &back["lr_factor"]),
+        (&json!(0), &json!(0.5))
+    );
+    let verdict = found["verdict"].as_str().expect("words");
+    assert!(verdict.contains("went back to step 0"), "{verdict}");
+    let accept = [("accept", "application/json")];
+    let events = service.send("GET", &format!("{run}/events?after=0"), &accept, &[]);
+    let events = events.expect(200);
+    let events = events["data"].as_array().expect("a list");
+    let told = events
+        .iter()
+        .filter(|event| event["event"] == "rolled_back");
+    let told: Vec<_> = told.collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0]["data"]["at_step"], back["at_step"]);
+
+    let stern = json!({"unet_lr": 1e30, "max_train_steps": 4, "on_non_finite": "fail"});
+    let run = start(&service, &dataset, &stern);
+    let found = wait(&service, &run, "failed");
+    assert_eq!(found["rolled_back"], Value::Null);
+    let message = found["error"]["message"].as_str().expect("words");
+    assert!(message.contains("on_non_finite: halve_lr"), "{message}");
+    let unknown = short(&dataset, &json!({"on_non_finite": "pray"}));
+    let problem = service
+        .post("/v1/runs", &unknown)
+        .problem(422, "invalid_body");
+    assert_eq!(problem["errors"][0]["pointer"], "/on_non_finite");
+}
+
+#[test]
+fn the_series_has_norms_by_part_and_speed() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let run = start(&service, &dataset, &json!({"max_train_steps": 3}));
+    wait(&service, &run, "succeeded");
+    let series = service.get(&format!("{run}/metrics")).expect(200);
+    let points = series["data"].as_array().expect("points");
+    assert_eq!(points.len(), 3);
+    for point in points {
+        let number = |name: &str| {
+            point[name]
+                .as_f64()
+                .unwrap_or_else(|| panic!("{name}: {point}"))
+        };
+        let parts = number("grad_norm_unet").hypot(number("grad_norm_text_encoder"));
+        assert!((parts / number("grad_norm") - 1.0).abs() < 1e-9);
+        assert!(number("images_per_s") > 0.0 && number("eta_s") >= 0.0);
+        assert_eq!(point["device_memory_bytes"], Value::Null);
+    }
+    let table = service.send(
+        "GET",
+        &format!("{run}/metrics"),
+        &[("accept", "text/csv")],
+        &[],
+    );
+    let text = String::from_utf8(table.bytes).expect("UTF-8");
+    let columns: Vec<usize> = text.lines().map(|line| line.split(',').count()).collect();
+    assert_eq!(columns, [16; 4]);
+    let fields: Vec<&str> = text.lines().next().expect("a head").split(',').collect();
+    for field in fields {
+        assert!(points[0].get(field).is_some(), "{field}");
+    }
+}
+
+/// The frames of an event file, each with the right length.
+fn records(mut bytes: &[u8]) -> Vec<&[u8]> {
+    let mut records = Vec::new();
+    while !bytes.is_empty() {
+        let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+        for (data, place) in [(&bytes[..8], 8), (&bytes[12..12 + length], 12 + length)] {
+            let masked = bytes[place..place + 4].try_into().expect("four bytes");
+            let crc = u32::from_le_bytes(masked)
+                .wrapping_sub(0xa282_ead8)
+                .rotate_left(15);
+            assert_eq!(crc32c::crc32c(data), crc);
+        }
+        records.push(&bytes[12..12 + length]);
+        bytes = &bytes[16 + length..];
+    }
+    records
+}
+
+#[test]
+fn a_run_can_be_read_by_tensorboard() {
+    let service = Service::start_with(settings);
+    let dataset = dataset(&service);
+    let prompt = json!({"prompt": "a", "width_px": 64, "height_px": 64, "steps": 1});
+    let more =
+        json!({"max_train_steps": 3, "samples": {"prompts": [prompt]}, "ema": {"decay": 0.9}});
+    let run = start(&service, &dataset, &more);
+    let found = wait(&service, &run, "succeeded");
+    assert_eq!(
+        found["settings"]["ema"],
+        json!({"decay": 0.9, "warm_up": true})
+    );
+    let answer = service.get(&format!("{run}/tensorboard?pictures=true"));
+    assert_eq!(answer.status, 200);
+    let name = answer.header("content-disposition");
+    assert!(name.contains("events.out.tfevents."), "{name}");
+    if let Ok(folder) = std::env::var("KEEP_EVENT_FILE") {
+        std::fs::write(
+            Path::new(&folder).join("events.out.tfevents.1.test"),
+            &answer.bytes,
+        )
+        .expect("written");
+    }
+    let found = records(&answer.bytes);
+    assert_eq!(found.len(), 1 + 3 + 1, "a head, three steps, a picture");
+    assert!(found[0].ends_with(b"brain.Event:2"));
+    let has = |record: &[u8], part: &[u8]| record.windows(part.len()).any(|found| found == part);
+    let series = service.get(&format!("{run}/metrics")).expect(200);
+    for (point, record) in series["data"]
+        .as_array()
+        .expect("points")
+        .iter()
+        .zip(&found[1..])
+    {
+        let loss = point["loss"].as_f64().expect("a loss") as f32;
+        let value = [b"\x0a\x09loss/step\x15".as_slice(), &loss.to_le_bytes()].concat();
+        assert!(has(record, &value), "{point}");
+        assert!(has(record, b"grad_norm/text_encoder"));
+    }
+    assert!(has(found[4], b"samples/0") && has(found[4], b"\x89PNG"));
+    let every = service.get(&format!("{run}/tensorboard?every=2"));
+    assert_eq!(records(&every.bytes).len(), 2);
+    let zero = service.get(&format!("{run}/tensorboard?every=0"));
+    zero.problem(422, "invalid_query");
+    let wrong = short(&dataset, &json!({"ema": {"decay": 1.0}}));
+    let problem = service
+        .post("/v1/runs", &wrong)
+        .problem(422, "invalid_settings");
+    assert_eq!(problem["errors"][0]["pointer"], "/ema/decay");
+}

@@ -56,6 +56,7 @@ pub struct Model {
     pub number: i64,
     pub turn: i64,
     pub keeps_turn: bool,
+    pub rolled_back: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -19,6 +19,11 @@ pub struct Model {
     pub step_time_s: Option<f64>,
     pub memory_bytes: Option<i64>,
     pub validation_error: Option<f64>,
+    pub grad_norm_unet: Option<f64>,
+    pub grad_norm_text_encoder: Option<f64>,
+    pub images_per_s: Option<f64>,
+    pub eta_s: Option<f64>,
+    pub device_memory_bytes: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

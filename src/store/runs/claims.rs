@@ -54,6 +54,8 @@ pub struct WorkerReport {
     pub events: Vec<(String, Value)>,
     /// What validation says, and why the run ends early if it does.
     pub verdict: Option<(String, Option<String>)>,
+    /// JSON about a run that has gone back.
+    pub rolled_back: Option<String>,
     /// The step of a new resume point.
     pub kept_step: Option<u64>,
     /// Wishes that were fulfilled.
@@ -305,6 +307,9 @@ impl Store {
             change.verdict = Set(Some(verdict));
             change.early_stop = Set(early_stop);
         }
+        if report.rolled_back.is_some() {
+            change.rolled_back = Set(report.rolled_back);
+        }
         if let Some(kept) = report.kept_step {
             change.kept_step = Set(Some(signed(kept)));
         }
@@ -392,8 +397,13 @@ fn metric_again() -> OnConflict {
         C::LrUnet,
         C::LrTextEncoder,
         C::GradNorm,
+        C::GradNormUnet,
+        C::GradNormTextEncoder,
         C::StepTimeS,
+        C::ImagesPerS,
+        C::EtaS,
         C::MemoryBytes,
+        C::DeviceMemoryBytes,
     ] {
         let name = column.as_str();
         let newest = format!("coalesce(excluded.{name}, run_metrics.{name})");

@@ -17,7 +17,7 @@ use crate::store::{Store, StoreError, now_ms, time_of};
 pub struct Event {
     /// Its number within the run, from 1, without gaps.
     pub seq: u64,
-    /// `state`, `memory`, `phase`, `resumed`, `progress`, `validation`, `sample`, `lora`.
+    /// `state`, `memory`, `phase`, `resumed`, `rolled_back`, `progress`, `validation`, `sample`, `lora`.
     pub kind: String,
     /// What it says.
     pub data: Value,
@@ -28,10 +28,21 @@ pub struct Event {
 /// What subscribers of a run have heard of its results.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Told {
-    /// The step of the last `progress`.
+    /// The step of the last `progress`, or the one to which a later `rolled_back` has led.
     pub last_step: Option<u64>,
-    /// Every `validation`, `sample` and `lora`: kind and data, the newest first.
+    /// Every `validation`, `sample`, `lora` and `rolled_back`: kind and data, the newest first. What a run that has gone
+    /// back does again is no longer among them.
     pub results: Vec<(String, Value)>,
+}
+
+impl Told {
+    /// Forgets what came after a step: it is done, and told, again.
+    pub fn go_back_to(&mut self, step: u64) {
+        self.last_step = self.last_step.map(|last| Ord::min(last, step));
+        self.results.retain(|(kind, data)| {
+            kind == "rolled_back" || data["step"].as_u64().is_none_or(|at| at <= step)
+        });
+    }
 }
 
 /// One optimizer step, or the measurement before the first (step 0).
@@ -55,10 +66,20 @@ pub struct Metric {
     pub lr_text_encoder: Option<f64>,
     /// L2 norm of all gradients before clipping.
     pub grad_norm: Option<f64>,
+    /// That of the UNet's adapters.
+    pub grad_norm_unet: Option<f64>,
+    /// That of the text encoder's adapters.
+    pub grad_norm_text_encoder: Option<f64>,
     /// Wall-clock time of the step.
     pub step_time_s: Option<f64>,
+    /// Images per second of training.
+    pub images_per_s: Option<f64>,
+    /// Expected time of the remaining steps.
+    pub eta_s: Option<f64>,
     /// Memory of the worker's process.
     pub memory_bytes: Option<u64>,
+    /// What the device has set aside for it.
+    pub device_memory_bytes: Option<u64>,
 }
 
 /// A preview picture to be listed.
@@ -158,17 +179,25 @@ impl Store {
                 .order_by_desc(run_event::Column::Seq)
         };
         let last = of_kind(&["progress"]).one(&self.db).await?;
-        let results = of_kind(&["validation", "sample", "lora"]);
+        let results = of_kind(&["validation", "sample", "lora", "rolled_back"]);
         let parse = |row: &run_event::Model| serde_json::from_str(&row.data).unwrap_or(Value::Null);
-        Ok(Told {
-            last_step: last.and_then(|row| parse(&row)["step"].as_u64()),
-            results: results
-                .all(&self.db)
-                .await?
-                .into_iter()
-                .map(|row| (row.kind.clone(), parse(&row)))
-                .collect(),
-        })
+        let mut told = Told {
+            last_step: last.as_ref().and_then(|row| parse(row)["step"].as_u64()),
+            results: Vec::new(),
+        };
+        // Oldest first, as going back forgets what came before it.
+        let rows = results.all(&self.db).await?;
+        for row in rows.iter().rev() {
+            let data = parse(row);
+            if let ("rolled_back", Some(step)) = (row.kind.as_str(), data["to_step"].as_u64()) {
+                let later = last.as_ref().is_some_and(|last| last.seq > row.seq);
+                let last_step = told.last_step;
+                told.go_back_to(step);
+                told.last_step = if later { last_step } else { told.last_step };
+            }
+            told.results.insert(0, (row.kind.clone(), data));
+        }
+        Ok(told)
     }
 
     /// Metrics after step `since`, in order; with `every` only the steps that it divides, and those with a
@@ -262,7 +291,12 @@ pub(super) fn metric_row(run_id: Uuid, metric: Metric) -> run_metric::ActiveMode
         lr_unet: Set(metric.lr_unet),
         lr_text_encoder: Set(metric.lr_text_encoder),
         grad_norm: Set(metric.grad_norm),
+        grad_norm_unet: Set(metric.grad_norm_unet),
+        grad_norm_text_encoder: Set(metric.grad_norm_text_encoder),
         step_time_s: Set(metric.step_time_s),
+        images_per_s: Set(metric.images_per_s),
+        eta_s: Set(metric.eta_s),
+        device_memory_bytes: Set(metric.device_memory_bytes.map(signed)),
         memory_bytes: Set(metric.memory_bytes.map(signed)),
     }
 }
@@ -294,7 +328,12 @@ fn metric(row: run_metric::Model) -> Metric {
         lr_unet: row.lr_unet,
         lr_text_encoder: row.lr_text_encoder,
         grad_norm: row.grad_norm,
+        grad_norm_unet: row.grad_norm_unet,
+        grad_norm_text_encoder: row.grad_norm_text_encoder,
         step_time_s: row.step_time_s,
+        images_per_s: row.images_per_s,
+        eta_s: row.eta_s,
+        device_memory_bytes: row.device_memory_bytes.map(unsigned),
         memory_bytes: row.memory_bytes.map(unsigned),
     }
 }

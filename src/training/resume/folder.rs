@@ -41,6 +41,20 @@ impl ResumeFolder {
         Ok(())
     }
 
+    /// Writes a point of a run that has gone back: none of this step or a later one stays beside it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_back(&self, point: &ResumePoint) -> Result<(), ResumeError> {
+        let name = file::write(point, &self.path)?;
+        for other in self.names()? {
+            if other.step >= name.step && other != name {
+                self.remove(&other);
+            }
+        }
+        Ok(())
+    }
+
     /// The newest point that is whole; `None` when there is none. Damaged ones are told and removed.
     ///
     /// # Errors
@@ -192,6 +206,22 @@ mod tests {
         // The same moment again, as after a crash, is one file.
         folder.write(&point(12)).expect("written");
         assert_eq!(folder.steps().expect("read"), [10, 12]);
+    }
+
+    #[test]
+    fn a_run_that_has_gone_back_leaves_nothing_ahead() {
+        let (_temporary, folder) = folder();
+        for step in [5, 9] {
+            folder.write(&point(step)).expect("written");
+        }
+        let mut other = point(9);
+        other.parts.remove("three");
+        folder.write_back(&other).expect("written");
+        assert_eq!(folder.steps().expect("read"), [5, 9]);
+        let newest = folder.newest().expect("read").expect("there");
+        assert_eq!(sorted(newest), sorted(other));
+        folder.write_back(&point(5)).expect("written");
+        assert_eq!(folder.steps().expect("read"), [5]);
     }
 
     #[test]

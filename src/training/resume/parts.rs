@@ -12,19 +12,7 @@ use crate::training::optimizer::{Optimizer, StateDtype, StateTensor};
 impl Resumable for LoraNetwork {
     fn keep(&mut self) -> Result<Part, TrainError> {
         let tensors = self.parameters().iter().map(|parameter| {
-            let values = parameter
-                .value
-                .try_to_vec_as::<f32>()
-                .map_err(|error| TrainError::Device(format!("{}: {error}", parameter.name)))?;
-            Ok(PartTensor {
-                name: parameter.name.clone(),
-                shape: parameter.shape.clone(),
-                dtype: StateDtype::F32,
-                data: values
-                    .iter()
-                    .flat_map(|value| value.to_le_bytes())
-                    .collect(),
-            })
+            PartTensor::of_floats(&parameter.name, &parameter.shape, &parameter.value)
         });
         Ok(Part {
             values: json!({}),
@@ -33,7 +21,6 @@ impl Resumable for LoraNetwork {
     }
 
     fn take_up(&mut self, part: Part) -> Result<(), TrainError> {
-        let device = self.device();
         if part.tensors.len() != self.parameters().len() {
             let message = format!(
                 "{} adapter tensors, expected {}",
@@ -44,15 +31,7 @@ impl Resumable for LoraNetwork {
         }
         for parameter in self.parameters_mut() {
             let kept = part.tensor(&parameter.name)?;
-            if kept.shape != parameter.shape || kept.dtype != StateDtype::F32 {
-                let message = format!(
-                    "{} has the shape {:?}, expected {:?}",
-                    parameter.name, kept.shape, parameter.shape
-                );
-                return Err(ResumeError::Parts(message).into());
-            }
-            let data = TensorData::new(floats(&kept.data), parameter.value.dims());
-            parameter.value = Tensor::from_data(data, (&device, DType::F32));
+            parameter.value = kept.floats_like(&parameter.shape, &parameter.value)?;
         }
         Ok(())
     }
@@ -100,6 +79,41 @@ impl Resumable for &mut dyn Optimizer {
 }
 
 impl PartTensor {
+    /// 32-bit floats, to the bit.
+    ///
+    /// # Errors
+    /// When the device does not hand them over.
+    pub fn of_floats(name: &str, shape: &[usize], value: &Tensor<4>) -> Result<Self, TrainError> {
+        let values = value
+            .try_to_vec_as::<f32>()
+            .map_err(|error| TrainError::Device(format!("{name}: {error}")))?;
+        Ok(Self {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            dtype: StateDtype::F32,
+            data: values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        })
+    }
+
+    /// What [`of_floats`](Self::of_floats) was given, in the place of a tensor like it.
+    ///
+    /// # Errors
+    /// When its shape is another.
+    pub fn floats_like(&self, shape: &[usize], like: &Tensor<4>) -> Result<Tensor<4>, TrainError> {
+        if self.shape != shape || self.dtype != StateDtype::F32 {
+            let message = format!(
+                "{} has the shape {:?}, expected {shape:?}",
+                self.name, self.shape
+            );
+            return Err(ResumeError::Parts(message).into());
+        }
+        let data = TensorData::new(floats(&self.data), like.dims());
+        Ok(Tensor::from_data(data, (&like.device(), DType::F32)))
+    }
+
     /// 64-bit floats, kept by their bits.
     pub fn of_doubles(name: &str, values: &[f64]) -> Self {
         Self {
