@@ -113,21 +113,8 @@ impl Judge {
                 "validation loss is {} ± {error} at step {step}",
                 digits(loss)
             )
-        } else if best.step == first.step {
-            let since = match self.rising_since() {
-                Some(step) if step == first.step => " and has been rising since",
-                Some(step) => &format!(" and has been rising since step {step}"),
-                None => "",
-            };
-            format!(
-                "validation loss has not fallen below the {} of step {}{since}; it is {} at step {}",
-                digits(first.loss),
-                first.step,
-                digits(last.loss),
-                last.step
-            )
         } else {
-            self.fall(first, &best, &last)
+            self.course(first, &best, &last)
         };
         Some(match stopped {
             Some(stop) => format!("{course}; {stop}"),
@@ -135,24 +122,45 @@ impl Judge {
         })
     }
 
-    /// The verdict on a loss that has fallen.
-    fn fall(&self, first: &Measured, best: &Measured, last: &Measured) -> String {
-        let (from, to) = (digits(first.loss), digits(best.loss));
+    /// The verdict on several measurements. A change that is smaller than the standard error is none.
+    fn course(&self, first: &Measured, best: &Measured, last: &Measured) -> String {
+        let fell = first.loss - best.loss > noise(first, best);
+        let rose = last.loss - best.loss > noise(best, last);
+        let [from, lowest, now] = [first, best, last].map(|measured| digits(measured.loss));
         let error = digits(best.standard_error);
-        let fell = format!("validation loss fell from {from} to {to} ± {error}");
-        if best.step == last.step {
+        if !fell && !rose {
             return format!(
-                "{fell} and was still falling at step {}, which is the best",
-                last.step
+                "validation loss has not changed by more than its standard error: {from} at step {}, {now} ± {error} at \
+                 step {}; the lowest is {lowest} at step {}",
+                first.step, last.step, best.step
             );
         }
         let since = match self.rising_since() {
-            Some(step) => format!("and has been rising since step {step}"),
-            None => "and has not fallen below that since".to_owned(),
+            Some(step) if rose => Some(format!("and has been rising since step {step}")),
+            _ => None,
         };
-        let now = digits(last.loss);
+        if !fell {
+            let since = since.map(|since| format!(" {since}")).unwrap_or_default();
+            return format!(
+                "validation loss has not fallen below the {from} of step {} by more than its standard error{since}; it \
+                 is {now} at step {}",
+                first.step, last.step
+            );
+        }
+        let fall = format!("validation loss fell from {from} to {lowest} ± {error}");
+        if best.step == last.step {
+            return format!(
+                "{fall} and was still falling at step {}, which is the best",
+                last.step
+            );
+        }
+        let since = match since {
+            Some(since) => format!("{since}, to {now}"),
+            None if rose => format!("and has not fallen below that since, to {now}"),
+            None => format!("and has stayed within its standard error since, {now}"),
+        };
         format!(
-            "{fell} {since}, to {now} at step {}; best is step {}",
+            "{fall} {since} at step {}; best is step {}",
             last.step, best.step
         )
     }
@@ -165,6 +173,11 @@ impl Judge {
         let start = self.measured.len().checked_sub(1 + rises)?;
         (rises > 0).then(|| self.measured[start].step)
     }
+}
+
+/// What a difference of two measurements has to exceed to mean something.
+fn noise(a: &Measured, b: &Measured) -> f64 {
+    a.standard_error.max(b.standard_error)
 }
 
 /// Three digits that mean something: `0.0983`.
@@ -238,7 +251,7 @@ mod tests {
 
     #[test]
     fn verdicts_say_what_the_losses_do() {
-        let cases: [(&[f64], Option<&str>); 8] = [
+        let cases: [(&[f64], Option<&str>); 10] = [
             (&[], None),
             (
                 &[0.124],
@@ -266,24 +279,39 @@ mod tests {
                 ),
             ),
             (
-                &[0.124, 0.098, 0.11, 0.1],
+                &[0.124, 0.098, 0.11, 0.105],
                 Some(
                     "validation loss fell from 0.124 to 0.0980 ± 0.00200 and has not fallen below that since, to \
-                     0.100 at step 300; best is step 100",
+                     0.105 at step 300; best is step 100",
+                ),
+            ),
+            // 0.001 is less than the standard error.
+            (
+                &[0.124, 0.098, 0.11, 0.099],
+                Some(
+                    "validation loss fell from 0.124 to 0.0980 ± 0.00200 and has stayed within its standard error \
+                     since, 0.0990 at step 300; best is step 100",
+                ),
+            ),
+            (
+                &[0.124, 0.1235, 0.123, 0.1232],
+                Some(
+                    "validation loss has not changed by more than its standard error: 0.124 at step 0, 0.123 ± \
+                     0.00200 at step 300; the lowest is 0.123 at step 200",
                 ),
             ),
             (
                 &[0.1, 0.2, 0.3],
                 Some(
-                    "validation loss has not fallen below the 0.100 of step 0 and has been rising since; it is 0.300 \
-                     at step 200",
+                    "validation loss has not fallen below the 0.100 of step 0 by more than its standard error and has \
+                     been rising since step 0; it is 0.300 at step 200",
                 ),
             ),
             (
                 &[0.1, 12.5, 1234.5],
                 Some(
-                    "validation loss has not fallen below the 0.100 of step 0 and has been rising since; it is 1234 \
-                     at step 200",
+                    "validation loss has not fallen below the 0.100 of step 0 by more than its standard error and has \
+                     been rising since step 0; it is 1234 at step 200",
                 ),
             ),
         ];
