@@ -55,7 +55,13 @@ impl Server {
 
     /// With base models of another folder.
     fn start_with(data: &Path, models: &Path) -> Self {
+        Self::start_as(data, models, &[])
+    }
+
+    /// With settings in the environment.
+    fn start_as(data: &Path, models: &Path, environment: &[(&str, &str)]) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
+            .envs(environment.iter().copied())
             .args(["serve", "--bind", "127.0.0.1:0", "--device", "cpu"])
             .arg("--data-dir")
             .arg(data)
@@ -283,6 +289,57 @@ fn a_paused_run_gives_back_its_device_and_goes_on_exactly() {
         .map(|(step, _)| *step)
         .collect();
     assert_eq!(steps, (61..=70).collect::<Vec<u64>>());
+}
+
+#[test]
+fn another_instruction_set_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let models = root().join("examples/demo");
+    let server = Server::start(folder.path());
+    let dataset = server.make_dataset();
+    let small = json!({"resolution": {"width_px": 32, "height_px": 32}});
+    let whole = server.start_run_on(&dataset, 3, &small);
+    server.wait(&whole, "succeeded", |run| run["state"] == "succeeded");
+    let run = server.start_run_on(&dataset, 100_000, &small);
+    server.wait(&run, "in mid-run", in_mid_run);
+    server.act(&run, "pause");
+    server.wait(&run, "paused", |run| run["state"] == "paused");
+    let record = server.get(&format!("/v1/runs/{whole}/provenance"));
+    let best = record["attempts"][0]["environment"]["instructions"].clone();
+    server.kill();
+    if best == "portable" {
+        return; // this machine has no other
+    }
+
+    let limited = [("LORASMITH_INSTRUCTIONS", "portable")];
+    let server = Server::start_as(folder.path(), &models, &limited);
+    let again = server.act(&whole, "reproduce");
+    let again = again["id"].as_str().expect("an id");
+    let end = server.wait(again, "succeeded", |run| run["state"] == "succeeded");
+    let found = &end["reproduction"];
+    assert_eq!(found["state"], "different", "{found}");
+    let step = found["first_differing_step"].as_u64();
+    assert!(step.is_some_and(|step| (1..=3).contains(&step)), "{found}");
+    let told = json!({"what": "instructions", "original": best, "reproduction": "portable"});
+    let differences = found["differences"].as_array().expect("a list");
+    assert!(differences.contains(&told), "{found}");
+    let message = found["message"].as_str().expect("words");
+    assert!(message.contains("instructions was"), "{message}");
+
+    // A run that goes on says so, too.
+    server.act(&run, "resume");
+    server.wait(&run, "in mid-run", |run| {
+        run["attempt"] == 2 && in_mid_run(run)
+    });
+    let record = server.get(&format!("/v1/runs/{run}/provenance"));
+    let history = record["history"].as_array().expect("events").iter();
+    let mut changed = history.filter(|event| event["event"] == "environment_changed");
+    let changed = &changed.next().expect("an event")["data"];
+    assert_eq!(changed["attempt"], 2);
+    let told = json!([{"what": "instructions", "before": best, "now": "portable"}]);
+    assert_eq!(changed["changes"], told);
+    server.act(&run, "cancel");
+    server.wait(&run, "cancelled", |run| run["state"] == "cancelled");
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod m20261125_000001_api_keys;
 mod m20261125_000002_webhooks;
 mod m20261125_000003_resume;
 mod m20261125_000004_judging;
+mod m20261125_000008_provenance;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -23,6 +24,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000002_webhooks::Migration),
             Box::new(m20261125_000003_resume::Migration),
             Box::new(m20261125_000004_judging::Migration),
+            Box::new(m20261125_000008_provenance::Migration),
         ]
     }
 }

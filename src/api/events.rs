@@ -61,7 +61,7 @@ pub struct EventQuery {
 pub struct RunEvent {
     /// Its number within the run, from 1, without gaps.
     pub id: u64,
-    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora` and others.
+    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, `environment_changed` and others.
     pub event: String,
     /// What it says; depends on `event`.
     #[schema(value_type = Object)]
@@ -101,7 +101,9 @@ impl From<Event> for RunEvent {
 /// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
 /// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
 /// phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in `total`,
-/// and how many of them were `cached` by an earlier run.
+/// and how many of them were `cached` by an earlier run. `environment_changed` says that the run goes on with another
+/// device, driver, instruction set or version of the program than it began with: the bits of its result are then those
+/// of neither.
 #[utoipa::path(
     tag = "runs",
     params(

@@ -29,6 +29,7 @@ pub mod run_actions;
 mod run_judging;
 pub mod run_logs;
 mod run_plan;
+pub mod run_provenance;
 pub mod run_settings;
 pub mod runs;
 pub mod server;
@@ -71,6 +72,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(runs::routes)
             .configure(run_plan::routes)
             .configure(run_actions::routes)
+            .configure(run_provenance::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
             .configure(loras::routes)

@@ -17,8 +17,9 @@ use super::extract::{Json, Query};
 use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
+use super::run_provenance::Reproduction;
 use super::run_settings::CreateRun;
-use crate::runs::{NewRunRequest, Place, RunError, RunService, RunSpec};
+use crate::runs::{Mismatch, NewRunRequest, Place, RunError, RunService, RunSpec};
 use crate::store::runs as rows;
 use crate::store::{Store, StoreError};
 
@@ -130,6 +131,8 @@ pub struct Run {
     pub early_stop: Option<String>,
     /// The run that this one makes longer.
     pub continued_from: Option<Uuid>,
+    /// Whether its result is that of the run that it repeats; `null` when it repeats none.
+    pub reproduction: Option<Reproduction>,
     /// Why it failed.
     pub error: Option<RunFailure>,
     /// The result; see `/v1/loras/{lora_id}`.
@@ -178,7 +181,8 @@ pub struct RunFailure {
     /// A stable word: `loss_not_finite`, `model_unusable`, `device_unusable`, `device_failed_self_check`,
     /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
     /// change), `memory_limit` (it has outgrown it), `worker_lost` (its workers die without coming further),
-    /// `resume_refused` (what it was kept for has changed) and others.
+    /// `resume_refused` (what it was kept for has changed), `inputs_changed` (what it repeats was made with another base
+    /// model or plugin) and others.
     pub code: String,
     pub message: String,
 }
@@ -187,6 +191,7 @@ impl Run {
     pub(super) fn of(run: rows::Run, lora_id: Option<Uuid>) -> Result<Self, Problem> {
         let spec: RunSpec = serde_json::from_str(&run.spec).map_err(Problem::internal)?;
         Ok(Self {
+            reproduction: Reproduction::of(&run)?,
             settings: CreateRun::of(&run, spec),
             id: run.id,
             name: run.name,
@@ -726,6 +731,12 @@ impl From<RunError> for Problem {
             RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
+            RunError::NotReproducible(_) => Self::new(Code::NotReproducible, text),
+            RunError::InputsChanged(found) => {
+                let field =
+                    |found: Mismatch| FieldError::new(found.pointer, "changed", found.message);
+                Self::fields(Code::InputsChanged, found.into_iter().map(field).collect())
+            }
             RunError::Store(error) if error.is_storage_full() => {
                 let detail = "there is no room left in the data folder";
                 Self::new(Code::StorageFull, detail)

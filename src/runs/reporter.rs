@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::memory::{MemoryPlan, SystemMemory, outgrown, own_bytes};
+use super::origin::Difference;
 use super::state;
 use super::worker::LEASE;
 use crate::store::runs::{
@@ -178,6 +179,21 @@ impl Reporter {
         });
         self.write(WorkerReport {
             events: vec![("memory".to_owned(), data)],
+            ..WorkerReport::default()
+        });
+    }
+
+    /// Tells that the run goes on where it computes other bits than where it began.
+    pub fn environment_changed(&mut self, changes: &[Difference]) {
+        let words: Vec<String> = changes.iter().map(ToString::to_string).collect();
+        let message = format!(
+            "the run goes on elsewhere than it began ({}): the result is not that of one environment to the bit",
+            words.join("; ")
+        );
+        tracing::warn!(message, "the environment has changed");
+        let data = json!({"attempt": self.attempt, "changes": changes, "message": message});
+        self.write(WorkerReport {
+            events: vec![("environment_changed".to_owned(), data)],
             ..WorkerReport::default()
         });
     }

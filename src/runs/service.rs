@@ -8,6 +8,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::queue::{self, Place};
+use super::reproduction::Mismatch;
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::BucketSettings;
@@ -107,6 +108,12 @@ pub enum RunError {
     /// The run cannot be made longer.
     #[error("the run cannot be extended: {0}")]
     NotExtendable(String),
+    /// The run cannot be repeated.
+    #[error("the run cannot be repeated: {0}")]
+    NotReproducible(String),
+    /// What it was made with has changed.
+    #[error("{} of what the run was made with is not what it was", .0.len())]
+    InputsChanged(Vec<Mismatch>),
     /// It cannot be deleted yet.
     #[error("{}", why(.0))]
     StillNeeded(StillNeeded),
@@ -185,6 +192,7 @@ impl RunService {
                 id: Uuid::now_v7(),
                 priority,
                 continued_from: None,
+                reproduction_of: None,
                 total_steps,
                 name,
                 spec: serde_json::to_string(&spec)?,
@@ -229,6 +237,19 @@ impl RunService {
             dataset_id: request.dataset_id,
             base,
         })
+    }
+
+    pub(super) fn models(&self) -> &ModelCatalog {
+        &self.models
+    }
+
+    pub(super) fn plugins(&self) -> &PluginHost {
+        &self.plugins
+    }
+
+    /// Tells the supervisor that there is something to do.
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
     }
 
     pub(super) fn store(&self) -> &Store {
@@ -467,6 +488,7 @@ impl RunService {
                 dataset_id: run.dataset_id,
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),
+                reproduction_of: None,
                 priority: run.priority,
                 total_steps,
             })
@@ -625,6 +647,7 @@ fn why(needed: &StillNeeded) -> String {
             format!("the run is {found}, expected succeeded, failed or cancelled")
         }
         StillNeeded::ContinuedBy(run) => format!("run {run} goes on from it and has not ended"),
+        StillNeeded::ReproducedBy(run) => format!("run {run} repeats it and has not ended"),
         StillNeeded::HasLoras(1) => {
             "it has a LoRA file; `with_loras=true` deletes it too".to_owned()
         }
@@ -688,7 +711,7 @@ fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunPro
 }
 
 /// Whether the device exists now; asking drivers takes a moment.
-async fn check_device(device: String) -> Result<Option<RunProblem>, RunError> {
+pub(super) async fn check_device(device: String) -> Result<Option<RunProblem>, RunError> {
     let problem = |message: String| RunProblem {
         pointer: "/device".to_owned(),
         code: "invalid_value",

@@ -3,6 +3,7 @@
 
 mod claims;
 mod deletion;
+mod provenance;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Lease, NewLora, Progress, WorkerReport};
 pub use deletion::StillNeeded;
+pub use provenance::Attempt;
 pub use records::{Event, Metric, NewSample, Sample, Told};
 
 /// Where a run is in its life.
@@ -133,6 +135,12 @@ pub struct Run {
     pub verdict: Option<String>,
     /// Why it ends, or has ended, before its last step.
     pub early_stop: Option<String>,
+    /// Digest of the record of where its file comes from; a blob.
+    pub provenance_sha256: Option<String>,
+    /// The run that it repeats.
+    pub reproduction_of: Option<Uuid>,
+    /// How that went; JSON that `runs` wrote.
+    pub reproduction: Option<String>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -202,6 +210,8 @@ pub struct NewRun {
     pub base_model_id: String,
     /// See [`Run::continued_from`].
     pub continued_from: Option<Uuid>,
+    /// See [`Run::reproduction_of`].
+    pub reproduction_of: Option<Uuid>,
     /// See [`Run::priority`].
     pub priority: i32,
     /// See [`Run::total_steps`].
@@ -282,6 +292,7 @@ impl Store {
             judged_furthest_step: Set(0),
             stalls: Set(0),
             continued_from: Set(new.continued_from),
+            reproduction_of: Set(new.reproduction_of),
             priority: Set(new.priority),
             total_steps: Set(new.total_steps.map(signed)),
             ..Default::default()
@@ -603,6 +614,9 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         priority: row.priority,
         verdict: row.verdict,
         early_stop: row.early_stop,
+        provenance_sha256: row.provenance_sha256,
+        reproduction_of: row.reproduction_of,
+        reproduction: row.reproduction,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

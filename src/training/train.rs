@@ -54,6 +54,8 @@ pub struct RunPlace {
     pub resume: Option<(ResumeFolder, Owner)>,
     /// When the run was made.
     pub recorded_at: OffsetDateTime,
+    /// Digest of all that decides the result; told in the files.
+    pub inputs_sha256: Option<String>,
     /// A number that tells runs apart.
     pub session_id: u32,
 }
@@ -144,6 +146,7 @@ pub fn train(
         total_epochs: length.epochs,
         base_model,
         recorded_at: place.recorded_at,
+        inputs_sha256: place.inputs_sha256.clone(),
         session_id: place.session_id,
     };
     let files = Files {

@@ -210,6 +210,7 @@ fn run_kept(
                 (points, [("the seed".to_owned(), seed)].into())
             }),
             recorded_at: OffsetDateTime::UNIX_EPOCH,
+            inputs_sha256: None,
             session_id: 1,
         },
     )

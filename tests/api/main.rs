@@ -6,6 +6,7 @@ mod images;
 mod limits;
 mod openapi;
 mod operations;
+mod provenance;
 mod runs;
 mod support;
 mod uploads;

@@ -51,6 +51,9 @@ pub struct Model {
     pub priority: i32,
     pub verdict: Option<String>,
     pub early_stop: Option<String>,
+    pub provenance_sha256: Option<String>,
+    pub reproduction_of: Option<Uuid>,
+    pub reproduction: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -17,6 +17,8 @@ pub enum StillNeeded {
     NotEnded(RunState),
     /// This run goes on from it, and has not ended.
     ContinuedBy(Uuid),
+    /// This run repeats it, and has not ended.
+    ReproducedBy(Uuid),
     /// It has so many LoRA files, which would go with it.
     HasLoras(usize),
 }
@@ -54,7 +56,14 @@ impl Store {
             .into_tuple()
             .all(&write)
             .await?;
-        self.make_young([loras, samples].concat()).await?;
+        let record: Option<Option<String>> = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::ProvenanceSha256)
+            .into_tuple()
+            .one(&write)
+            .await?;
+        let record = record.flatten().into_iter().collect();
+        self.make_young([loras, samples, record].concat()).await?;
         run::Entity::delete_by_id(id).exec(&write).await?;
         write.commit().await?;
         Ok(None)
@@ -112,5 +121,16 @@ async fn still_needed(
         .into_tuple()
         .one(write)
         .await?;
-    Ok(continued.map(StillNeeded::ContinuedBy))
+    if let Some(run) = continued {
+        return Ok(Some(StillNeeded::ContinuedBy(run)));
+    }
+    let reproduced: Option<Uuid> = run::Entity::find()
+        .select_only()
+        .column(run::Column::Id)
+        .filter(run::Column::ReproductionOf.eq(id))
+        .filter(run::Column::State.is_not_in(words(ended)))
+        .into_tuple()
+        .one(write)
+        .await?;
+    Ok(reproduced.map(StillNeeded::ReproducedBy))
 }
