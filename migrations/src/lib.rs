@@ -7,6 +7,7 @@ mod m20261125_000002_webhooks;
 mod m20261125_000003_resume;
 mod m20261125_000004_judging;
 mod m20261125_000008_provenance;
+mod m20261125_000009_grids;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -25,6 +26,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000003_resume::Migration),
             Box::new(m20261125_000004_judging::Migration),
             Box::new(m20261125_000008_provenance::Migration),
+            Box::new(m20261125_000009_grids::Migration),
         ]
     }
 }

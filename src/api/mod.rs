@@ -26,6 +26,7 @@ pub mod patch;
 pub mod plugins;
 pub mod problem;
 pub mod run_actions;
+pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
 mod run_plan;
@@ -73,6 +74,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_plan::routes)
             .configure(run_actions::routes)
             .configure(run_provenance::routes)
+            .configure(run_grids::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
             .configure(loras::routes)

@@ -731,6 +731,7 @@ impl From<RunError> for Problem {
             RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
+            RunError::GridNotFound(_) => Self::new(Code::GridNotFound, text),
             RunError::NotReproducible(_) => Self::new(Code::NotReproducible, text),
             RunError::InputsChanged(found) => {
                 let field =

@@ -3,6 +3,8 @@
 mod attempt;
 mod crash;
 mod folders;
+mod grid;
+mod grid_drawing;
 mod liveness;
 pub mod memory;
 mod origin;
@@ -22,6 +24,7 @@ pub mod worker;
 
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
+pub use grid::{GridRequest, GridSpec};
 pub use origin::Difference;
 pub use pace::Pace;
 pub use plan::{PlannedBucket, PlannedMemory, RunPlan};

@@ -73,6 +73,7 @@ impl RunService {
             base_model_id: run.base_model_id,
             continued_from: None,
             reproduction_of: Some(id),
+            grid_of: None,
             priority: run.priority,
             total_steps: run.total_steps,
         };

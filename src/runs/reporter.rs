@@ -171,6 +171,20 @@ impl Reporter {
         self.progress.total_steps = Some(total);
     }
 
+    /// Tells how many pictures of a grid are drawn.
+    pub fn drawn(&mut self, done: u64) -> Control {
+        self.progress.step = done;
+        self.write(WorkerReport {
+            progress: Some(self.progress.clone()),
+            ..WorkerReport::default()
+        });
+        if self.stop.any() {
+            Control::Stop
+        } else {
+            Control::Continue
+        }
+    }
+
     /// Tells what the run is expected to take.
     pub fn memory(&mut self, plan: &MemoryPlan) {
         let data = json!({

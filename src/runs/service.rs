@@ -114,6 +114,9 @@ pub enum RunError {
     /// What it was made with has changed.
     #[error("{} of what the run was made with is not what it was", .0.len())]
     InputsChanged(Vec<Mismatch>),
+    /// There is no such grid.
+    #[error("the run has no grid {0}")]
+    GridNotFound(Uuid),
     /// It cannot be deleted yet.
     #[error("{}", why(.0))]
     StillNeeded(StillNeeded),
@@ -193,6 +196,7 @@ impl RunService {
                 priority,
                 continued_from: None,
                 reproduction_of: None,
+                grid_of: None,
                 total_steps,
                 name,
                 spec: serde_json::to_string(&spec)?,
@@ -269,6 +273,15 @@ impl RunService {
     /// # Errors
     /// [`RunError::NotFound`].
     pub async fn get(&self, id: Uuid) -> Result<Run, RunError> {
+        let row = self.row(id).await?;
+        match row.grid_of {
+            None => Ok(row),
+            Some(_) => Err(RunError::NotFound(id)),
+        }
+    }
+
+    /// One run, or one grid.
+    pub(super) async fn row(&self, id: Uuid) -> Result<Run, RunError> {
         self.store.run(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::NotFound(id),
             other => other.into(),
@@ -294,6 +307,11 @@ impl RunService {
     /// [`RunError::NotFound`]; [`RunError::IllegalTransition`] when it has succeeded or failed.
     pub async fn cancel(&self, id: Uuid) -> Result<Run, RunError> {
         let run = self.get(id).await?;
+        self.cancel_row(run).await
+    }
+
+    pub(super) async fn cancel_row(&self, run: Run) -> Result<Run, RunError> {
+        let id = run.id;
         if run.state == RunState::Cancelled {
             return Ok(run);
         }
@@ -313,7 +331,7 @@ impl RunService {
                 .await?;
         }
         self.wake.notify_one();
-        let run = self.get(id).await?;
+        let run = self.row(id).await?;
         match run.state {
             RunState::Succeeded | RunState::Failed => Err(illegal(&run, RunState::Cancelled)),
             _ => Ok(run),
@@ -489,6 +507,7 @@ impl RunService {
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),
                 reproduction_of: None,
+                grid_of: None,
                 priority: run.priority,
                 total_steps,
             })
@@ -647,6 +666,7 @@ fn why(needed: &StillNeeded) -> String {
             format!("the run is {found}, expected succeeded, failed or cancelled")
         }
         StillNeeded::ContinuedBy(run) => format!("run {run} goes on from it and has not ended"),
+        StillNeeded::DrawnBy(grid) => format!("grid {grid} draws its LoRA files and has not ended"),
         StillNeeded::ReproducedBy(run) => format!("run {run} repeats it and has not ended"),
         StillNeeded::HasLoras(1) => {
             "it has a LoRA file; `with_loras=true` deletes it too".to_owned()

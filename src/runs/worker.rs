@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::attempt::{self, BeginError, Begun};
 use super::folders;
+use super::grid_drawing;
 use super::liveness::{self, Alive};
 use super::memory::MemoryPlan;
 use super::origin::Facts;
@@ -95,7 +96,7 @@ pub enum WorkerEnd {
 }
 
 /// Why there is no result.
-enum Ending {
+pub(super) enum Ending {
     /// The training was asked to stop.
     Stopped,
     /// There is no room left to write to.
@@ -135,7 +136,7 @@ impl From<BeginError> for Ending {
 }
 
 /// Words of an error of rows or files.
-fn store_failed(error: StoreError) -> Ending {
+pub(super) fn store_failed(error: StoreError) -> Ending {
     if error.is_storage_full() {
         Ending::StorageFull(error.to_string())
     } else {
@@ -190,9 +191,12 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     );
     // A panic in a driver or a library must end as a failed run, with its message.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let trained = run_training(runtime, parts, &run, &mut reporter);
+        let trained = match run.grid_of {
+            None => run_training(runtime, parts, &run, &mut reporter).map(|_| ()),
+            Some(_) => grid_drawing::draw(runtime, parts, &run, &mut reporter),
+        };
         match reporter.finish() {
-            Ok(()) if trained.is_ok() => {
+            Ok(()) if trained.is_ok() && run.grid_of.is_none() => {
                 let concluded = runtime.block_on(attempt::conclude(store, id));
                 concluded.map_err(store_failed)?;
             }
@@ -457,7 +461,7 @@ fn digest(value: &impl Serialize) -> String {
 }
 
 /// Lets a run pass whose device computes what the CPU computes; finds that out at the device's first use.
-fn check_device(
+pub(super) fn check_device(
     self_checks: &Remembered,
     device: &ComputeDevice,
     reporter: &mut Reporter,

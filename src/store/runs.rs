@@ -141,6 +141,8 @@ pub struct Run {
     pub reproduction_of: Option<Uuid>,
     /// How that went; JSON that `runs` wrote.
     pub reproduction: Option<String>,
+    /// The run whose LoRA files it draws: then it is a grid, and no run to its users.
+    pub grid_of: Option<Uuid>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -212,6 +214,8 @@ pub struct NewRun {
     pub continued_from: Option<Uuid>,
     /// See [`Run::reproduction_of`].
     pub reproduction_of: Option<Uuid>,
+    /// See [`Run::grid_of`].
+    pub grid_of: Option<Uuid>,
     /// See [`Run::priority`].
     pub priority: i32,
     /// See [`Run::total_steps`].
@@ -249,7 +253,8 @@ pub struct RunFilter {
 }
 
 impl RunFilter {
-    fn apply(self, mut query: Select<run::Entity>) -> Select<run::Entity> {
+    fn apply(self, query: Select<run::Entity>) -> Select<run::Entity> {
+        let mut query = query.filter(run::Column::GridOf.is_null());
         if let Some(state) = self.state {
             query = query.filter(run::Column::State.eq(state.as_str()));
         }
@@ -293,6 +298,7 @@ impl Store {
             stalls: Set(0),
             continued_from: Set(new.continued_from),
             reproduction_of: Set(new.reproduction_of),
+            grid_of: Set(new.grid_of),
             priority: Set(new.priority),
             total_steps: Set(new.total_steps.map(signed)),
             ..Default::default()
@@ -354,6 +360,26 @@ impl Store {
     ) -> Result<Vec<Run>, StoreError> {
         let mut query = filter
             .apply(find())
+            .order_by_asc(run::Column::Id)
+            .limit(limit);
+        if let Some(after) = after {
+            query = query.filter(run::Column::Id.gt(after));
+        }
+        query.all(&self.db).await?.into_iter().map(read).collect()
+    }
+
+    /// The grids of a run in the order in which they were made, after `after`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn grids(
+        &self,
+        of: Uuid,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<Run>, StoreError> {
+        let mut query = find()
+            .filter(run::Column::GridOf.eq(of))
             .order_by_asc(run::Column::Id)
             .limit(limit);
         if let Some(after) = after {
@@ -617,6 +643,7 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         provenance_sha256: row.provenance_sha256,
         reproduction_of: row.reproduction_of,
         reproduction: row.reproduction,
+        grid_of: row.grid_of,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

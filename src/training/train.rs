@@ -612,7 +612,7 @@ impl Reporter<'_> {
     ) -> Result<(), TrainError> {
         for (prompt_index, prompt) in settings.samples.prompts.iter().enumerate() {
             self.phase(Phase::Sampling)?;
-            let image = previews::draw(trainer, prompt, settings.max_token_length)?;
+            let image = previews::draw(trainer, prompt, settings)?;
             self.send(Report::Sample {
                 step: trainer.steps_done(),
                 prompt_index,

@@ -2,6 +2,7 @@
 
 mod auth;
 mod datasets;
+mod grids;
 mod images;
 mod limits;
 mod openapi;

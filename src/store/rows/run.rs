@@ -54,6 +54,7 @@ pub struct Model {
     pub provenance_sha256: Option<String>,
     pub reproduction_of: Option<Uuid>,
     pub reproduction: Option<String>,
+    pub grid_of: Option<Uuid>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

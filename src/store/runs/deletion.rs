@@ -19,6 +19,8 @@ pub enum StillNeeded {
     ContinuedBy(Uuid),
     /// This run repeats it, and has not ended.
     ReproducedBy(Uuid),
+    /// This grid of its LoRA files has not ended.
+    DrawnBy(Uuid),
     /// It has so many LoRA files, which would go with it.
     HasLoras(usize),
 }
@@ -49,10 +51,18 @@ impl Store {
         if !(loras.is_empty() || with_loras) {
             return Ok(Some(StillNeeded::HasLoras(loras.len())));
         }
+        let mut drawn: Vec<Uuid> = run::Entity::find()
+            .select_only()
+            .column(run::Column::Id)
+            .filter(run::Column::GridOf.eq(id))
+            .into_tuple()
+            .all(&write)
+            .await?;
+        drawn.push(id);
         let samples: Vec<String> = run_sample::Entity::find()
             .select_only()
             .column(run_sample::Column::Sha256)
-            .filter(run_sample::Column::RunId.eq(id))
+            .filter(run_sample::Column::RunId.is_in(drawn.iter().copied()))
             .into_tuple()
             .all(&write)
             .await?;
@@ -64,7 +74,10 @@ impl Store {
             .await?;
         let record = record.flatten().into_iter().collect();
         self.make_young([loras, samples, record].concat()).await?;
-        run::Entity::delete_by_id(id).exec(&write).await?;
+        run::Entity::delete_many()
+            .filter(run::Column::Id.is_in(drawn))
+            .exec(&write)
+            .await?;
         write.commit().await?;
         Ok(None)
     }
@@ -132,5 +145,16 @@ async fn still_needed(
         .into_tuple()
         .one(write)
         .await?;
-    Ok(reproduced.map(StillNeeded::ReproducedBy))
+    if let Some(run) = reproduced {
+        return Ok(Some(StillNeeded::ReproducedBy(run)));
+    }
+    let drawn: Option<Uuid> = run::Entity::find()
+        .select_only()
+        .column(run::Column::Id)
+        .filter(run::Column::GridOf.eq(id))
+        .filter(run::Column::State.is_not_in(words(ended)))
+        .into_tuple()
+        .one(write)
+        .await?;
+    Ok(drawn.map(StillNeeded::DrawnBy))
 }
