@@ -109,7 +109,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let store = open_store(&config).await?;
     let access = open_access(&config, &store).await?;
     store.blobs().clear_scratch()?;
-    let models = ModelCatalog::new(&config.models_dir);
+    let models = model_catalog(&config);
     let plugins = Arc::new(find_plugins(&config));
     for plugin in plugins.plugins() {
         if let Some(reason) = &plugin.reason {
@@ -271,7 +271,7 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
     let store = runtime.block_on(open_store(&config))?;
     let parts = WorkerParts {
         store,
-        models: ModelCatalog::new(&config.models_dir),
+        models: model_catalog(&config),
         plugins: find_plugins(&config),
         self_checks: Remembered::new(&config.data_dir),
         force_devices: config.force_devices,
@@ -284,6 +284,11 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
     let end = crate::runs::work(&runtime, &parts, run)?;
     runtime.shutdown_background(); // the thread that reads standard input never ends by itself
     Ok(end)
+}
+
+/// Base models, with their digests remembered for the service and its workers alike.
+fn model_catalog(config: &Config) -> ModelCatalog {
+    ModelCatalog::new(&config.models_dir).remembering_in(config.data_dir.join("digests"))
 }
 
 /// The plugins of the configured folders and of the program's own.

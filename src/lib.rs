@@ -4,6 +4,7 @@
 
 pub mod allocator;
 pub mod kernels;
+pub mod lettering;
 
 pub mod diffusion;
 pub mod networks;

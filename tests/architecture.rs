@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 20] = [
+const MAY_USE: [(&str, &[&str]); 21] = [
     ("allocator", &[]),
     ("kernels", &[]),
+    ("lettering", &[]),
     ("diffusion", &["kernels"]),
     ("networks", &["diffusion", "kernels"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
@@ -32,6 +33,7 @@ const MAY_USE: [(&str, &[&str]); 20] = [
             "plugin_host",
             "models",
             "selfcheck",
+            "lettering",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -57,7 +59,7 @@ const MAY_USE: [(&str, &[&str]); 20] = [
         "bench",
         &["diffusion", "networks", "training", "plugin_host"],
     ),
-    ("demo", &["app", "config"]),
+    ("demo", &["app", "config", "lettering"]),
     ("telemetry", &[]),
     ("config", &[]),
 ];

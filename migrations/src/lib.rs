@@ -7,6 +7,8 @@ mod m20261125_000002_webhooks;
 mod m20261125_000003_resume;
 mod m20261125_000004_judging;
 mod m20261125_000005_queue;
+mod m20261125_000008_provenance;
+mod m20261125_000009_grids;
 mod m20261125_000010_guard;
 
 pub use sea_orm_migration::MigratorTrait;
@@ -26,6 +28,8 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000003_resume::Migration),
             Box::new(m20261125_000004_judging::Migration),
             Box::new(m20261125_000005_queue::Migration),
+            Box::new(m20261125_000008_provenance::Migration),
+            Box::new(m20261125_000009_grids::Migration),
             Box::new(m20261125_000010_guard::Migration),
         ]
     }

@@ -77,6 +77,10 @@ codes! {
     RunNotTraining = "run_not_training", 409, "The run does not train now";
     NoPrompts = "no_prompts", 409, "The run has no prompts";
     NotExtendable = "not_extendable", 409, "The run cannot be extended";
+    GridNotFound = "grid_not_found", 404, "There is no such grid";
+    GridNotReady = "grid_not_ready", 409, "The grid has no picture";
+    NotReproducible = "not_reproducible", 409, "The run cannot be repeated";
+    InputsChanged = "inputs_changed", 409, "The run's base model or plugins are not what they were";
     StillNeeded = "still_needed", 409, "Something still needs it";
     SampleNotFound = "sample_not_found", 404, "There is no such sample";
     OptimizerNotFound = "optimizer_not_found", 422, "No loaded plugin offers this optimizer";

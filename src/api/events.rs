@@ -61,7 +61,7 @@ pub struct EventQuery {
 pub struct RunEvent {
     /// Its number within the run, from 1, without gaps.
     pub id: u64,
-    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora` and others.
+    /// `state`, `memory`, `phase`, `progress`, `validation`, `sample`, `lora`, `environment_changed` and others.
     pub event: String,
     /// What it says; depends on `event`.
     #[schema(value_type = Object)]
@@ -98,13 +98,16 @@ impl From<Event> for RunEvent {
 /// With `Accept: application/json` or `?wait=` the answer is a list of at most 500 events after `?after=`. With `?wait=`
 /// it comes when there is an event, or empty after so many seconds; `next_after` is `null` at the end of the run's story.
 ///
-/// `memory` comes once, before the model is loaded, in runs on the CPU: `estimated_peak_bytes` is the most that the
-/// worker's process is expected to take, `available_bytes` what it may have, `null` where the system does not tell. The
-/// phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in `total`,
-/// and how many of them were `cached` by an earlier run.
+/// `memory` comes once, before the model is loaded: `estimated_peak_bytes` is the most that the run is expected to take
+/// of the machine's memory on the CPU, else of the device's, `available_bytes` what it may have, `null` where nobody
+/// tells. The phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in
+/// `total`, and how many of them were `cached` by an earlier run.
 ///
 /// `rolled_back` says that loss or adapters were no longer finite `at_step`, and that the run goes on from `to_step`
 /// with half the learning rates: `progress` and results follow from the step after that again.
+///
+/// `environment_changed` says that the run goes on with another device, driver, instruction set or version of the
+/// program than it began with: the bits of its result are then those of neither.
 #[utoipa::path(
     tag = "runs",
     operation_id = "list_events",

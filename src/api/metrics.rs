@@ -129,7 +129,8 @@ async fn of_runs(store: &Store) -> Result<Registry, Problem> {
     let deliveries = store.count_deliveries_by_state().await;
     let deliveries = deliveries.map_err(Problem::internal)?;
     let active = store.runs_in(&state::HELD).await;
-    let active = active.map_err(Problem::internal)?;
+    let mut active = active.map_err(Problem::internal)?;
+    active.retain(|run| run.grid_of.is_none());
     gauges(&by_state, &deliveries, &active).map_err(Problem::internal)
 }
 

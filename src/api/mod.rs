@@ -29,9 +29,11 @@ pub mod patch;
 pub mod plugins;
 pub mod problem;
 pub mod run_actions;
+pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
 mod run_plan;
+pub mod run_provenance;
 pub mod run_settings;
 pub mod run_tensorboard;
 pub mod runs;
@@ -76,6 +78,8 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(runs::routes)
             .configure(run_plan::routes)
             .configure(run_actions::routes)
+            .configure(run_provenance::routes)
+            .configure(run_grids::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
             .configure(run_tensorboard::routes)

@@ -21,7 +21,8 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "6d2a1f8b0c9e4a57", "name": "v1-5-pruned-emaonly", "family": "sd1", "prediction_type": "epsilon",
-    "layout": "single_file", "dtype": "F16", "size_bytes": 2132625918, "trainable": true, "problem": null
+    "layout": "single_file", "dtype": "F16", "size_bytes": 2132625918,
+    "sha256": "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa", "trainable": true, "problem": null
 }))]
 pub struct Model {
     /// The same as long as the model stays where it is.
@@ -40,14 +41,19 @@ pub struct Model {
     /// Number format of most of its weights: `F16`, `BF16`, `F32`.
     pub dtype: Option<String>,
     pub size_bytes: Option<u64>,
+    /// What tells its content apart. Of a single file its SHA-256; of a folder the SHA-256 of what `sha256sum` writes of
+    /// its `.safetensors`, `.json` and `.txt` files: digest, two spaces, path below the folder, newline, in the order of
+    /// the paths. `null` until all of it was read once, for a run or because somebody has asked for this model.
+    pub sha256: Option<String>,
     /// Whether a run can use it.
     pub trainable: bool,
     /// Why a run cannot use it.
     pub problem: Option<String>,
 }
 
-impl From<BaseModel> for Model {
-    fn from(model: BaseModel) -> Self {
+impl Model {
+    fn of(model: BaseModel, models: &ModelCatalog) -> Self {
+        let sha256 = models.known_digest(&model).map(|digest| digest.sha256);
         let problem = model.problem().map(str::to_owned);
         let info = model.info.ok();
         Self {
@@ -57,6 +63,7 @@ impl From<BaseModel> for Model {
             prediction_type: info.as_ref().map(|info| info.prediction),
             layout: info.as_ref().map(|info| info.layout),
             size_bytes: info.as_ref().map(|info| info.size_bytes),
+            sha256,
             dtype: info.map(|info| info.dtype),
             trainable: problem.is_none(),
             problem,
@@ -87,16 +94,25 @@ pub async fn list_models(
         found.retain(|model| model.name > *after);
     }
     found.truncate(page.limit + 1);
+    let models = models.get_ref().clone();
+    // Sizes and times of files are looked at for the digests.
+    let found: Vec<Model> = web::block(move || {
+        let of = |model| Model::of(model, &models);
+        found.into_iter().map(of).collect()
+    })
+    .await
+    .map_err(Problem::internal)?;
     Ok(web::Json(page.page(
         found,
         |model| model.name.clone(),
-        Model::from,
+        |model| model,
     )))
 }
 
 /// Read about a base model.
 ///
-/// By its id, or by its name where that has no slash.
+/// By its id, or by its name where that has no slash. Where its `sha256` is not known yet, it is made in the background:
+/// ask again.
 #[utoipa::path(
     tag = "models",
     params(("model_id" = String, Path)),
@@ -121,9 +137,13 @@ pub async fn get_model(
             format!("there is no base model `{id}`"),
         )
     };
-    found
-        .map(|model| web::Json(model.into()))
-        .ok_or_else(missing)
+    let found = found.ok_or_else(missing)?;
+    let models = models.get_ref().clone();
+    let model = web::block(move || {
+        models.prepare_digest(&found);
+        Model::of(found, &models)
+    });
+    Ok(web::Json(model.await.map_err(Problem::internal)?))
 }
 
 /// Reading headers blocks; what was read is remembered.

@@ -64,13 +64,14 @@ const JSON_BODY: [(&str, &[Code], &str); 3] = [
     ),
 ];
 /// Ids of examples: the same in paths as in bodies.
-const IDS: [(&str, &str); 9] = [
+const IDS: [(&str, &str); 10] = [
     ("model_id", "6d2a1f8b0c9e4a57"),
     ("dataset_id", "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11"),
     ("image_id", "019a9c1e-8a00-7c30-a4b2-3d1f2f6f0a11"),
     ("subset_id", "019a9c1e-9b00-7c30-a4b2-3d1f2f6f0a11"),
     ("run_id", "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11"),
     ("sample_id", "019a9c1f-5a00-7c30-a4b2-3d1f2f6f0a11"),
+    ("grid_id", "019a9c21-6a00-7c30-a4b2-3d1f2f6f0a11"),
     ("lora_id", "019a9c20-1111-7c30-a4b2-3d1f2f6f0a11"),
     ("delivery_id", "019a9c22-3333-7c30-a4b2-3d1f2f6f0a11"),
     ("webhook_id", "019a9c21-2222-7c30-a4b2-3d1f2f6f0a11"),

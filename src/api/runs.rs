@@ -19,9 +19,10 @@ use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{FieldError, Problem, ProblemBody};
 use super::run_judging::RolledBack;
+use super::run_provenance::Reproduction;
 use super::run_settings::CreateRun;
 use super::tagged::tagged;
-use crate::runs::{self, NewRunRequest, Place, RunError, RunService, RunSpec};
+use crate::runs::{self, Mismatch, NewRunRequest, Place, RunError, RunService, RunSpec};
 use crate::store::runs as rows;
 use crate::store::{Store, StoreError};
 
@@ -137,6 +138,8 @@ pub struct Run {
     pub continued_from: Option<Uuid>,
     /// The API key that has made it; `null` for the one of the settings, and where nobody needs a key.
     pub api_key_id: Option<Uuid>,
+    /// Whether its result is that of the run that it repeats; `null` when it repeats none.
+    pub reproduction: Option<Reproduction>,
     /// Why it failed.
     pub error: Option<RunFailure>,
     /// The result; see `/v1/loras/{lora_id}`.
@@ -186,7 +189,8 @@ pub struct RunFailure {
     /// at which step, and what to change), `model_unusable`, `device_unusable`, `device_failed_self_check`,
     /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
     /// change), `memory_limit` (it has outgrown it), `worker_lost` (its workers die without coming further),
-    /// `resume_refused` (what it was kept for has changed) and others.
+    /// `resume_refused` (what it was kept for has changed), `inputs_changed` (what it repeats was made with another base
+    /// model or plugin) and others.
     pub code: String,
     pub message: String,
 }
@@ -201,6 +205,7 @@ impl Run {
             .transpose()
             .map_err(Problem::internal)?;
         Ok(Self {
+            reproduction: Reproduction::of(&run)?,
             settings: CreateRun::of(&run, spec),
             id: run.id,
             name: run.name,
@@ -773,6 +778,13 @@ impl From<RunError> for Problem {
             RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
+            RunError::GridNotFound(_) => Self::new(Code::GridNotFound, text),
+            RunError::NotReproducible(_) => Self::new(Code::NotReproducible, text),
+            RunError::InputsChanged(found) => {
+                let field =
+                    |found: Mismatch| FieldError::new(found.pointer, "changed", found.message);
+                Self::fields(Code::InputsChanged, found.into_iter().map(field).collect())
+            }
             RunError::Store(error) if error.is_storage_full() => {
                 let detail = "there is no room left in the data folder";
                 Self::new(Code::StorageFull, detail)

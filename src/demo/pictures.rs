@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
 use anyhow::{Context, Result, anyhow};
 use epaint_default_fonts::UBUNTU_LIGHT;
 use image::imageops::{FilterType, overlay, resize};
 use image::{Rgb, RgbImage};
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
+
+use crate::lettering::{Lettering, wrap};
 
 /// One line of the sheet: a prompt and the pictures that the model drew for it.
 pub struct SheetRow {
@@ -34,21 +35,15 @@ pub fn sheet(rows: &[SheetRow]) -> Result<RgbImage> {
     let width = LABEL_PX + 2 * (CELL_PX + MARGIN_PX) + MARGIN_PX;
     let height = HEADER_PX + count * (CELL_PX + MARGIN_PX);
     let mut canvas = RgbImage::from_pixel(width, height, Rgb([255, 255, 255]));
-    let font = FontRef::try_from_slice(UBUNTU_LIGHT).context("the built-in font")?;
+    let letters = Lettering::new().context("the built-in font")?;
     let columns = [LABEL_PX, LABEL_PX + CELL_PX + MARGIN_PX];
     for (x, title) in columns.into_iter().zip(["before", "after"]) {
-        text(&mut canvas, &font, title, (x, 10), 24.0);
+        letters.write(&mut canvas, title, (x, 10), 24.0);
     }
     for (index, row) in (0..).zip(rows) {
         let y = HEADER_PX + index * (CELL_PX + MARGIN_PX);
         for (line, words) in (0..).zip(wrap(&row.prompt, 28)) {
-            text(
-                &mut canvas,
-                &font,
-                &words,
-                (MARGIN_PX, y + 70 + line * 26),
-                20.0,
-            );
+            letters.write(&mut canvas, &words, (MARGIN_PX, y + 70 + line * 26), 20.0);
         }
         for (x, picture) in columns.into_iter().zip([&row.before, &row.after]) {
             // Samples may be small: whole pixels stay visible, nothing is smoothed over.
@@ -57,49 +52,6 @@ pub fn sheet(rows: &[SheetRow]) -> Result<RgbImage> {
         }
     }
     Ok(canvas)
-}
-
-/// Breaks `words` into lines of at most `columns` characters, between words.
-fn wrap(words: &str, columns: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in words.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if line.len() + 1 + word.len() <= columns => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
-        }
-    }
-    lines
-}
-
-fn text(canvas: &mut RgbImage, font: &FontRef<'_>, words: &str, at: (u32, u32), size_px: f32) {
-    let scaled = font.as_scaled(PxScale::from(size_px));
-    let mut x = at.0 as f32;
-    let baseline = at.1 as f32 + scaled.ascent();
-    for character in words.chars() {
-        let mut glyph = scaled.scaled_glyph(character);
-        glyph.position = point(x, baseline);
-        x += scaled.h_advance(glyph.id);
-        let Some(outline) = font.outline_glyph(glyph) else {
-            continue; // a space
-        };
-        let corner = outline.px_bounds().min;
-        outline.draw(|dx, dy, coverage| {
-            let (px, py) = (
-                corner.x as i64 + i64::from(dx),
-                corner.y as i64 + i64::from(dy),
-            );
-            let (Ok(px), Ok(py)) = (u32::try_from(px), u32::try_from(py)) else {
-                return;
-            };
-            if let Some(pixel) = canvas.get_pixel_mut_checked(px, py) {
-                let ink = (coverage.clamp(0.0, 1.0) * 255.0) as u8;
-                pixel.0 = pixel.0.map(|channel| channel.saturating_sub(ink));
-            }
-        });
-    }
 }
 
 /// The curves of a run, each a list of `(step, value)`.
@@ -199,11 +151,6 @@ mod tests {
             canvas.pixels().any(|pixel| pixel.0.iter().all(|c| *c < 60)),
             "the prompt is written in dark ink"
         );
-    }
-
-    #[test]
-    fn long_prompts_are_wrapped() {
-        assert_eq!(wrap("a large blue star", 8), ["a large", "blue", "star"]);
     }
 
     #[test]

@@ -24,7 +24,7 @@ mod unet_pass;
 pub mod vae;
 pub mod weights;
 
-pub use crate::kernels::Precision;
+pub use crate::kernels::{Precision, instruction_set};
 pub use error::LoadError;
 pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, StoredTensor};
 pub use samplers::SamplerKind;

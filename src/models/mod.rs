@@ -1,11 +1,17 @@
 //! Base models: what lies in the model folder, told by its content.
 
+mod digest;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
+
+pub use digest::{ModelDigest, ModelFile};
+
+use digest::Digests;
 
 pub use crate::diffusion::{Family, Layout, ModelInfo, PredictionType};
 use crate::diffusion::{LoadError, StableDiffusion};
@@ -57,6 +63,7 @@ type Found = Option<Result<ModelInfo, String>>;
 pub struct ModelCatalog {
     folder: PathBuf,
     read: Arc<Mutex<HashMap<PathBuf, (Stamp, Found)>>>,
+    digests: Digests,
 }
 
 impl ModelCatalog {
@@ -65,7 +72,42 @@ impl ModelCatalog {
         Self {
             folder: folder.into(),
             read: Arc::default(),
+            digests: Digests::default(),
         }
+    }
+
+    /// With digests that are remembered in `folder`, for later processes too.
+    #[must_use]
+    pub fn remembering_in(self, folder: PathBuf) -> Self {
+        Self {
+            digests: Digests::in_folder(folder),
+            ..self
+        }
+    }
+
+    /// What tells the model apart by content, if that is known; reads no weights.
+    pub fn known_digest(&self, model: &BaseModel) -> Option<ModelDigest> {
+        self.digests.known(&model.path)
+    }
+
+    /// What tells the model apart by content; the first time all of it is read.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or changes meanwhile.
+    pub fn digest(&self, model: &BaseModel) -> std::io::Result<ModelDigest> {
+        self.digests.get(&model.path)
+    }
+
+    /// Has the digest made by a thread, unless it is known; one model at a time.
+    pub fn prepare_digest(&self, model: &BaseModel) {
+        self.digests.prepare(&model.path);
+    }
+
+    /// The model's path below the model folder, with slashes.
+    pub fn path_below(&self, model: &BaseModel) -> String {
+        let below = model.path.strip_prefix(&self.folder);
+        let below = below.unwrap_or(&model.path).to_string_lossy();
+        below.replace('\\', "/")
     }
 
     /// Every model, by name.

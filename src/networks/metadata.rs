@@ -22,6 +22,8 @@ pub struct TrainingRecord {
     pub session_id: u32,
     /// When the run was made: the only time in a file, so that its bytes do not depend on how long anything took.
     pub recorded_at: OffsetDateTime,
+    /// Digest of all that decides the result, by which the run's record is found; told as `lorasmith_inputs_sha256`.
+    pub inputs_sha256: Option<String>,
     /// Adapters.
     pub network: NetworkSettings,
     /// Learning rate of the UNet; `None` when it is not trained.
@@ -153,6 +155,9 @@ impl TrainingRecord {
         self.put_data(&mut put);
         self.put_modelspec(&mut entries);
         self.put_judgement(&mut entries);
+        if let Some(sha256) = &self.inputs_sha256 {
+            entries.insert("lorasmith_inputs_sha256".to_owned(), sha256.clone());
+        }
         entries
     }
 
@@ -525,6 +530,7 @@ mod tests {
             output_name: "k256_fp32".to_owned(),
             session_id: 3_572_901_700,
             recorded_at: OffsetDateTime::UNIX_EPOCH,
+            inputs_sha256: None,
             network: NetworkSettings {
                 rank: 32,
                 alpha: 32.0,

@@ -1,13 +1,20 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
+mod attempt;
 mod crash;
 mod folders;
+mod grid;
+mod grid_drawing;
 mod liveness;
 pub mod memory;
+mod origin;
 mod pace;
 mod plan;
+mod provenance;
 mod queue;
+mod repeat;
 mod reporter;
+mod reproduction;
 mod room;
 pub mod service;
 pub mod spec;
@@ -20,9 +27,12 @@ pub use crate::store::runs::Room;
 pub use crate::training::guard::RolledBack;
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
+pub use grid::{GridRequest, GridSpec};
+pub use origin::Difference;
 pub use pace::Pace;
 pub use plan::{PlannedBucket, PlannedMemory, RunPlan};
 pub use queue::{Place, room};
+pub use reproduction::{Mismatch, Reproduction};
 pub use service::{Extension, NewRunRequest, RunError, RunProblem, RunService};
 pub use spec::{RunSpec, SnapshotImage};
 pub use supervisor::{Supervisor, WorkerCommand};

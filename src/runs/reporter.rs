@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::memory::{MemoryPlan, MemoryWatch, outgrown, own_bytes};
+use super::origin::Difference;
 use super::state;
 use super::worker::LEASE;
 use crate::diffusion::device_memory::MemoryGauge;
@@ -164,6 +165,20 @@ impl Reporter {
         self.progress.total_steps = Some(total);
     }
 
+    /// Tells how many pictures of a grid are drawn.
+    pub fn drawn(&mut self, done: u64) -> Control {
+        self.progress.step = done;
+        self.write(WorkerReport {
+            progress: Some(self.progress.clone()),
+            ..WorkerReport::default()
+        });
+        if self.stop.any() {
+            Control::Stop
+        } else {
+            Control::Continue
+        }
+    }
+
     /// Tells what the run is expected to take.
     pub fn memory(&mut self, plan: &MemoryPlan) {
         let data = json!({
@@ -179,6 +194,21 @@ impl Reporter {
     /// From now on the GPU's memory is watched, too.
     pub fn watch(&self, gauge: MemoryGauge) {
         self.stop.memory.watch(gauge);
+    }
+
+    /// Tells that the run goes on where it computes other bits than where it began.
+    pub fn environment_changed(&mut self, changes: &[Difference]) {
+        let words: Vec<String> = changes.iter().map(ToString::to_string).collect();
+        let message = format!(
+            "the run goes on elsewhere than it began ({}): the result is not that of one environment to the bit",
+            words.join("; ")
+        );
+        tracing::warn!(message, "the environment has changed");
+        let data = json!({"attempt": self.attempt, "changes": changes, "message": message});
+        self.write(WorkerReport {
+            events: vec![("environment_changed".to_owned(), data)],
+            ..WorkerReport::default()
+        });
     }
 
     /// Why the training was stopped, when it was for its memory.

@@ -8,6 +8,7 @@ use tokio::sync::{Notify, OnceCell};
 use uuid::Uuid;
 
 use super::queue::{self, Place};
+use super::reproduction::Mismatch;
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
 use crate::dataloader::BucketSettings;
@@ -109,6 +110,15 @@ pub enum RunError {
     /// The run cannot be made longer.
     #[error("the run cannot be extended: {0}")]
     NotExtendable(String),
+    /// The run cannot be repeated.
+    #[error("the run cannot be repeated: {0}")]
+    NotReproducible(String),
+    /// What it was made with has changed.
+    #[error("{} of what the run was made with is not what it was", .0.len())]
+    InputsChanged(Vec<Mismatch>),
+    /// There is no such grid.
+    #[error("the run has no grid {0}")]
+    GridNotFound(Uuid),
     /// It cannot be deleted yet.
     #[error("{}", why(.0))]
     StillNeeded(StillNeeded),
@@ -193,6 +203,8 @@ impl RunService {
                 api_key_id,
                 wanted_device: self.wanted_device(&spec.device).await?,
                 continued_from: None,
+                reproduction_of: None,
+                grid_of: None,
                 total_steps,
                 name,
                 spec: serde_json::to_string(&spec)?,
@@ -240,7 +252,7 @@ impl RunService {
     }
 
     /// The id of the device that a checked name means, as the queue counts by devices.
-    async fn wanted_device(&self, name: &str) -> Result<Option<String>, RunError> {
+    pub(super) async fn wanted_device(&self, name: &str) -> Result<Option<String>, RunError> {
         let Ok(spec) = name.parse::<DeviceSpec>() else {
             return Ok(None);
         };
@@ -254,6 +266,19 @@ impl RunService {
             Ok::<_, RunError>(id)
         };
         Ok(Some(self.auto.get_or_try_init(ask).await?.clone()))
+    }
+
+    pub(super) fn models(&self) -> &ModelCatalog {
+        &self.models
+    }
+
+    pub(super) fn plugins(&self) -> &PluginHost {
+        &self.plugins
+    }
+
+    /// Tells the supervisor that there is something to do.
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
     }
 
     pub(super) fn store(&self) -> &Store {
@@ -273,6 +298,15 @@ impl RunService {
     /// # Errors
     /// [`RunError::NotFound`].
     pub async fn get(&self, id: Uuid) -> Result<Run, RunError> {
+        let row = self.row(id).await?;
+        match row.grid_of {
+            None => Ok(row),
+            Some(_) => Err(RunError::NotFound(id)),
+        }
+    }
+
+    /// One run, or one grid.
+    pub(super) async fn row(&self, id: Uuid) -> Result<Run, RunError> {
         self.store.run(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::NotFound(id),
             other => other.into(),
@@ -298,6 +332,11 @@ impl RunService {
     /// [`RunError::NotFound`]; [`RunError::IllegalTransition`] when it has succeeded or failed.
     pub async fn cancel(&self, id: Uuid) -> Result<Run, RunError> {
         let run = self.get(id).await?;
+        self.cancel_row(run).await
+    }
+
+    pub(super) async fn cancel_row(&self, run: Run) -> Result<Run, RunError> {
+        let id = run.id;
         if run.state == RunState::Cancelled {
             return Ok(run);
         }
@@ -317,7 +356,7 @@ impl RunService {
                 .await?;
         }
         self.wake.notify_one();
-        let run = self.get(id).await?;
+        let run = self.row(id).await?;
         match run.state {
             RunState::Succeeded | RunState::Failed => Err(illegal(&run, RunState::Cancelled)),
             _ => Ok(run),
@@ -497,6 +536,8 @@ impl RunService {
                 dataset_id: run.dataset_id,
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),
+                reproduction_of: None,
+                grid_of: None,
                 priority: run.priority,
                 api_key_id,
                 wanted_device: self.wanted_device(&spec.device).await?,
@@ -657,6 +698,8 @@ fn why(needed: &StillNeeded) -> String {
             format!("the run is {found}, expected succeeded, failed or cancelled")
         }
         StillNeeded::ContinuedBy(run) => format!("run {run} goes on from it and has not ended"),
+        StillNeeded::DrawnBy(grid) => format!("grid {grid} draws its LoRA files and has not ended"),
+        StillNeeded::ReproducedBy(run) => format!("run {run} repeats it and has not ended"),
         StillNeeded::HasLoras(1) => {
             "it has a LoRA file; `with_loras=true` deletes it too".to_owned()
         }
@@ -720,7 +763,7 @@ fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunPro
 }
 
 /// Whether the device exists now; asking drivers takes a moment.
-async fn check_device(device: String) -> Result<Option<RunProblem>, RunError> {
+pub(super) async fn check_device(device: String) -> Result<Option<RunProblem>, RunError> {
     let problem = |message: String| RunProblem {
         pointer: "/device".to_owned(),
         code: "invalid_value",

@@ -12,9 +12,12 @@ use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
+use super::attempt::{self, BeginError, Begun};
 use super::folders;
+use super::grid_drawing;
 use super::liveness::{self, Alive};
 use super::memory::MemoryPlan;
+use super::origin::Facts;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
@@ -95,7 +98,7 @@ pub enum WorkerEnd {
 }
 
 /// Why there is no result.
-enum Ending {
+pub(super) enum Ending {
     /// The training was asked to stop.
     Stopped,
     /// There is no room left to write to.
@@ -125,8 +128,17 @@ impl From<TrainError> for Ending {
     }
 }
 
+impl From<BeginError> for Ending {
+    fn from(error: BeginError) -> Self {
+        match error {
+            BeginError::Store(error) => store_failed(error),
+            BeginError::Failed(failure) => Self::Failed(failure),
+        }
+    }
+}
+
 /// Words of an error of rows or files.
-fn store_failed(error: StoreError) -> Ending {
+pub(super) fn store_failed(error: StoreError) -> Ending {
     if error.is_storage_full() {
         Ending::StorageFull(error.to_string())
     } else {
@@ -184,8 +196,15 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     );
     // A panic in a driver or a library must end as a failed run, with its message.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let trained = run_training(runtime, parts, &run, &mut reporter);
+        let trained = match run.grid_of {
+            None => run_training(runtime, parts, &run, &mut reporter).map(|_| ()),
+            Some(_) => grid_drawing::draw(runtime, parts, &run, &mut reporter),
+        };
         match reporter.finish() {
+            Ok(()) if trained.is_ok() && run.grid_of.is_none() => {
+                let concluded = runtime.block_on(attempt::conclude(store, id));
+                concluded.map_err(store_failed)?;
+            }
             Ok(()) => {}
             Err(error) if trained.is_ok() => return Err(store_failed(error)),
             Err(error) => tracing::error!(%error, "the last reports were not written"),
@@ -316,6 +335,11 @@ fn run_training(
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
         return Err(RunFailure::new("model_unusable", message).into());
     };
+    let begun = attempt::begin(runtime, parts, run, &spec, &images, &base, &device);
+    let Begun { facts, changes } = begun?;
+    if !changes.is_empty() {
+        reporter.environment_changed(&changes);
+    }
     let cache = parts.cache.as_ref().and_then(CacheFolder::open);
     let data = training_set(&parts.store, images, &spec, &base.path, cache);
     let plan = MemoryPlan::new(&data, settings, &device.info)?;
@@ -360,7 +384,7 @@ fn run_training(
             total_steps,
         )
         .map_err(plugin)?;
-    let place = run_place(parts, run, &spec, digest)?;
+    let place = run_place(parts, run, &spec, digest, &facts)?;
     reporter.expect_steps(total_steps);
     let trained = train(
         &mut model,
@@ -384,6 +408,7 @@ fn run_place(
     run: &Run,
     spec: &RunSpec,
     images: String,
+    facts: &Facts,
 ) -> Result<RunPlace, Ending> {
     let folder = parts.store.run_folder(run.id);
     let points = ResumeFolder::open(&folder.join(RESUME)).map_err(TrainError::from)?;
@@ -393,6 +418,10 @@ fn run_place(
     let owner = [
         ("the settings", digest(&settings.deciding())),
         ("the set of pictures", images),
+        (
+            "the base model's files",
+            facts.materials.base_model.sha256.clone(),
+        ),
         (
             "the optimizer",
             version_of(&optimizers, &settings.optimizer.id),
@@ -410,6 +439,7 @@ fn run_place(
             owner.map(|(name, value)| (name.to_owned(), value)).into(),
         )),
         recorded_at: spec.recorded_at,
+        inputs_sha256: Some(facts.inputs_sha256.clone()),
         session_id: u32::from_le_bytes([session[0], session[1], session[2], session[3]]),
     })
 }
@@ -433,7 +463,7 @@ fn digest(value: &impl Serialize) -> String {
 }
 
 /// Lets a run pass whose device computes what the CPU computes; finds that out at the device's first use.
-fn check_device(
+pub(super) fn check_device(
     self_checks: &Remembered,
     device: &ComputeDevice,
     reporter: &mut Reporter,

@@ -1,6 +1,6 @@
 //! Counts for those who watch the service.
 
-use sea_orm::{EntityTrait as _, QuerySelect as _};
+use sea_orm::{EntityTrait as _, QueryFilter as _, QuerySelect as _};
 
 use super::rows::{run, webhook_delivery};
 use super::{Store, StoreError};
@@ -15,6 +15,7 @@ impl Store {
             .select_only()
             .column(run::Column::State)
             .column_as(sea_orm::ColumnTrait::count(&run::Column::Id), "count")
+            .filter(sea_orm::ColumnTrait::is_null(&run::Column::GridOf))
             .group_by(run::Column::State)
             .into_tuple()
             .all(&self.db)

@@ -3,6 +3,7 @@
 
 mod claims;
 mod deletion;
+mod provenance;
 mod queue;
 mod records;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use super::{Store, StoreError, now_ms, time_of, webhooks};
 
 pub use claims::{Claim, Lease, NewLora, Progress, WorkerReport};
 pub use deletion::StillNeeded;
+pub use provenance::Attempt;
 pub use queue::{Room, Turns};
 pub use records::{Event, Metric, NewSample, Sample, Told};
 
@@ -145,6 +147,14 @@ pub struct Run {
     pub early_stop: Option<String>,
     /// That its numbers were no longer finite, and where it went on; JSON that `runs` wrote.
     pub rolled_back: Option<String>,
+    /// Digest of the record of where its file comes from; a blob.
+    pub provenance_sha256: Option<String>,
+    /// The run that it repeats.
+    pub reproduction_of: Option<Uuid>,
+    /// How that went; JSON that `runs` wrote.
+    pub reproduction: Option<String>,
+    /// The run whose LoRA files it draws: then it is a grid, and no run to its users.
+    pub grid_of: Option<Uuid>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -214,6 +224,10 @@ pub struct NewRun {
     pub base_model_id: String,
     /// See [`Run::continued_from`].
     pub continued_from: Option<Uuid>,
+    /// See [`Run::reproduction_of`].
+    pub reproduction_of: Option<Uuid>,
+    /// See [`Run::grid_of`].
+    pub grid_of: Option<Uuid>,
     /// See [`Run::priority`].
     pub priority: i32,
     /// See [`Run::api_key_id`].
@@ -255,7 +269,8 @@ pub struct RunFilter {
 }
 
 impl RunFilter {
-    fn apply(self, mut query: Select<run::Entity>) -> Select<run::Entity> {
+    fn apply(self, query: Select<run::Entity>) -> Select<run::Entity> {
+        let mut query = query.filter(run::Column::GridOf.is_null());
         if let Some(state) = self.state {
             query = query.filter(run::Column::State.eq(state.as_str()));
         }
@@ -298,6 +313,8 @@ impl Store {
             judged_furthest_step: Set(0),
             stalls: Set(0),
             continued_from: Set(new.continued_from),
+            reproduction_of: Set(new.reproduction_of),
+            grid_of: Set(new.grid_of),
             priority: Set(new.priority),
             total_steps: Set(new.total_steps.map(signed)),
             api_key_id: Set(new.api_key_id),
@@ -365,6 +382,26 @@ impl Store {
     ) -> Result<Vec<Run>, StoreError> {
         let mut query = filter
             .apply(find())
+            .order_by_asc(run::Column::Id)
+            .limit(limit);
+        if let Some(after) = after {
+            query = query.filter(run::Column::Id.gt(after));
+        }
+        query.all(&self.db).await?.into_iter().map(read).collect()
+    }
+
+    /// The grids of a run in the order in which they were made, after `after`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn grids(
+        &self,
+        of: Uuid,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<Run>, StoreError> {
+        let mut query = find()
+            .filter(run::Column::GridOf.eq(of))
             .order_by_asc(run::Column::Id)
             .limit(limit);
         if let Some(after) = after {
@@ -632,6 +669,10 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         verdict: row.verdict,
         early_stop: row.early_stop,
         rolled_back: row.rolled_back,
+        provenance_sha256: row.provenance_sha256,
+        reproduction_of: row.reproduction_of,
+        reproduction: row.reproduction,
+        grid_of: row.grid_of,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

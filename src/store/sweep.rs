@@ -58,6 +58,11 @@ impl Store {
             .all(&self.db)
             .await?;
         for id in runs {
+            match self.run(id).await {
+                Ok(run) => named.extend(run.provenance_sha256.as_deref().and_then(parse_digest)),
+                Err(StoreError::NotFound) => {} // deleted meanwhile
+                Err(error) => return Err(error),
+            }
             match self.run_images(id).await {
                 Ok(images) => named.extend(digests_in(&images)),
                 Err(StoreError::NotFound) => {} // deleted meanwhile

@@ -11,8 +11,9 @@ use crate::dataloader::{
     Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, EpochPlan, TensorCache,
     TrainingImage, load_pixels,
 };
-use crate::diffusion::StableDiffusion;
+use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
+use crate::diffusion::{StableDiffusion, instruction_set};
 use crate::training::TrainError;
 use crate::training::progress::Phase;
 use crate::training::random::{Stream, generator, normal_tensor};
@@ -244,7 +245,9 @@ struct HostMoments {
 
 /// What else decides the bits of a frozen part's output, besides its weights and its input.
 pub(super) fn computed_by(device: &Device) -> String {
-    format!("{} {device:?}", env!("CARGO_PKG_VERSION"))
+    // On other devices the driver decides; the CPU's results depend on its instructions.
+    let instructions = is_cpu(device).then(instruction_set).unwrap_or_default();
+    format!("{} {device:?} {instructions}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Encodes every training image at the size of its bucket, in the order of `images`.

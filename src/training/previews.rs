@@ -1,27 +1,57 @@
 //! Preview pictures: fixed prompts and seeds drawn with the adapters as they are.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use image::RgbImage;
 
 use crate::diffusion::samplers::{Guidance, Sampler, sample};
+use crate::diffusion::{PredictionType, StableDiffusion};
 use crate::training::TrainError;
 use crate::training::random::{Stream, generator, normal_tensor};
-use crate::training::settings::SamplePrompt;
-use crate::training::step::{Conditioning, Trainer};
+use crate::training::settings::{SamplePrompt, TrainSettings};
+use crate::training::step::Trainer;
 use crate::training::text::token_rows;
 
-/// Draws one prompt.
+/// What decides a picture besides the model and the prompt.
+#[derive(Debug, Clone)]
+pub struct Drawing {
+    /// Which hidden state of the text encoder is used, counted from the end.
+    pub clip_skip: usize,
+    /// Length of a prompt in tokens, without begin and end.
+    pub max_token_length: usize,
+    /// What the UNet predicts.
+    pub prediction: PredictionType,
+    /// Where the model is.
+    pub device: Device,
+}
+
+/// Draws one prompt in a training.
 ///
 /// Sides are rounded down to what the VAE and the UNet can handle.
 pub fn draw(
     trainer: &Trainer<'_>,
     prompt: &SamplePrompt,
-    max_token_length: usize,
+    settings: &TrainSettings,
 ) -> Result<RgbImage, TrainError> {
-    let model = &*trainer.model;
+    let how = Drawing {
+        clip_skip: settings.clip_skip,
+        max_token_length: settings.max_token_length,
+        prediction: trainer.objective().prediction,
+        device: trainer.device(),
+    };
+    draw_with(&*trainer.model, prompt, &how)
+}
+
+/// Draws one prompt with the adapters that are attached to the model, if any are.
+///
+/// Sides are rounded down to what the VAE and the UNet can handle.
+pub fn draw_with(
+    model: &StableDiffusion,
+    prompt: &SamplePrompt,
+    how: &Drawing,
+) -> Result<RgbImage, TrainError> {
     let encode = |text: &str| {
-        let rows = token_rows(model, text, max_token_length);
-        trainer.encode(&Conditioning::Tokens(vec![rows])) // [1, tokens, d]
+        let rows = token_rows(model, text, how.max_token_length);
+        model.text_encoder.encode_chunks(&[rows], how.clip_skip) // [1, tokens, d]
     };
     let (cond, uncond) = (encode(&prompt.prompt), encode(&prompt.negative_prompt));
     let vae = model.vae()?;
@@ -30,9 +60,13 @@ pub fn draw(
     let (height, width) = (side(prompt.height_px), side(prompt.width_px));
     let mut rng = generator(prompt.seed, Stream::Preview, b"");
     let shape = [1, model.unet.latent_channels(), height, width];
-    let noise = normal_tensor(&mut rng, shape, &trainer.device());
-    let prediction = trainer.objective().prediction;
-    let sampler = Sampler::new(prompt.sampler, &model.schedule, prediction, prompt.steps);
+    let noise = normal_tensor(&mut rng, shape, &how.device);
+    let sampler = Sampler::new(
+        prompt.sampler,
+        &model.schedule,
+        how.prediction,
+        prompt.steps,
+    );
     let guidance = Guidance {
         cond,
         uncond,

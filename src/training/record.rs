@@ -35,6 +35,8 @@ pub struct RunFacts<'a> {
     pub base_model: BaseModelRecord,
     /// When the run was made.
     pub recorded_at: OffsetDateTime,
+    /// Digest of all that decides the result.
+    pub inputs_sha256: Option<String>,
     /// A number that tells runs apart.
     pub session_id: u32,
 }
@@ -48,6 +50,7 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         output_name: settings.output_name.clone(),
         session_id: facts.session_id,
         recorded_at: facts.recorded_at,
+        inputs_sha256: facts.inputs_sha256,
         network: settings.network.clone(),
         unet_lr: trained(settings.unet_lr),
         text_encoder_lr: trained(settings.text_encoder_lr),

@@ -56,6 +56,8 @@ pub struct RunPlace {
     pub resume: Option<(ResumeFolder, Owner)>,
     /// When the run was made.
     pub recorded_at: OffsetDateTime,
+    /// Digest of all that decides the result; told in the files.
+    pub inputs_sha256: Option<String>,
     /// A number that tells runs apart.
     pub session_id: u32,
 }
@@ -146,6 +148,7 @@ pub fn train(
         total_epochs: length.epochs,
         base_model,
         recorded_at: place.recorded_at,
+        inputs_sha256: place.inputs_sha256.clone(),
         session_id: place.session_id,
     };
     let files = Files {
@@ -771,7 +774,7 @@ impl Reporter<'_> {
     ) -> Result<(), TrainError> {
         for (prompt_index, prompt) in settings.samples.prompts.iter().enumerate() {
             self.phase(Phase::Sampling)?;
-            let image = previews::draw(trainer, prompt, settings.max_token_length)?;
+            let image = previews::draw(trainer, prompt, settings)?;
             self.send(Report::Sample {
                 step: trainer.steps_done(),
                 prompt_index,

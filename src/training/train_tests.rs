@@ -235,6 +235,7 @@ pub(super) fn run_with(
                 (points, [("the seed".to_owned(), seed)].into())
             }),
             recorded_at: OffsetDateTime::UNIX_EPOCH,
+            inputs_sha256: None,
             session_id: 1,
         },
     )

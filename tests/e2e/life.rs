@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::server::{Server, in_mid_run, kill_worker, try_to_kill_worker};
+use crate::server::{PROGRAM, Server, in_mid_run, kill_worker, root, try_to_kill_worker};
 
 #[test]
 fn a_run_whose_workers_do_not_come_further_is_given_up() {
@@ -121,4 +121,56 @@ fn a_run_ends_when_it_is_asked_to() {
     server.post(&format!("/v1/runs/{run}/cancel"), &json!({}));
     let end = server.wait(&run, "cancelled", |run| run["state"] == "cancelled");
     assert!(end["finished_at"].is_string());
+}
+
+#[test]
+fn another_instruction_set_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let models = root().join("examples/demo");
+    let server = Server::start(folder.path());
+    let dataset = server.make_dataset();
+    let small = json!({"resolution": {"width_px": 32, "height_px": 32}});
+    let whole = server.start_run_on(&dataset, 3, &small);
+    server.wait(&whole, "succeeded", |run| run["state"] == "succeeded");
+    let run = server.start_run_on(&dataset, 100_000, &small);
+    server.wait(&run, "in mid-run", in_mid_run);
+    server.act(&run, "pause");
+    server.wait(&run, "paused", |run| run["state"] == "paused");
+    let record = server.get(&format!("/v1/runs/{whole}/provenance"));
+    let best = record["attempts"][0]["environment"]["instructions"].clone();
+    server.kill();
+    if best == "portable" {
+        return; // this machine has no other
+    }
+
+    let mut limited = Command::new(PROGRAM);
+    limited.env("LORASMITH_INSTRUCTIONS", "portable");
+    let server = Server::run(limited, folder.path(), &models);
+    let again = server.act(&whole, "reproduce");
+    let again = again["id"].as_str().expect("an id");
+    let end = server.wait(again, "succeeded", |run| run["state"] == "succeeded");
+    let found = &end["reproduction"];
+    assert_eq!(found["state"], "different", "{found}");
+    let step = found["first_differing_step"].as_u64();
+    assert!(step.is_some_and(|step| (1..=3).contains(&step)), "{found}");
+    let told = json!({"what": "instructions", "original": best, "reproduction": "portable"});
+    let differences = found["differences"].as_array().expect("a list");
+    assert!(differences.contains(&told), "{found}");
+    let message = found["message"].as_str().expect("words");
+    assert!(message.contains("instructions was"), "{message}");
+
+    // A run that goes on says so, too.
+    server.act(&run, "resume");
+    server.wait(&run, "in mid-run", |run| {
+        run["attempt"] == 2 && in_mid_run(run)
+    });
+    let record = server.get(&format!("/v1/runs/{run}/provenance"));
+    let history = record["history"].as_array().expect("events").iter();
+    let mut changed = history.filter(|event| event["event"] == "environment_changed");
+    let changed = &changed.next().expect("an event")["data"];
+    assert_eq!(changed["attempt"], 2);
+    let told = json!([{"what": "instructions", "before": best, "now": "portable"}]);
+    assert_eq!(changed["changes"], told);
+    server.act(&run, "cancel");
+    server.wait(&run, "cancelled", |run| run["state"] == "cancelled");
 }

@@ -6,6 +6,7 @@ pub mod idempotency_key;
 pub mod image;
 pub mod lora;
 pub mod run;
+pub mod run_attempt;
 pub mod run_event;
 pub mod run_metric;
 pub mod run_sample;

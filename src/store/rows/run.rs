@@ -57,6 +57,10 @@ pub struct Model {
     pub turn: i64,
     pub keeps_turn: bool,
     pub rolled_back: Option<String>,
+    pub provenance_sha256: Option<String>,
+    pub reproduction_of: Option<Uuid>,
+    pub reproduction: Option<String>,
+    pub grid_of: Option<Uuid>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -17,6 +17,10 @@ pub enum StillNeeded {
     NotEnded(RunState),
     /// This run goes on from it, and has not ended.
     ContinuedBy(Uuid),
+    /// This run repeats it, and has not ended.
+    ReproducedBy(Uuid),
+    /// This grid of its LoRA files has not ended.
+    DrawnBy(Uuid),
     /// It has so many LoRA files, which would go with it.
     HasLoras(usize),
 }
@@ -47,15 +51,33 @@ impl Store {
         if !(loras.is_empty() || with_loras) {
             return Ok(Some(StillNeeded::HasLoras(loras.len())));
         }
-        let samples: Vec<String> = run_sample::Entity::find()
+        let mut drawn: Vec<Uuid> = run::Entity::find()
             .select_only()
-            .column(run_sample::Column::Sha256)
-            .filter(run_sample::Column::RunId.eq(id))
+            .column(run::Column::Id)
+            .filter(run::Column::GridOf.eq(id))
             .into_tuple()
             .all(&write)
             .await?;
-        self.make_young([loras, samples].concat()).await?;
-        run::Entity::delete_by_id(id).exec(&write).await?;
+        drawn.push(id);
+        let samples: Vec<String> = run_sample::Entity::find()
+            .select_only()
+            .column(run_sample::Column::Sha256)
+            .filter(run_sample::Column::RunId.is_in(drawn.iter().copied()))
+            .into_tuple()
+            .all(&write)
+            .await?;
+        let record: Option<Option<String>> = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::ProvenanceSha256)
+            .into_tuple()
+            .one(&write)
+            .await?;
+        let record = record.flatten().into_iter().collect();
+        self.make_young([loras, samples, record].concat()).await?;
+        run::Entity::delete_many()
+            .filter(run::Column::Id.is_in(drawn))
+            .exec(&write)
+            .await?;
         write.commit().await?;
         Ok(None)
     }
@@ -112,5 +134,27 @@ async fn still_needed(
         .into_tuple()
         .one(write)
         .await?;
-    Ok(continued.map(StillNeeded::ContinuedBy))
+    if let Some(run) = continued {
+        return Ok(Some(StillNeeded::ContinuedBy(run)));
+    }
+    let reproduced: Option<Uuid> = run::Entity::find()
+        .select_only()
+        .column(run::Column::Id)
+        .filter(run::Column::ReproductionOf.eq(id))
+        .filter(run::Column::State.is_not_in(words(ended)))
+        .into_tuple()
+        .one(write)
+        .await?;
+    if let Some(run) = reproduced {
+        return Ok(Some(StillNeeded::ReproducedBy(run)));
+    }
+    let drawn: Option<Uuid> = run::Entity::find()
+        .select_only()
+        .column(run::Column::Id)
+        .filter(run::Column::GridOf.eq(id))
+        .filter(run::Column::State.is_not_in(words(ended)))
+        .into_tuple()
+        .one(write)
+        .await?;
+    Ok(drawn.map(StillNeeded::DrawnBy))
 }

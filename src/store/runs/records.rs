@@ -17,7 +17,8 @@ use crate::store::{Store, StoreError, now_ms, time_of};
 pub struct Event {
     /// Its number within the run, from 1, without gaps.
     pub seq: u64,
-    /// `state`, `memory`, `phase`, `resumed`, `rolled_back`, `progress`, `validation`, `sample`, `lora`.
+    /// `state`, `memory`, `phase`, `resumed`, `environment_changed`, `rolled_back`, `progress`, `validation`, `sample`,
+    /// `lora`.
     pub kind: String,
     /// What it says.
     pub data: Value,
@@ -150,21 +151,7 @@ impl Store {
             .limit(limit)
             .all(&self.db)
             .await?;
-        rows.into_iter()
-            .map(|row| {
-                let data =
-                    serde_json::from_str(&row.data).map_err(|error| StoreError::Corrupt {
-                        what: format!("run_events, {run_id}/{}, data", row.seq),
-                        message: error.to_string(),
-                    })?;
-                Ok(Event {
-                    seq: unsigned(row.seq),
-                    kind: row.kind,
-                    data,
-                    created_at: time_of(row.created_at_ms),
-                })
-            })
-            .collect()
+        rows.into_iter().map(event).collect()
     }
 
     /// What subscribers have heard of the results of a run.
@@ -277,6 +264,19 @@ impl Store {
             .await?;
         row.map(sample).ok_or(StoreError::NotFound)
     }
+}
+
+pub(super) fn event(row: run_event::Model) -> Result<Event, StoreError> {
+    let data = serde_json::from_str(&row.data).map_err(|error| StoreError::Corrupt {
+        what: format!("run_events, {}/{}, data", row.run_id, row.seq),
+        message: error.to_string(),
+    })?;
+    Ok(Event {
+        seq: unsigned(row.seq),
+        kind: row.kind,
+        data,
+        created_at: time_of(row.created_at_ms),
+    })
 }
 
 pub(super) fn metric_row(run_id: Uuid, metric: Metric) -> run_metric::ActiveModel {

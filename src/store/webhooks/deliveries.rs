@@ -14,7 +14,7 @@ use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use super::Webhook;
-use crate::store::rows::{webhook, webhook_delivery as row};
+use crate::store::rows::{run, webhook, webhook_delivery as row};
 use crate::store::{Store, StoreError, now_ms, time_of};
 
 /// What has become of a message.
@@ -110,6 +110,15 @@ pub(in crate::store) async fn enqueue(
         .await?;
     if hooks.is_empty() {
         return Ok(());
+    }
+    let grid: Option<Option<Uuid>> = run::Entity::find_by_id(run_id)
+        .select_only()
+        .column(run::Column::GridOf)
+        .into_tuple()
+        .one(transaction)
+        .await?;
+    if grid.flatten().is_some() {
+        return Ok(()); // a grid is no run to those who listen
     }
     let event_type = match (kind, data["state"].as_str()) {
         ("state", Some(state)) => format!("run.{state}"),
