@@ -20,9 +20,9 @@ struct Recorder {
 impl Recorder {
     fn write_down(&mut self, params: &[ParamUpdate<'_>]) {
         for param in params {
-            let values = param.value.to_data().iter::<f32>().map(f64::from);
+            let values = param.value.to_data();
             let seen = self.values.entry(param.name.to_owned()).or_default();
-            seen.push(values.collect());
+            seen.push(values.iter::<f32>().map(f64::from).collect());
         }
     }
 }
@@ -112,7 +112,7 @@ fn the_file_has_the_average_resumed_or_not() {
 #[test]
 fn the_average_changes_nothing_of_the_training() {
     let temporary = tempfile::tempdir().expect("a folder");
-    let run = |ema| {
+    let run = |ema: bool| {
         let mut settings = averaged(0.9, false);
         settings.length = TrainLength::Steps(3);
         if !ema {
