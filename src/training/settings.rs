@@ -216,7 +216,7 @@ pub struct EarlyStopping {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluginChoice {
-    /// Id of the plugin, such as `adamw`.
+    /// Id of the optimizer or the schedule, such as `adamw`.
     pub id: String,
     /// Its settings; `{}` for the defaults.
     #[serde(default = "no_settings")]

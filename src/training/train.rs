@@ -381,8 +381,7 @@ impl Run<'_> {
         last: bool,
     ) -> Result<(PathBuf, SavedLora), TrainError> {
         let measured = self.measured_now();
-        let (trainer, reporter) = (&self.trainer, &mut self.reporter);
-        let step = trainer.steps_done();
+        let step = self.trainer.steps_done();
         let judgement = measured.and_then(|measured| {
             let Measured {
                 loss,
@@ -395,9 +394,11 @@ impl Run<'_> {
                 verdict: with(&self.state.judge, measured).verdict(self.early_stop.as_ref())?,
             })
         });
-        reporter.phase(Phase::Saving)?;
-        let (path, saved) = self.files.save(trainer, name, epoch, judgement)?;
-        reporter.send(Report::Checkpoint {
+        self.reporter.phase(Phase::Saving)?;
+        let files = &self.files;
+        let save = |trainer: &mut Trainer<'_>| files.save(trainer, name, epoch, judgement);
+        let (path, saved) = self.trainer.with_eval_values(save)?;
+        self.reporter.send(Report::Checkpoint {
             step,
             epoch,
             last,
@@ -414,7 +415,9 @@ impl Run<'_> {
             return Ok(());
         }
         self.reporter.phase(Phase::Validating)?;
-        let measured = validate(&self.trainer, self.held_out, self.captions)?;
+        let (held_out, captions) = (self.held_out, self.captions);
+        let measure = |trainer: &mut Trainer<'_>| validate(trainer, held_out, captions);
+        let measured = self.trainer.with_eval_values(measure)?;
         let judge = with(&self.state.judge, measured);
         // Later decisions depend on what every run of these settings measures, not on wishes or on where it ends.
         if occasion == Occasion::Planned {
@@ -446,7 +449,9 @@ impl Run<'_> {
     }
 
     fn draw_samples(&mut self) -> Result<(), TrainError> {
-        self.reporter.draw_samples(&self.trainer, self.settings)
+        let (reporter, settings) = (&mut self.reporter, self.settings);
+        self.trainer
+            .with_eval_values(|trainer| reporter.draw_samples(trainer, settings))
     }
 }
 

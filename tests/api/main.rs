@@ -6,6 +6,7 @@ mod images;
 mod limits;
 mod openapi;
 mod operations;
+mod plugins;
 mod runs;
 mod support;
 mod uploads;
