@@ -82,6 +82,15 @@ impl Golden {
         }
     }
 
+    /// How far from the reference a value may be, relative to the largest one of its tensor.
+    fn tolerance(&self) -> f32 {
+        match self.name.as_str() {
+            // The estimate feeds back on itself: the reference in f32 is 2.8e-6 away from itself in f64.
+            "dadapt-adam-decay" => 4e-6,
+            _ => 1e-6,
+        }
+    }
+
     fn tensors(&self) -> SafeTensors<'_> {
         SafeTensors::deserialize(&self.bytes).unwrap()
     }
@@ -288,7 +297,7 @@ fn the_numbers_are_those_of_the_references() {
     let host = discover(&[], None);
     let mut failed = Vec::new();
     for golden in Golden::all() {
-        let follow = || golden.follow(&host, &Device::flex(), 1e-6);
+        let follow = || golden.follow(&host, &Device::flex(), golden.tolerance());
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(follow)).is_err() {
             failed.push(golden.name);
         }
@@ -311,12 +320,12 @@ fn the_numbers_are_the_same_on_a_wgpu_device() {
         if golden.name != golden.optimizer {
             continue;
         }
-        // Unless told otherwise, burn times ways to multiply matrices for a minute before the first product.
-        if golden.name == "muon" && std::env::var_os("CUBECL_AUTOTUNE_LEVEL").is_none() {
+        // Ways to multiply matrices are timed for a minute before the first product.
+        if golden.name == "muon" && std::env::var_os("LORASMITH_SLOW_TESTS").is_none() {
             continue;
         }
         let started = std::time::Instant::now();
-        let follow = || golden.follow(&host, &device, 1e-6);
+        let follow = || golden.follow(&host, &device, golden.tolerance());
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(follow)).is_err() {
             failed.push(golden.name.clone());
         }
