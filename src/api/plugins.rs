@@ -65,7 +65,7 @@ pub struct Components {
 #[schema(example = json!({
     "file": "/opt/lorasmith/liblorasmith_adamw.so", "status": "loaded", "reason": null,
     "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef", "id": "lorasmith-adamw",
-    "version": "0.1.0", "license": "MIT OR Apache-2.0", "abi": "1.0", "optimizers": ["adamw"], "schedulers": []
+    "version": "0.1.0", "license": "MIT OR Apache-2.0", "abi": "1.1", "optimizers": ["adamw"], "schedulers": []
 }))]
 pub struct Plugin {
     pub file: String,
