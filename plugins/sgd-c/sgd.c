@@ -52,6 +52,7 @@ static void destroy(void *self) { (void)self; }
 static const ls_optimizer SGD = {
     sizeof(ls_optimizer), LS_OPTIMIZER_ELEMENTWISE, TEXT("sgd-momentum"), TEXT("SGD with momentum 0.9, in C."),
     TEXT("{\"type\": \"object\", \"properties\": {}, \"additionalProperties\": false}"), create, step, destroy,
+    0, /* no eval: what is trained on is saved */
 };
 static const ls_optimizer *const OPTIMIZERS[] = {&SGD};
 static const ls_plugin PLUGIN = {

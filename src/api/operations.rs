@@ -71,7 +71,7 @@ pub async fn get_readiness(store: Data<Store>) -> Result<web::Json<Health>, Prob
 
 /// What is running.
 #[derive(Serialize, ToSchema)]
-#[schema(example = json!({"name": "lorasmith", "version": "0.1.0", "plugin_abi": "1.0"}))]
+#[schema(example = json!({"name": "lorasmith", "version": "0.1.0", "plugin_abi": "1.1"}))]
 pub struct Version {
     pub name: &'static str,
     pub version: &'static str,

@@ -2,19 +2,20 @@
 #![expect(unsafe_code, reason = "crosses the C boundary of a plugin")]
 
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::path::Path;
 
 use jsonschema::Validator;
 use lorasmith_abi::host::{Report, Session, States, StepInput, text_from_plugin};
 use lorasmith_abi::{
     ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, LOG_ERROR, LOG_INFO, LOG_WARN, LsOptimizer,
-    LsPlugin, LsReport, LsSchedule, LsStr, OPTIMIZER_ELEMENTWISE, Status,
+    LsPlugin, LsReport, LsSchedule, LsStr, OPTIMIZER_ELEMENTWISE, Status, StepFn,
 };
 use serde_json::Value;
 
 use super::ComponentInfo;
-use super::settings;
 use super::tensors::{BurnTensor, BurnTensors};
+use super::{names, settings};
 
 /// More components than this in one plugin are a broken descriptor.
 const MAX_COMPONENTS: u64 = 1024;
@@ -75,7 +76,7 @@ impl Library {
             ));
         }
         // SAFETY: the entry function vouches for its descriptor, which begins with its size.
-        Self::read(&unsafe { sized(plugin, "ls_plugin")? })
+        Self::read(&unsafe { sized(plugin, "ls_plugin", size_of::<LsPlugin>())? })
     }
 
     fn read(plugin: &LsPlugin) -> Result<Self, String> {
@@ -112,7 +113,7 @@ impl Library {
 
     fn optimizer(&self, pointer: *const LsOptimizer) -> Result<OptimizerType, String> {
         // SAFETY: the entry function vouches for the pointers of its lists.
-        let descriptor = unsafe { sized(pointer, "ls_optimizer")? };
+        let descriptor = unsafe { sized(pointer, "ls_optimizer", LsOptimizer::SIZE_1_0)? };
         if descriptor.create.is_none() || descriptor.step.is_none() || descriptor.destroy.is_none()
         {
             return Err("an optimizer lacks create, step or destroy".to_owned());
@@ -123,7 +124,8 @@ impl Library {
             descriptor.settings_schema,
         );
         let elementwise = descriptor.flags & OPTIMIZER_ELEMENTWISE != 0;
-        let (info, validator) = self.component(id, summary, schema, elementwise)?;
+        let (mut info, validator) = self.component(id, summary, schema, elementwise)?;
+        info.aliases = names::aliases(&info.id);
         let known = self.optimizers.iter().any(|known| known.info.id == info.id);
         unique(known, &info)?;
         Ok(OptimizerType {
@@ -135,7 +137,7 @@ impl Library {
 
     fn schedule(&self, pointer: *const LsSchedule) -> Result<ScheduleType, String> {
         // SAFETY: the entry function vouches for the pointers of its lists.
-        let descriptor = unsafe { sized(pointer, "ls_schedule")? };
+        let descriptor = unsafe { sized(pointer, "ls_schedule", size_of::<LsSchedule>())? };
         if descriptor.create.is_none()
             || descriptor.factor.is_none()
             || descriptor.destroy.is_none()
@@ -170,6 +172,7 @@ impl Library {
             .map_err(|error| format!("the settings schema of `{id}` is no JSON: {error}"))?;
         let validator = settings::validator(&schema).map_err(|error| format!("`{id}`: {error}"))?;
         let info = ComponentInfo {
+            aliases: Vec::new(),
             summary: text(summary, "a summary")?,
             plugin_id: self.id.clone(),
             plugin_version: self.version.clone(),
@@ -188,28 +191,28 @@ fn unique(known: bool, info: &ComponentInfo) -> Result<(), String> {
     Ok(())
 }
 
-fn check_size<T>(name: &str, size: u32) -> Result<(), String> {
-    let expected = size_of::<T>();
-    if (size as usize) < expected {
-        return Err(format!(
-            "struct_size of {name} is {size}, expected at least {expected}"
-        ));
-    }
-    Ok(())
-}
-
-/// Copies a struct that begins with its size.
+/// Copies a struct that begins with its size. Members that a plugin of an older minor version does not have are zero;
+/// those that a newer one adds are left out.
 ///
 /// # Safety
-/// A non-null `pointer` points to as many bytes as its first four say.
-unsafe fn sized<T: Copy>(pointer: *const T, name: &str) -> Result<T, String> {
+/// A non-null `pointer` points to as many bytes as its first four say, and zeros are a valid `T` beyond `least` bytes.
+unsafe fn sized<T: Copy>(pointer: *const T, name: &str, least: usize) -> Result<T, String> {
     if pointer.is_null() || !pointer.is_aligned() {
         return Err(format!("a null or misaligned pointer to {name}"));
     }
     // SAFETY: not null and aligned; the caller vouches for the bytes.
+    let size = unsafe { pointer.cast::<u32>().read() } as usize;
+    if size < least {
+        return Err(format!(
+            "struct_size of {name} is {size}, expected at least {least}"
+        ));
+    }
+    let mut copy = MaybeUninit::<T>::zeroed();
+    // SAFETY: both sides have that many bytes, and the rest stays zero, as the caller allows.
     unsafe {
-        check_size::<T>(name, pointer.cast::<u32>().read())?;
-        Ok(pointer.read())
+        let bytes = size.min(size_of::<T>());
+        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), copy.as_mut_ptr().cast(), bytes);
+        Ok(copy.assume_init())
     }
 }
 
@@ -285,11 +288,8 @@ impl Drop for Instance {
 /// An optimizer of a run.
 pub struct OptimizerInstance {
     instance: Instance,
-    step: unsafe extern "C" fn(
-        *mut c_void,
-        *const lorasmith_abi::LsHost,
-        *const lorasmith_abi::LsStep,
-    ) -> Status,
+    step: StepFn,
+    eval: Option<StepFn>,
 }
 
 impl OptimizerType {
@@ -299,6 +299,7 @@ impl OptimizerType {
             create: Some(create),
             step: Some(step),
             destroy,
+            eval,
             ..
         } = self.descriptor
         else {
@@ -309,7 +310,11 @@ impl OptimizerType {
             // SAFETY: report, text and pointer live for the call.
             unsafe { create(report, settings, this) }
         })?;
-        Ok(OptimizerInstance { instance, step })
+        Ok(OptimizerInstance {
+            instance,
+            step,
+            eval,
+        })
     }
 }
 
@@ -318,7 +323,7 @@ impl OptimizerInstance {
     pub fn step(
         &mut self,
         input: StepInput<'_, BurnTensor>,
-        states: &mut States<BurnTensor>,
+        states: &mut States<BurnTensors>,
         backend: BurnTensors,
     ) -> Result<Vec<Option<BurnTensor>>, String> {
         let (this, step) = (self.instance.this, self.step);
@@ -326,6 +331,27 @@ impl OptimizerInstance {
             // SAFETY: the session keeps host and step alive during the call; `self` is borrowed mutably, so that no
             // other call runs.
             unsafe { step(this, host, now) }
+        })
+    }
+
+    /// Whether other values are saved and measured than those that are trained on.
+    pub fn has_eval(&self) -> bool {
+        self.eval.is_some()
+    }
+
+    /// The values to save and measure with; `None` where they are those that are trained on.
+    pub fn eval(
+        &mut self,
+        input: StepInput<'_, BurnTensor>,
+        states: &mut States<BurnTensors>,
+        backend: BurnTensors,
+    ) -> Result<Vec<Option<BurnTensor>>, String> {
+        let (this, Some(eval)) = (self.instance.this, self.eval) else {
+            return Ok(input.params.iter().map(|_| None).collect());
+        };
+        Session::eval(backend, input, states, |host, now| {
+            // SAFETY: as in `step`.
+            unsafe { eval(this, host, now) }
         })
     }
 }

@@ -3,8 +3,10 @@
 //! A library that cannot be used is listed with the reason and stops nothing. A library is never unloaded: what it
 //! has made may live as long as the process.
 
+mod blocks;
 mod folders;
 mod library;
+mod names;
 mod optimizer;
 mod schedule;
 mod settings;
@@ -18,6 +20,8 @@ use serde_json::Value;
 use crate::training::optimizer::{LrScheduler, Optimizer, OptimizerError};
 use library::{Library, OptimizerType, ScheduleType};
 
+/// Why a schedule has no factor.
+pub use crate::training::optimizer::OptimizerError as ScheduleError;
 pub use settings::SettingError;
 
 /// Version of the plugin ABI that this program speaks: major, minor.
@@ -71,6 +75,8 @@ pub struct PluginInfo {
 pub struct ComponentInfo {
     /// Its id.
     pub id: String,
+    /// Other names under which a run may choose it.
+    pub aliases: Vec<&'static str>,
     /// One sentence.
     pub summary: String,
     /// The plugin that brings it.
@@ -215,11 +221,25 @@ impl PluginHost {
         Ok(Box::new(schedule::PluginSchedule::new(id, instance)))
     }
 
-    fn optimizer(&self, id: &str) -> Option<&OptimizerType> {
+    /// The optimizer's own id, where `name` is another name of it, such as `AdamW8bit` of sd-scripts.
+    pub fn optimizer_id(&self, name: &str) -> Option<&str> {
+        Some(&self.optimizer(name)?.info.id)
+    }
+
+    /// The schedule's own id, whatever the capitals and dashes of `name`.
+    pub fn scheduler_id(&self, name: &str) -> Option<&str> {
+        Some(&self.schedule(name)?.info.id)
+    }
+
+    fn optimizer(&self, name: &str) -> Option<&OptimizerType> {
+        let ids = self.optimizers.iter().map(|known| known.info.id.as_str());
+        let id = names::canonical(name, ids)?;
         self.optimizers.iter().find(|known| known.info.id == id)
     }
 
-    fn schedule(&self, id: &str) -> Option<&ScheduleType> {
+    fn schedule(&self, name: &str) -> Option<&ScheduleType> {
+        let ids = self.schedules.iter().map(|known| known.info.id.as_str());
+        let id = names::canonical(name, ids)?;
         self.schedules.iter().find(|known| known.info.id == id)
     }
 
@@ -233,8 +253,12 @@ impl PluginHost {
             0 => String::new(),
             count => format!("; {count} plugins were refused, GET /v1/plugins says why"),
         };
+        let advice = match names::nearest(id, ids.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`? Expected"),
+            None => "expected".to_owned(),
+        };
         let message = format!(
-            "no loaded plugin offers the {kind} `{id}`, expected one of: {}{hint}",
+            "no loaded plugin offers the {kind} `{id}`; {advice} one of: {}{hint}",
             ids.join(", ")
         );
         SettingError {
@@ -261,12 +285,20 @@ impl PluginHost {
             return Err(format!("duplicate plugin id `{id}`"));
         }
         for new in &library.optimizers {
-            if self.optimizer(&new.info.id).is_some() {
+            if self
+                .optimizers
+                .iter()
+                .any(|known| known.info.id == new.info.id)
+            {
                 return Err(format!("duplicate optimizer id `{}`", new.info.id));
             }
         }
         for new in &library.schedules {
-            if self.schedule(&new.info.id).is_some() {
+            if self
+                .schedules
+                .iter()
+                .any(|known| known.info.id == new.info.id)
+            {
                 return Err(format!("duplicate scheduler id `{}`", new.info.id));
             }
         }

@@ -65,7 +65,7 @@ fn unknown(at: &str, name: &str, schema: &Value) -> SettingError {
 }
 
 /// Edits (insertions, removals, replacements) between two words: Levenshtein's distance.
-fn distance(a: &str, b: &str) -> usize {
+pub(super) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

@@ -1,7 +1,13 @@
 //! The operation table's tensors in burn: on whatever device the parameters are, in f32.
 
+use std::sync::Arc;
+
+use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lorasmith_abi::host::{Binary, Dims, Reduce, Scalar, Tensors, Unary};
+use lorasmith_abi::host::blocks::Quantized;
+use lorasmith_abi::host::{Binary, Code, Dims, Reduce, Scalar, Tensors, Unary};
+
+use super::blocks::BurnBlocks;
 
 /// A tensor padded with ones on the left to rank 4.
 pub type BurnTensor = Tensor<4>;
@@ -17,6 +23,20 @@ impl BurnTensors {
         Self {
             device: device.clone(),
         }
+    }
+
+    /// Takes the codes of an earlier run to the device.
+    pub fn write_blocks(&self, quantized: Quantized) -> BurnBlocks {
+        if self.is_cpu() {
+            BurnBlocks::Host(Arc::new(quantized))
+        } else {
+            BurnBlocks::upload(&quantized, &self.device)
+        }
+    }
+
+    fn is_cpu(&self) -> bool {
+        let device = self.device.clone().without_autodiff();
+        matches!(device.as_dispatch(), DispatchDevice::Flex(_))
     }
 
     /// Ones and zeros of a comparison as numbers.
@@ -36,6 +56,7 @@ fn spread(a: &BurnTensor, out: Dims) -> BurnTensor {
 
 impl Tensors for BurnTensors {
     type Tensor = BurnTensor;
+    type Blocks = BurnBlocks;
 
     fn unary(&self, op: Unary, a: &BurnTensor) -> Result<BurnTensor, String> {
         let a = a.clone();
@@ -144,6 +165,26 @@ impl Tensors for BurnTensors {
             TensorData::new(data, dims),
             (&self.device, DType::F32),
         ))
+    }
+
+    fn quantize(&self, a: &BurnTensor, code: Code) -> Result<BurnBlocks, String> {
+        if self.is_cpu() {
+            Ok(BurnBlocks::Host(Arc::new(code.quantize(&self.read(a)?))))
+        } else {
+            Ok(BurnBlocks::quantize(a, code))
+        }
+    }
+
+    fn dequantize(
+        &self,
+        blocks: &BurnBlocks,
+        code: Code,
+        dims: Dims,
+    ) -> Result<BurnTensor, String> {
+        match blocks {
+            BurnBlocks::Host(quantized) => self.write(code.dequantize(quantized), dims),
+            BurnBlocks::Device(packed) => Ok(packed.dequantize(code, dims)),
+        }
     }
 
     fn log(&self, level: u32, message: &str) {

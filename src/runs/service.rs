@@ -218,7 +218,8 @@ impl RunService {
     }
 
     /// Checks everything that can be checked without training.
-    pub(super) async fn check(&self, request: NewRunRequest) -> Result<Checked, RunError> {
+    pub(super) async fn check(&self, mut request: NewRunRequest) -> Result<Checked, RunError> {
+        self.own_names(&mut request.settings);
         let mut problems = self.check_values(&request);
         let base = self.find_model(&request.base_model).await?;
         if let Some(problem) = base.problem() {
@@ -589,6 +590,16 @@ impl RunService {
                 TrainLength::Steps(in_steps(length)?.saturating_add(*more))
             }
         })
+    }
+
+    /// Optimizer and schedule under their own ids; a name that means none stays, to be refused.
+    fn own_names(&self, settings: &mut TrainSettings) {
+        if let Some(id) = self.plugins.optimizer_id(&settings.optimizer.id) {
+            settings.optimizer.id = id.to_owned();
+        }
+        if let Some(id) = self.plugins.scheduler_id(&settings.scheduler.id) {
+            settings.scheduler.id = id.to_owned();
+        }
     }
 
     fn check_values(&self, request: &NewRunRequest) -> Vec<RunProblem> {

@@ -11,7 +11,7 @@ use crate::diffusion::{LoadOptions, Part, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::{
     Conditioning, GradientCheckpointing, LrScheduler, MicroBatch, Optimizer, OptimizerError,
-    ParamUpdate, StateDtype, StateTensor, TrainError, TrainSettings, Trainer,
+    ParamUpdate, ParamValue, StateDtype, StateTensor, TrainError, TrainSettings, Trainer,
 };
 
 /// The reference's own error, f32 against f64, is 3e-8 to 2.4e-7.
@@ -632,4 +632,57 @@ fn checkpointed_blocks_train_the_same_lora() {
     };
     let plain = run(GradientCheckpointing::None);
     assert_eq!(run(GradientCheckpointing::Blocks), plain);
+}
+
+/// Keeps zeros to be saved beside what it trains.
+struct Averaging;
+
+impl Optimizer for Averaging {
+    fn step(&mut self, _: u64, _: &mut [ParamUpdate<'_>]) -> Result<(), OptimizerError> {
+        Ok(())
+    }
+
+    fn eval(
+        &mut self,
+        params: &[ParamValue<'_>],
+    ) -> Result<Option<Vec<Tensor<4>>>, OptimizerError> {
+        let zeros = params.iter().map(|param| param.value.zeros_like());
+        Ok(Some(zeros.collect()))
+    }
+
+    fn state(&mut self) -> Result<Vec<StateTensor>, OptimizerError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, _: Vec<StateTensor>) -> Result<(), OptimizerError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_is_saved_may_differ_from_what_is_trained() {
+    let mut model = tiny_model();
+    let mut network = load_lora(&mut model, "lora_init_linear.safetensors");
+    let (mut optimizer, settings) = (Averaging, settings());
+    let mut trainer = Trainer::new(
+        &mut model,
+        &mut network,
+        &mut optimizer,
+        &Constant,
+        &settings,
+    );
+    let norms = |trainer: &Trainer<'_>| -> Vec<f32> {
+        let parameters = trainer.network.parameters().iter();
+        let norm = |value: &Tensor<4>| value.clone().abs().sum().into_scalar::<f32>();
+        parameters.map(|parameter| norm(&parameter.value)).collect()
+    };
+    let before = norms(&trainer);
+    assert!(before.iter().any(|norm| *norm > 0.0));
+    let saved = trainer.with_eval_values(|trainer| Ok(norms(trainer)));
+    assert!(saved.expect("norms").iter().all(|norm| *norm == 0.0));
+    assert_eq!(norms(&trainer), before);
+    // Whatever comes of it.
+    let failed = trainer.with_eval_values(|_| Err::<(), _>(TrainError::Stopped { step: 3 }));
+    assert!(failed.is_err());
+    assert_eq!(norms(&trainer), before);
 }

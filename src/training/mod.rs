@@ -34,7 +34,9 @@ pub mod validation;
 
 pub use data::TrainingSet;
 pub use memory::Workload;
-pub use optimizer::{LrScheduler, Optimizer, OptimizerError, ParamUpdate, StateDtype, StateTensor};
+pub use optimizer::{
+    LrScheduler, Optimizer, OptimizerError, ParamUpdate, ParamValue, StateDtype, StateTensor,
+};
 pub use progress::{Control, Phase, ProgressSink, Report, StepReport, Wishes};
 pub use resume::{ResumeError, ResumeFolder};
 pub use settings::{

@@ -6,6 +6,14 @@ use burn::tensor::Tensor;
 pub trait Optimizer: Send {
     /// Updates all listed parameters; `step` counts the steps done before.
     fn step(&mut self, step: u64, params: &mut [ParamUpdate<'_>]) -> Result<(), OptimizerError>;
+    /// The values to save, measure and draw pictures with, in the order of `params`; `None` when those are the values
+    /// that are trained on.
+    fn eval(
+        &mut self,
+        _params: &[ParamValue<'_>],
+    ) -> Result<Option<Vec<Tensor<4>>>, OptimizerError> {
+        Ok(None)
+    }
     /// The state that a resumed run needs.
     fn state(&mut self) -> Result<Vec<StateTensor>, OptimizerError>;
     /// Takes over the state of an earlier run.
@@ -29,6 +37,19 @@ pub struct ParamUpdate<'a> {
     pub lr: f64,
     /// Whether weight decay applies.
     pub weight_decay: bool,
+}
+
+/// One parameter without a gradient.
+#[derive(Debug)]
+pub struct ParamValue<'a> {
+    /// Number of the parameter, the same in every step.
+    pub id: u32,
+    /// Its key in a LoRA file.
+    pub name: &'a str,
+    /// Its own shape.
+    pub shape: &'a [usize],
+    /// Its value that is trained on.
+    pub value: &'a Tensor<4>,
 }
 
 /// One tensor of an optimizer's state, on the host.

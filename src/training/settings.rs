@@ -252,7 +252,7 @@ impl Default for EmaSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluginChoice {
-    /// Id of the plugin, such as `adamw`.
+    /// Id of the optimizer or the schedule, such as `adamw`.
     pub id: String,
     /// Its settings; `{}` for the defaults.
     #[serde(default = "no_settings")]

@@ -11,7 +11,7 @@ use crate::training::TrainError;
 use crate::training::guard::{Cause, NonFinite, weights_are_finite};
 use crate::training::loss_scale::LossScale;
 use crate::training::objective::{Objective, weighted_mse};
-use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate};
+use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate, ParamValue};
 use crate::training::resume::Parts;
 use crate::training::settings::{ComputePrecision, TrainSettings};
 
@@ -181,6 +181,38 @@ impl<'a> Trainer<'a> {
     /// Goes on after so many steps, with what [`resumable`](Self::resumable) parts have taken up.
     pub fn resume_at(&mut self, step: u64) {
         self.step = step;
+        self.attach();
+    }
+
+    /// Does something with the values that are to be saved and measured, where the optimizer keeps others to train on;
+    /// those are put back, whatever comes of it.
+    pub fn with_eval_values<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
+        let values: Vec<ParamValue<'_>> = (0..)
+            .zip(self.network.parameters())
+            .map(|(id, parameter)| ParamValue {
+                id,
+                name: &parameter.name,
+                shape: &parameter.shape,
+                value: &parameter.value,
+            })
+            .collect();
+        let Some(mut values) = self.optimizer.eval(&values)? else {
+            return work(self);
+        };
+        self.exchange(&mut values);
+        let outcome = work(self);
+        self.exchange(&mut values);
+        outcome
+    }
+
+    fn exchange(&mut self, values: &mut [Tensor<4>]) {
+        let parameters = self.network.parameters_mut().iter_mut();
+        for (parameter, value) in parameters.zip(values) {
+            std::mem::swap(&mut parameter.value, value);
+        }
         self.attach();
     }
 

@@ -500,6 +500,7 @@ impl Run<'_> {
     ) -> Result<(PathBuf, SavedLora), TrainError> {
         self.expect_finite()?;
         let measured = self.measured_now();
+        let step = self.trainer.steps_done();
         let judgement = measured.and_then(|measured| {
             let Measured {
                 loss,
@@ -514,14 +515,12 @@ impl Run<'_> {
         });
         let rolled_back = self.state.guard.rolled_back.as_ref();
         let rolled_back = rolled_back.map(ToString::to_string);
-        let step = self.trainer.steps_done();
         self.reporter.phase(Phase::Saving)?;
-        self.exchange();
-        let saved = self
-            .files
-            .save(&self.trainer, name, epoch, judgement, rolled_back);
-        self.exchange();
-        let (path, saved) = saved?;
+        let files = &self.files;
+        let save =
+            |trainer: &mut Trainer<'_>| files.save(trainer, name, epoch, judgement, rolled_back);
+        let ema = self.state.ema.as_mut();
+        let (path, saved) = with_result(&mut self.trainer, ema, save)?;
         self.reporter.send(Report::Checkpoint {
             step,
             epoch,
@@ -540,10 +539,9 @@ impl Run<'_> {
         }
         self.expect_finite()?;
         self.reporter.phase(Phase::Validating)?;
-        self.exchange();
-        let measured = validate(&self.trainer, self.held_out, self.captions);
-        self.exchange();
-        let measured = measured?;
+        let (held_out, captions) = (self.held_out, self.captions);
+        let measure = |trainer: &mut Trainer<'_>| validate(trainer, held_out, captions);
+        let measured = with_result(&mut self.trainer, self.state.ema.as_mut(), measure)?;
         let judge = with(&self.state.judge, measured);
         // Later decisions depend on what every run of these settings measures, not on wishes or on where it ends.
         if occasion == Occasion::Planned {
@@ -564,14 +562,6 @@ impl Run<'_> {
     fn measured_now(&self) -> Option<Measured> {
         let step = self.trainer.steps_done();
         self.measured.filter(|measured| measured.step == step)
-    }
-
-    /// Exchanges the adapters and their average, where there is one: before anything is made of it, and after.
-    fn exchange(&mut self) {
-        if let Some(ema) = &mut self.state.ema {
-            ema.exchange(self.trainer.network);
-            self.trainer.attach();
-        }
     }
 
     /// What validations say, and whether the run has gone back.
@@ -599,14 +589,31 @@ impl Run<'_> {
     }
 
     fn draw_samples(&mut self) -> Result<(), TrainError> {
-        if self.settings.samples.prompts.is_empty() {
+        let (reporter, settings) = (&mut self.reporter, self.settings);
+        if settings.samples.prompts.is_empty() {
             return Ok(());
         }
-        self.exchange();
-        let drawn = self.reporter.draw_samples(&self.trainer, self.settings);
-        self.exchange();
-        drawn
+        let draw = |trainer: &mut Trainer<'_>| reporter.draw_samples(trainer, settings);
+        with_result(&mut self.trainer, self.state.ema.as_mut(), draw)
     }
+}
+
+/// Does something with the adapters that are measured, drawn with and saved: their average where there is one, else what
+/// the optimizer gives out for that.
+fn with_result<'a, T>(
+    trainer: &mut Trainer<'a>,
+    ema: Option<&mut Ema>,
+    work: impl FnOnce(&mut Trainer<'a>) -> Result<T, TrainError>,
+) -> Result<T, TrainError> {
+    let Some(ema) = ema else {
+        return trainer.with_eval_values(work);
+    };
+    ema.exchange(trainer.network);
+    trainer.attach();
+    let outcome = work(trainer);
+    ema.exchange(trainer.network);
+    trainer.attach();
+    outcome
 }
 
 /// Why the held-out images are measured.

@@ -10,6 +10,7 @@ mod images;
 mod limits;
 mod openapi;
 mod operations;
+mod plugins;
 mod provenance;
 mod queue;
 mod runs;

@@ -222,3 +222,70 @@ fn clamp_upside_down() {
 fn another_thread() {
     assert_fails("another_thread", "status 6 without a message");
 }
+
+#[test]
+fn eight_bits_as_tensor() {
+    assert_fails("eight_bits_as_tensor", "is in 8 bits with a sign");
+}
+
+#[test]
+fn eight_bits_without_a_sign() {
+    assert_fails("eight_bits_without_a_sign", "is in 8 bits with a sign");
+}
+
+#[test]
+fn state_kind_changed_after_restore() {
+    let folder = Folder::new();
+    let mut optimizer = misusing(&folder, "state_kind_changed");
+    let mut weight = weight();
+    weight.step(&mut *optimizer, 0, &gradient(0, 6)).unwrap();
+    let saved = optimizer.state().unwrap();
+    optimizer.restore(saved).unwrap();
+    let error = weight
+        .step(&mut *optimizer, 1, &gradient(1, 6))
+        .unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("a-state") && error.contains("is a tensor"),
+        "{error}"
+    );
+}
+
+#[test]
+fn states_cannot_be_changed_in_eval() {
+    let folder = Folder::new();
+    let mut optimizer = misusing(&folder, "nothing_wrong");
+    let weight = weight();
+    let error = weight.eval(&mut *optimizer).unwrap_err().to_string();
+    assert!(
+        error.contains("`eval` may not change the state `a-state`"),
+        "{error}"
+    );
+    assert_eq!(optimizer.state().unwrap(), []);
+}
+
+/// Of a process, in bytes.
+#[cfg(target_os = "linux")]
+fn resident_bytes() -> usize {
+    memory_stats::memory_stats().unwrap().physical_mem
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn handles_that_leak_are_freed_with_their_step() {
+    let folder = Folder::new();
+    let mut optimizer = misusing(&folder, "leaks_handles");
+    // 32 KiB a tensor: 16 of them in each of 10 000 steps would be 5 GB.
+    let mut weight = Weight::new(&[0.5; 8192], &[64, 128], 0.1);
+    let grad = gradient(0, 8192);
+    let mut run = |steps: std::ops::Range<u64>| {
+        for step in steps {
+            weight.step(&mut *optimizer, step, &grad).unwrap();
+        }
+        resident_bytes()
+    };
+    let warm = run(0..500);
+    let after = run(500..10_000);
+    // Other tests run in this process at the same time.
+    assert!(after < warm + (256 << 20), "{warm} bytes became {after}");
+}

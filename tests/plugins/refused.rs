@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use lorasmith::plugin_host::PluginStatus;
 use serde_json::json;
 
-use crate::support::{Folder, discover, info};
+use crate::support::{Folder, Weight, discover, info};
 
 const SOURCE: &str = "tests/plugins/fixtures/refused.c";
 
@@ -39,7 +39,7 @@ fn the_fixture_without_a_fault_is_loaded() {
         (plugin.status, plugin.reason.as_deref()),
         (PluginStatus::Loaded, None)
     );
-    assert_eq!(plugin.abi, Some((1, 0)));
+    assert_eq!(plugin.abi, Some((1, 1)));
     assert_eq!(
         (&plugin.optimizers[..], &plugin.schedulers[..]),
         (&["fixture".to_owned()][..], &["fixture".to_owned()][..])
@@ -48,12 +48,40 @@ fn the_fixture_without_a_fault_is_loaded() {
 
 #[test]
 fn another_major_version() {
-    assert_refused(&["-DMAJOR=2"], &["ABI 2.0", "1.0"]);
+    assert_refused(&["-DMAJOR=2"], &["ABI 2.1", "1.1"]);
 }
 
 #[test]
 fn a_newer_minor_version() {
-    assert_refused(&["-DMINOR=9"], &["ABI 1.9", "1.0"]);
+    assert_refused(&["-DMINOR=9"], &["ABI 1.9", "1.1"]);
+}
+
+/// A plugin for 1.0 has a shorter `ls_optimizer`: what came later counts as null, though other bytes lie there.
+#[test]
+fn an_older_minor_version_is_loaded() {
+    let folder = Folder::new();
+    let path = folder.build("old", "tests/plugins/fixtures/abi_1_0.c", &[]);
+    let host = folder.discover();
+    let plugin = info(&host, &path);
+    assert_eq!(
+        (plugin.status, plugin.reason.as_deref()),
+        (PluginStatus::Loaded, None)
+    );
+    assert_eq!(plugin.abi, Some((1, 0)));
+    let mut optimizer = host.create_optimizer("old", &json!({})).unwrap();
+    let mut weight = Weight::new(&[1.0, 2.0], &[2], 0.5);
+    weight.step(&mut *optimizer, 0, &[1.0, -1.0]).unwrap();
+    assert_eq!(weight.values(), [0.5, 2.5]);
+    assert!(weight.eval(&mut *optimizer).unwrap().is_none());
+}
+
+/// A newer plugin that can do with this version says so: its longer structs are taken as far as they are known.
+#[test]
+fn a_longer_struct_is_taken() {
+    let folder = Folder::new();
+    let flags = ["-DOPTIMIZER_SIZE=sizeof(struct longer)"];
+    let path = folder.build("longer", SOURCE, &flags);
+    assert_eq!(info(&folder.discover(), &path).status, PluginStatus::Loaded);
 }
 
 #[test]
@@ -238,6 +266,68 @@ fn a_factor_that_is_no_factor() {
     for step in [1, 2] {
         let error = schedule.factor(step).unwrap_err().to_string();
         assert!(error.contains(&format!("step {step}")), "{error}");
+    }
+}
+
+#[test]
+fn names_of_sd_scripts_are_taken() {
+    let host = discover(&[], None);
+    for (name, id) in [
+        ("AdamW8bit", "adamw8bit"),
+        ("PagedAdamW8bit", "adamw8bit"),
+        ("Lion8bit", "lion8bit"),
+        ("AdaFactor", "adafactor"),
+        ("DAdaptAdam", "dadapt-adam"),
+        ("SGDNesterov", "sgd"),
+        ("Prodigy", "prodigy"),
+    ] {
+        assert_eq!(host.optimizer_id(name), Some(id));
+        host.check_optimizer_settings(name, &json!({})).unwrap();
+        assert!(host.create_optimizer(name, &json!({})).is_ok());
+    }
+    assert_eq!(
+        host.scheduler_id("Cosine-With-Restarts"),
+        Some("cosine_with_restarts")
+    );
+    let errors = host
+        .check_optimizer_settings("prodgy", &json!({}))
+        .unwrap_err();
+    assert!(
+        errors[0].message.contains("did you mean `prodigy`?"),
+        "{errors:?}"
+    );
+}
+
+/// Every setting of what is shipped is described, has a default, and numbers have a range.
+#[test]
+fn every_setting_is_described() {
+    let host = discover(&[], None);
+    for component in host.optimizers().iter().chain(&host.schedulers()) {
+        let schema = &component.settings_schema;
+        assert_eq!(
+            schema["additionalProperties"],
+            json!(false),
+            "{}",
+            component.id
+        );
+        let Some(properties) = schema["properties"].as_object() else {
+            continue;
+        };
+        for (name, property) in properties {
+            let place = format!("{}.{name}: {property}", component.id);
+            assert!(property["description"].is_string(), "{place}");
+            assert!(property.get("default").is_some(), "{place}");
+            let number = |value: &serde_json::Value| {
+                let kinds = value["type"].to_string();
+                kinds.contains("number") || kinds.contains("integer")
+            };
+            let of = if property["items"].is_object() {
+                &property["items"]
+            } else {
+                property
+            };
+            assert!(!number(of) || of.get("minimum").is_some(), "{place}");
+        }
     }
 }
 

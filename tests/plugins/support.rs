@@ -6,7 +6,7 @@ use std::process::Command;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lorasmith::plugin_host::{PluginFolders, PluginHost, PluginInfo};
-use lorasmith::training::optimizer::{Optimizer, OptimizerError, ParamUpdate};
+use lorasmith::training::optimizer::{Optimizer, OptimizerError, ParamUpdate, ParamValue};
 use tempfile::TempDir;
 
 /// A plugin folder of one test.
@@ -32,7 +32,7 @@ impl Folder {
         let library = self.library(name);
         let built = Command::new("cc")
             .args([
-                "-std=c99", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-O1",
+                "-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", "-O1",
                 "-I",
             ])
             .arg(root.join("plugins/abi/include"))
@@ -99,6 +99,18 @@ impl Weight {
             weight_decay: true,
         }];
         optimizer.step(step, &mut params)
+    }
+
+    pub fn eval(
+        &self,
+        optimizer: &mut dyn Optimizer,
+    ) -> Result<Option<Vec<Tensor<4>>>, OptimizerError> {
+        optimizer.eval(&[ParamValue {
+            id: 7,
+            name: "lora_unet_a.lora_down.weight",
+            shape: &self.shape,
+            value: &self.value,
+        }])
     }
 
     pub fn values(&self) -> Vec<f32> {

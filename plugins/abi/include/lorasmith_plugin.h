@@ -1,4 +1,4 @@
-/* lorasmith plugin ABI 1.0
+/* lorasmith plugin ABI 1.1
  *
  * An optimizer or a learning-rate schedule is a shared library that exports one function, lorasmith_plugin_entry.
  * A plugin never touches device memory: it composes operations of the host on opaque tensor handles, so that the
@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 #define LS_ABI_MAJOR 1u
-#define LS_ABI_MINOR 0u
+#define LS_ABI_MINOR 1u
 
 #if defined(_WIN32)
 #define LS_EXPORT __declspec(dllexport)
@@ -68,8 +68,12 @@ typedef struct ls_str {
 #define LS_STATE_LIKE_PARAM 0u /* the shape of its parameter */
 #define LS_STATE_SHAPE 1u      /* a shape that the plugin gives */
 #define LS_STATE_SCALAR 2u     /* rank 0 */
-/* Integer counters have functions of their own: `counter`, `set_counter`.
- * Blockwise 8-bit states are not part of 1.0; they come with a minor version. */
+/* Since 1.1: the shape of the parameter, kept in 8 bits per element and a float32 per block of 256. `state` answers the
+ * float32 values, `assign_state` rounds each to the nearest of 256 codes times the largest magnitude of its block:
+ * the dynamic map of bitsandbytes. The signed map is for what may be negative. */
+#define LS_STATE_BLOCKS8_SIGNED 3u
+#define LS_STATE_BLOCKS8_UNSIGNED 4u
+/* Integer counters have functions of their own: `counter`, `set_counter`. */
 
 /* How a plugin reports outside of a step.
  *
@@ -92,7 +96,7 @@ typedef struct ls_param {
     uint32_t id;           /* the same parameter has the same number in every step of one process */
     ls_str name;           /* its key in the LoRA file; valid until `step` returns */
     ls_tensor value;       /* before the update; stays the old value after `assign` */
-    ls_tensor grad;        /* clipped; the same shape */
+    ls_tensor grad;        /* clipped; the same shape. Zero in `eval` */
     double lr;             /* learning rate in this step, schedule included */
     uint32_t weight_decay; /* 1: weight decay applies; 0: it must not */
     uint32_t reserved;
@@ -232,6 +236,12 @@ typedef struct ls_optimizer {
     ls_status (*step)(void *self, const ls_host *host, const ls_step *step);
     /* Frees `self`. Called once, on any thread; nothing is called with that `self` afterwards. */
     void (*destroy)(void *self);
+    /* Since 1.1; null for most. The values to save, measure and draw pictures with, where those are not the values that
+     * are trained on (schedule-free methods average). `assign` says them; what is not assigned stays. The host puts the
+     * training values back afterwards, and keeps those in resume points. All parameters are listed, without gradients
+     * and with a learning rate of 0. States and counters can be read but not changed.
+     * Threads: as `step`. */
+    ls_status (*eval)(void *self, const ls_host *host, const ls_step *step);
 } ls_optimizer;
 
 /* A learning-rate schedule. Static, as ls_optimizer. */

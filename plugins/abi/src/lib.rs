@@ -9,7 +9,7 @@ use std::ffi::c_void;
 /// Major version of this ABI; another one is incompatible.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of this ABI; a plugin that needs a higher one is refused.
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 /// Name of the one exported symbol.
 pub const ENTRY_SYMBOL: &str = "lorasmith_plugin_entry";
 
@@ -47,6 +47,10 @@ pub const STATE_LIKE_PARAM: u32 = 0;
 pub const STATE_SHAPE: u32 = 1;
 /// A state of rank 0.
 pub const STATE_SCALAR: u32 = 2;
+/// A state of its parameter's shape in 8 bits per element, which may be negative. Since 1.1.
+pub const STATE_BLOCKS8_SIGNED: u32 = 3;
+/// The same without a sign. Since 1.1.
+pub const STATE_BLOCKS8_UNSIGNED: u32 = 4;
 
 /// Severity of a log line: error.
 pub const LOG_ERROR: u32 = 1;
@@ -245,6 +249,13 @@ pub struct LsOptimizer {
     pub step: Option<StepFn>,
     /// Frees it.
     pub destroy: Option<DestroyFn>,
+    /// The values to save and measure with. Since 1.1.
+    pub eval: Option<StepFn>,
+}
+
+impl LsOptimizer {
+    /// Its size in ABI 1.0, the smallest that is taken.
+    pub const SIZE_1_0: usize = std::mem::offset_of!(Self, eval);
 }
 
 /// `ls_schedule`: a learning-rate schedule of a plugin.

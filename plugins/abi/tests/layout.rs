@@ -34,7 +34,7 @@ fn rust_layouts() -> Vec<Layout> {
             read_scalar, read, write, fail, log_message,
         }
         LsOptimizer = "ls_optimizer" {
-            struct_size, flags, id, summary, settings_schema, create, step, destroy,
+            struct_size, flags, id, summary, settings_schema, create, step, destroy, eval,
         }
         LsSchedule = "ls_schedule" {
             struct_size, reserved, id, summary, settings_schema, create, factor, destroy,
@@ -63,18 +63,53 @@ fn the_mirror_has_the_layout_of_the_header() {
     }
     program += "return 0;\n}\n";
 
+    for (compiler, standard, ending) in [("cc", "c11", "c"), ("c++", "c++17", "cc")] {
+        let output = compile_and_run(&program, compiler, standard, ending);
+        assert_eq!(output, expected, "{standard}");
+    }
+}
+
+fn compile_and_run(program: &str, compiler: &str, standard: &str, ending: &str) -> String {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (source, binary) = (folder.join("layout.c"), folder.join("layout"));
+    let source = folder.join(format!("layout.{ending}"));
+    let binary = folder.join(format!("layout-{ending}"));
     std::fs::write(&source, program).unwrap();
-    let built = Command::new("cc")
-        .args(["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-I"])
+    let built = Command::new(compiler)
+        .arg(format!("-std={standard}"))
+        .args(["-Wall", "-Wextra", "-pedantic", "-Werror", "-I"])
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/include"))
         .arg(&source)
         .arg("-o")
         .arg(&binary)
         .status()
-        .expect("a C compiler called `cc`");
+        .unwrap_or_else(|error| panic!("a compiler called `{compiler}`: {error}"));
     assert!(built.success());
     let output = Command::new(&binary).output().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What plugins are built with must stay: sizes and offsets of ABI 1.0 on 64-bit machines, and where 1.1 has grown.
+#[test]
+fn the_layout_of_released_versions_is_pinned() {
+    let mut sizes: Vec<(&str, usize)> = Vec::new();
+    for (name, size, fields) in rust_layouts() {
+        sizes.push((name, size));
+        let ascending = fields.windows(2).all(|pair| pair[0].1 < pair[1].1);
+        assert!(ascending, "{name}");
+    }
+    assert_eq!(
+        sizes,
+        [
+            ("ls_str", 16),
+            ("ls_report", 32),
+            ("ls_param", 56),
+            ("ls_step", 32),
+            ("ls_host", 408),
+            ("ls_optimizer", 88),
+            ("ls_schedule", 80),
+            ("ls_plugin", 96),
+        ]
+    );
+    assert_eq!(LsOptimizer::SIZE_1_0, 80);
+    assert_eq!(offset_of!(LsHost, log_message), 400);
 }

@@ -1,8 +1,12 @@
 //! AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101).
 //!
-//! The operations and their order are those of `torch.optim.AdamW`, so that a run gives the same weights.
+//! The operations and their order are those of `torch.optim.AdamW`, so that a run gives the same weights. `adamw8bit` is
+//! `bitsandbytes.optim.AdamW8bit` (Dettmers et al. 2022, arXiv:2110.02861). Both are here because they are one update; only
+//! where the averages are kept differs.
 
-use lorasmith_sdk::{ElementwiseOptimizer, Param, Result, export_plugin};
+use lorasmith_sdk::{
+    Beta, ElementwiseOptimizer, Optimizer, Param, Result, Step, Tensor, export_plugin,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -20,12 +24,6 @@ pub struct AdamW {
     weight_decay: f64,
 }
 
-/// A decay: 0 up to, but not including, 1.
-#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
-#[serde(transparent)]
-#[schemars(inline, extend("minimum" = 0.0, "exclusiveMaximum" = 1.0))]
-struct Beta(f64);
-
 impl Default for AdamW {
     fn default() -> Self {
         Self {
@@ -36,36 +34,101 @@ impl Default for AdamW {
     }
 }
 
+impl AdamW {
+    /// The new averages, of the gradient and of its square.
+    fn moved<'h>(&self, p: &Param<'h>, averages: [Tensor<'h>; 2]) -> Result<[Tensor<'h>; 2]> {
+        let [Beta(beta1), Beta(beta2)] = self.betas;
+        // Counted per parameter, as torch does: one without a gradient is not listed and stays behind.
+        let t = p.count("step")? as f64;
+        let (bias_correction1, bias_correction2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
+
+        let decayed = p.value() * (1.0 - p.lr() * p.decay(self.weight_decay));
+        let grad = p.grad();
+        let [exp_avg, exp_avg_sq] = averages;
+        let exp_avg = exp_avg.lerp(&grad, 1.0 - beta1);
+        let exp_avg_sq = exp_avg_sq * beta2 + grad.square() * (1.0 - beta2);
+
+        let denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt() + self.eps;
+        let step_size = p.lr() / bias_correction1;
+        p.set_value(&(decayed - (&exp_avg / denominator) * step_size))?;
+        Ok([exp_avg, exp_avg_sq])
+    }
+}
+
 impl ElementwiseOptimizer for AdamW {
     const ID: &'static str = "adamw";
     const SUMMARY: &'static str =
         "Adam with decoupled weight decay, the numbers of torch.optim.AdamW.";
 
     fn update(&self, p: &Param<'_>) -> Result<()> {
-        let [Beta(beta1), Beta(beta2)] = self.betas;
-        // Counted per parameter, as torch does: one without a gradient is not listed and stays behind.
-        let t = p.count("step")? as f64;
-        let (bias_correction1, bias_correction2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
-
-        let decay = if p.weight_decay() {
-            self.weight_decay
-        } else {
-            0.0
-        };
-        let decayed = p.value() * (1.0 - p.lr() * decay);
-        let grad = p.grad();
-        let exp_avg = p.state("exp_avg").lerp(&grad, 1.0 - beta1);
-        let exp_avg_sq = p.state("exp_avg_sq") * beta2 + grad.square() * (1.0 - beta2);
-
-        let denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt() + self.eps;
-        let step_size = p.lr() / bias_correction1;
-        p.set_value(&(decayed - (&exp_avg / denominator) * step_size))?;
+        let averages = [p.state("exp_avg"), p.state("exp_avg_sq")];
+        let [exp_avg, exp_avg_sq] = self.moved(p, averages)?;
         p.set_state("exp_avg", &exp_avg)?;
         p.set_state("exp_avg_sq", &exp_avg_sq)
     }
 }
 
-export_plugin! { id: "adamw", optimizers: [AdamW], schedules: [] }
+/// Settings of AdamW with its state in 8 bits, with the names and defaults of bitsandbytes.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamW8bit {
+    /// Decay of the averages of the gradient and of its square.
+    betas: [Beta; 2],
+    /// Added to the denominator.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    eps: f64,
+    /// Decoupled weight decay, per unit of learning rate.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    weight_decay: f64,
+    /// Smaller parameters keep their state in 32 bits, in elements.
+    #[schemars(range(min = 0))]
+    min_8bit_size: u64,
+}
+
+impl Default for AdamW8bit {
+    fn default() -> Self {
+        let AdamW {
+            betas,
+            eps,
+            weight_decay,
+        } = AdamW::default();
+        Self {
+            betas,
+            eps,
+            weight_decay,
+            min_8bit_size: 4096,
+        }
+    }
+}
+
+impl Optimizer for AdamW8bit {
+    const ID: &'static str = "adamw8bit";
+    const SUMMARY: &'static str = "AdamW with its state in 8 bits: a quarter of its memory.";
+
+    fn step(&self, step: &Step<'_>) -> Result<()> {
+        let adamw = AdamW {
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        };
+        for p in step.params() {
+            if p.elements()? < self.min_8bit_size {
+                adamw.update(p)?;
+                continue;
+            }
+            let averages = [
+                p.signed_8bit_state("exp_avg"),
+                p.unsigned_8bit_state("exp_avg_sq"),
+            ];
+            let [exp_avg, exp_avg_sq] = adamw.moved(p, averages)?;
+            p.set_state("exp_avg", &exp_avg)?;
+            p.set_state("exp_avg_sq", &exp_avg_sq)?;
+        }
+        Ok(())
+    }
+}
+
+export_plugin! { id: "adamw", optimizers: [AdamW, AdamW8bit], schedules: [] }
 
 #[cfg(test)]
 mod tests {

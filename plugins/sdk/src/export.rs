@@ -110,6 +110,7 @@ pub fn optimizer<O: Optimizer>() -> &'static LsOptimizer {
         create: Some(create_optimizer::<O>),
         step: Some(step::<O>),
         destroy: Some(destroy::<O>),
+        eval: if O::EVAL { Some(eval::<O>) } else { None },
     }))
 }
 
@@ -232,6 +233,31 @@ pub unsafe extern "C" fn step<O: Optimizer>(
     host: *const LsHost,
     step: *const LsStep,
 ) -> Status {
+    // SAFETY: the caller vouches for the pointers.
+    unsafe { call(this, host, step, O::step) }
+}
+
+/// The callback of an evaluation.
+///
+/// # Safety
+/// As the header says of `eval`.
+pub unsafe extern "C" fn eval<O: Optimizer>(
+    this: *mut c_void,
+    host: *const LsHost,
+    step: *const LsStep,
+) -> Status {
+    // SAFETY: the caller vouches for the pointers.
+    unsafe { call(this, host, step, O::eval) }
+}
+
+/// # Safety
+/// As the header says of `step`.
+unsafe fn call<O: Optimizer>(
+    this: *mut c_void,
+    host: *const LsHost,
+    step: *const LsStep,
+    body: impl FnOnce(&O, &Step<'_>) -> Result<()>,
+) -> Status {
     if this.is_null() || host.is_null() || step.is_null() {
         return BAD_ARGUMENT;
     }
@@ -247,7 +273,7 @@ pub unsafe extern "C" fn step<O: Optimizer>(
     let (this, host, step) = unsafe { (&*this.cast::<O>(), &*host, &*step) };
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: the host vouches for the parameters that it lists.
-        this.step(&unsafe { read_step(host, step) }?)
+        body(this, &unsafe { read_step(host, step) }?)
     }));
     let fail = |message: &str| {
         // SAFETY: the table is alive and the text is copied.

@@ -40,6 +40,7 @@
 pub mod export;
 mod optimizer;
 mod schedule;
+mod settings;
 mod tensor;
 pub mod testing;
 
@@ -49,6 +50,7 @@ pub use serde;
 
 pub use optimizer::{ElementwiseOptimizer, Optimizer, Param, Step};
 pub use schedule::{Run, Schedule};
+pub use settings::{Beta, Epsilon};
 pub use tensor::Tensor;
 
 /// Why a callback gave up.

@@ -1,7 +1,10 @@
 //! What an optimizer implements, and what a step looks like from inside.
 #![expect(unsafe_code, reason = "calls the host's operation table")]
 
-use lorasmith_abi::{GLOBAL, LOG_INFO, LsHost, LsStr, STATE_LIKE_PARAM, STATE_SCALAR, STATE_SHAPE};
+use lorasmith_abi::{
+    GLOBAL, LOG_INFO, LsHost, LsStr, STATE_BLOCKS8_SIGNED, STATE_BLOCKS8_UNSIGNED,
+    STATE_LIKE_PARAM, STATE_SCALAR, STATE_SHAPE,
+};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
@@ -17,6 +20,8 @@ pub trait Optimizer: DeserializeOwned + JsonSchema + Send + 'static {
     const SUMMARY: &'static str;
     /// Whether each element's update depends on that element alone.
     const ELEMENTWISE: bool = false;
+    /// Whether [`eval`](Self::eval) has something to say.
+    const EVAL: bool = false;
 
     /// Refuses settings that the schema alone cannot.
     ///
@@ -31,6 +36,15 @@ pub trait Optimizer: DeserializeOwned + JsonSchema + Send + 'static {
     /// # Errors
     /// Ends the run with the message; no parameter and no state changes.
     fn step(&self, step: &Step<'_>) -> Result<()>;
+
+    /// Sets the values to save, measure and draw pictures with, where those are not the values that are trained on.
+    /// The host puts the training values back. There are no gradients, and states cannot be changed.
+    ///
+    /// # Errors
+    /// Ends the run with the message.
+    fn eval(&self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// An optimizer that updates each element by itself. It is an [`Optimizer`].
@@ -39,12 +53,22 @@ pub trait ElementwiseOptimizer: DeserializeOwned + JsonSchema + Send + 'static {
     const ID: &'static str;
     /// One sentence for a list.
     const SUMMARY: &'static str;
+    /// Whether [`eval`](Self::eval) has something to say.
+    const EVAL: bool = false;
 
     /// Refuses settings that the schema alone cannot.
     ///
     /// # Errors
     /// What is wrong, for the user.
     fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// As [`Optimizer::eval`], for one parameter.
+    ///
+    /// # Errors
+    /// Ends the run with the message.
+    fn eval(&self, _param: &Param<'_>) -> Result<()> {
         Ok(())
     }
 
@@ -59,6 +83,7 @@ impl<T: ElementwiseOptimizer> Optimizer for T {
     const ID: &'static str = T::ID;
     const SUMMARY: &'static str = T::SUMMARY;
     const ELEMENTWISE: bool = true;
+    const EVAL: bool = T::EVAL;
 
     fn check(&self) -> Result<()> {
         ElementwiseOptimizer::check(self)
@@ -68,6 +93,12 @@ impl<T: ElementwiseOptimizer> Optimizer for T {
         step.params()
             .iter()
             .try_for_each(|param| self.update(param))
+    }
+
+    fn eval(&self, step: &Step<'_>) -> Result<()> {
+        step.params()
+            .iter()
+            .try_for_each(|param| ElementwiseOptimizer::eval(self, param))
     }
 }
 
@@ -151,6 +182,14 @@ impl<'h> Step<'h> {
         self.global.set_counter(name, value)
     }
 
+    /// Adds one to a counter of the optimizer as a whole and returns the new value.
+    ///
+    /// # Errors
+    /// A state of another kind, or an earlier error of the step.
+    pub fn count(&self, name: &str) -> Result<i64> {
+        self.global.count(name)
+    }
+
     /// Writes a line to the service's log.
     pub fn log(&self, message: &str) {
         let host = self.global.host;
@@ -210,6 +249,19 @@ impl<'h> Param<'h> {
         self.weight_decay
     }
 
+    /// Number of its elements.
+    ///
+    /// # Errors
+    /// An earlier error of the step.
+    pub fn elements(&self) -> Result<u64> {
+        Ok(self.value().shape()?.iter().product())
+    }
+
+    /// `weight_decay` where weight decay applies, else 0.
+    pub fn decay(&self, weight_decay: f64) -> f64 {
+        if self.weight_decay { weight_decay } else { 0.0 }
+    }
+
     /// Replaces the value at the end of the step.
     ///
     /// # Errors
@@ -232,6 +284,16 @@ impl<'h> Param<'h> {
     /// A state of rank 0; zero at first.
     pub fn scalar_state(&self, name: &str) -> Tensor<'h> {
         self.any_state(name, STATE_SCALAR, &[])
+    }
+
+    /// A state of the parameter's shape that is kept in 8 bits per element; zeros at first.
+    pub fn signed_8bit_state(&self, name: &str) -> Tensor<'h> {
+        self.any_state(name, STATE_BLOCKS8_SIGNED, &[])
+    }
+
+    /// The same for numbers that are never negative.
+    pub fn unsigned_8bit_state(&self, name: &str) -> Tensor<'h> {
+        self.any_state(name, STATE_BLOCKS8_UNSIGNED, &[])
     }
 
     /// Replaces a state that was asked for before.
@@ -264,6 +326,22 @@ impl<'h> Param<'h> {
     pub fn set_counter(&self, name: &str, value: i64) -> Result<()> {
         // SAFETY: the table outlives `'h` and the name is copied.
         check(unsafe { (self.host.set_counter)(self.host.ctx, self.id, LsStr::new(name), value) })
+    }
+
+    /// A number in double precision that is known without the device, kept in the bits of a counter; 0 at first.
+    ///
+    /// # Errors
+    /// A state of another kind, or an earlier error of the step.
+    pub fn number(&self, name: &str) -> Result<f64> {
+        Ok(f64::from_bits(self.counter(name)?.cast_unsigned()))
+    }
+
+    /// Sets a number.
+    ///
+    /// # Errors
+    /// A state of another kind, or an earlier error of the step.
+    pub fn set_number(&self, name: &str, value: f64) -> Result<()> {
+        self.set_counter(name, value.to_bits().cast_signed())
     }
 
     /// Adds one to a counter and returns the new value.

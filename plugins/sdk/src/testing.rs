@@ -28,7 +28,7 @@ pub struct TestParam {
 /// Runs an optimizer step by step on the CPU.
 pub struct TestHost<O: Optimizer> {
     optimizer: Box<O>,
-    states: States<CpuTensor>,
+    states: States<CpuTensors>,
     step: u64,
     /// The parameters; may be changed between steps.
     pub params: Vec<TestParam>,
@@ -68,23 +68,7 @@ impl<O: Optimizer> TestHost<O> {
     /// # Errors
     /// The plugin's or the host's message; nothing has changed then.
     pub fn step(&mut self, grads: &[Vec<f32>]) -> Result<(), String> {
-        let mut params = Vec::new();
-        for ((id, param), grad) in (0..).zip(&self.params).zip(grads) {
-            let shape = Shape::new(&param.shape).map_err(|fault| fault.message)?;
-            params.push(HostParam {
-                id,
-                name: &param.name,
-                shape: &param.shape,
-                value: CpuTensor::new(param.value.clone(), shape.dims())?,
-                grad: CpuTensor::new(grad.clone(), shape.dims())?,
-                lr: param.lr,
-                weight_decay: param.weight_decay,
-            });
-        }
-        let input = StepInput {
-            step: self.step,
-            params,
-        };
+        let input = input(&self.params, self.step, Some(grads))?;
         let this = (&raw mut *self.optimizer).cast();
         let values = Session::run(CpuTensors, input, &mut self.states, |host, step| {
             // SAFETY: `this` is an `O`, and the session keeps host and step alive during the call.
@@ -99,13 +83,63 @@ impl<O: Optimizer> TestHost<O> {
         Ok(())
     }
 
+    /// The values to save and measure with, which do not take the place of the parameters.
+    ///
+    /// # Errors
+    /// The plugin's or the host's message.
+    pub fn eval(&mut self) -> Result<Vec<Vec<f32>>, String> {
+        let input = input(&self.params, self.step, None)?;
+        let this = (&raw mut *self.optimizer).cast();
+        let values = Session::eval(CpuTensors, input, &mut self.states, |host, step| {
+            // SAFETY: as in `step`.
+            unsafe { export::eval::<O>(this, host, step) }
+        })?;
+        let params = self.params.iter().zip(values);
+        Ok(params
+            .map(|(param, value)| {
+                value.map_or_else(|| param.value.clone(), |v| v.values().to_vec())
+            })
+            .collect())
+    }
+
     /// The elements of a state tensor, or a counter as its one element; `param` is empty for the optimizer's own.
     pub fn state(&self, param: &str, name: &str) -> Option<Vec<f32>> {
         match self.states.get(param, name)? {
             StateValue::Tensor(tensor, _) => Some(tensor.values().to_vec()),
+            StateValue::Blocks(blocks, code, _) => Some(code.dequantize(blocks)),
             StateValue::Counter(value) => Some(vec![*value as f32]),
         }
     }
+}
+
+fn input<'a>(
+    all: &'a [TestParam],
+    step: u64,
+    grads: Option<&[Vec<f32>]>,
+) -> Result<StepInput<'a, CpuTensor>, String> {
+    let mut params = Vec::new();
+    for (id, param) in (0..).zip(all) {
+        let grad = match grads {
+            Some(grads) => match grads.get(id as usize) {
+                Some(grad) => Some(grad.clone()),
+                None => break,
+            },
+            None => None,
+        };
+        let shape = Shape::new(&param.shape).map_err(|fault| fault.message)?;
+        params.push(HostParam {
+            id,
+            name: &param.name,
+            shape: &param.shape,
+            value: CpuTensor::new(param.value.clone(), shape.dims())?,
+            grad: grad
+                .map(|grad| CpuTensor::new(grad, shape.dims()))
+                .transpose()?,
+            lr: if grads.is_some() { param.lr } else { 0.0 },
+            weight_decay: param.weight_decay,
+        });
+    }
+    Ok(StepInput { step, params })
 }
 
 /// The factors of a schedule at steps `0..steps`.

@@ -3,6 +3,7 @@
 //! A backend implements [`Tensors`] in safe code over tensors that are padded with ones to rank 4. [`Session`] adds
 //! handles, shapes, states and the operation table, and is what one optimizer step runs in.
 
+pub mod blocks;
 mod memory;
 mod ops;
 mod report;
@@ -11,6 +12,7 @@ mod shape;
 mod states;
 mod table;
 
+pub use blocks::Code;
 pub use memory::text_from_plugin;
 pub use ops::{Binary, Reduce, Scalar, Tensors, Unary};
 pub use report::Report;

@@ -1,6 +1,6 @@
 //! What a tensor backend implements, in safe code and without any checks of its own.
 
-use super::Dims;
+use super::{Code, Dims};
 
 /// An operation on one tensor, element by element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +130,8 @@ impl Reduce {
 pub trait Tensors {
     /// A tensor; cloning shares the data.
     type Tensor: Clone;
+    /// The elements of a tensor in 8 bits each; cloning shares the data.
+    type Blocks: Clone;
 
     /// One tensor, element by element.
     fn unary(&self, op: Unary, a: &Self::Tensor) -> Result<Self::Tensor, String>;
@@ -178,6 +180,15 @@ pub trait Tensors {
     fn read(&self, a: &Self::Tensor) -> Result<Vec<f32>, String>;
     /// A tensor of these elements, whose number is the product of `dims`.
     fn write(&self, data: Vec<f32>, dims: Dims) -> Result<Self::Tensor, String>;
+    /// Rounds each element to a code of its block: see [`super::blocks`].
+    fn quantize(&self, a: &Self::Tensor, code: Code) -> Result<Self::Blocks, String>;
+    /// The values of the codes, under the shape that was quantised.
+    fn dequantize(
+        &self,
+        blocks: &Self::Blocks,
+        code: Code,
+        dims: Dims,
+    ) -> Result<Self::Tensor, String>;
     /// A line for the service's log; `level` is one of the `LOG_*` constants.
     fn log(&self, level: u32, message: &str);
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::ThreadId;
 
-use super::{Fault, Shape, StateValue, States, Tensors, table};
+use super::{Code, Fault, Shape, StateValue, States, Tensors, table};
 use crate::{
     BAD_ARGUMENT, BAD_HANDLE, BAD_SHAPE, DEVICE, GLOBAL, Handle, LsHost, LsParam, LsStep, LsStr,
     OK, Status,
@@ -25,8 +25,8 @@ pub struct HostParam<'a, T> {
     pub shape: &'a [usize],
     /// Its value, padded to rank 4.
     pub value: T,
-    /// Its gradient, padded to rank 4.
-    pub grad: T,
+    /// Its gradient, padded to rank 4; `None` in `eval`.
+    pub grad: Option<T>,
     /// Its learning rate.
     pub lr: f64,
     /// Whether weight decay applies.
@@ -63,9 +63,11 @@ pub struct Session<B: Tensors> {
     pinned: usize,
     params: Vec<Param<B::Tensor>>,
     by_id: HashMap<u32, usize>,
-    states: States<B::Tensor>,
+    states: States<B>,
     /// States of this step; merged into `states` if it succeeds.
-    changed: States<B::Tensor>,
+    changed: States<B>,
+    /// Whether states cannot be changed: this is `eval`.
+    frozen: bool,
 }
 
 impl<B: Tensors> Session<B> {
@@ -77,10 +79,34 @@ impl<B: Tensors> Session<B> {
     pub fn run(
         backend: B,
         input: StepInput<'_, B::Tensor>,
-        states: &mut States<B::Tensor>,
+        states: &mut States<B>,
+        call: impl FnOnce(*const LsHost, *const LsStep) -> Status,
+    ) -> Result<Vec<Option<B::Tensor>>, String> {
+        Self::run_as(backend, input, states, false, call)
+    }
+
+    /// As [`run`](Self::run), for a plugin's `eval`: the states stay as they are.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn eval(
+        backend: B,
+        input: StepInput<'_, B::Tensor>,
+        states: &mut States<B>,
+        call: impl FnOnce(*const LsHost, *const LsStep) -> Status,
+    ) -> Result<Vec<Option<B::Tensor>>, String> {
+        Self::run_as(backend, input, states, true, call)
+    }
+
+    fn run_as(
+        backend: B,
+        input: StepInput<'_, B::Tensor>,
+        states: &mut States<B>,
+        frozen: bool,
         call: impl FnOnce(*const LsHost, *const LsStep) -> Status,
     ) -> Result<Vec<Option<B::Tensor>>, String> {
         let mut session = Self::new(backend, std::mem::take(states));
+        session.frozen = frozen;
         let outcome = session.drive(input, call);
         let Self {
             states: before,
@@ -90,11 +116,13 @@ impl<B: Tensors> Session<B> {
         } = session;
         *states = before;
         outcome?;
-        states.merge(changed);
+        if !frozen {
+            states.merge(changed);
+        }
         Ok(params.into_iter().map(|param| param.assigned).collect())
     }
 
-    fn new(backend: B, states: States<B::Tensor>) -> Self {
+    fn new(backend: B, states: States<B>) -> Self {
         Self {
             backend,
             thread: std::thread::current().id(),
@@ -106,6 +134,7 @@ impl<B: Tensors> Session<B> {
             by_id: HashMap::new(),
             states,
             changed: States::default(),
+            frozen: false,
         }
     }
 
@@ -154,7 +183,10 @@ impl<B: Tensors> Session<B> {
             id: param.id,
             name: LsStr::new(name),
             value: self.push(param.value, shape)?,
-            grad: self.push(param.grad, shape)?,
+            grad: match param.grad {
+                Some(grad) => self.push(grad, shape)?,
+                None => 0,
+            },
             lr: param.lr,
             weight_decay: u32::from(param.weight_decay),
             reserved: 0,
@@ -216,34 +248,35 @@ impl<B: Tensors> Session<B> {
         Ok(self.params[self.param(param)?].shape)
     }
 
+    /// A state as a tensor; with `code`, one that is kept in 8 bits per element.
     pub(super) fn state(
         &mut self,
         param: u32,
         name: &str,
         shape: Shape,
+        code: Option<Code>,
     ) -> Result<Slot<B::Tensor>, Fault> {
         let key = self.state_key(param, name)?;
-        match self.find_state(&key, name) {
-            Some(StateValue::Tensor(tensor, found)) if *found == shape => Ok(Slot {
-                tensor: tensor.clone(),
-                shape,
-            }),
-            Some(StateValue::Tensor(_, found)) => {
-                let message =
-                    format!("state `{name}` of `{key}` has shape {found:?}, asked for {shape:?}");
-                Err(Fault::new(BAD_SHAPE, message))
-            }
-            Some(StateValue::Counter(_)) => Err(wrong_kind(&key, name, "a counter")),
-            None => {
-                let tensor = self
-                    .backend
-                    .full(shape.dims(), 0.0)
-                    .map_err(|message| Fault::new(DEVICE, message))?;
-                let value = StateValue::Tensor(tensor.clone(), shape);
+        let tensor = match (self.find_state(&key, name), code) {
+            (None, _) => {
+                let zeros = device(self.backend.full(shape.dims(), 0.0))?;
+                let value = self.stored(zeros.clone(), shape, code)?;
                 self.changed.insert(&key, name, value);
-                Ok(Slot { tensor, shape })
+                zeros
             }
-        }
+            (Some(StateValue::Tensor(tensor, found)), None) => {
+                same_shape(&key, name, *found, shape)?;
+                tensor.clone()
+            }
+            (Some(StateValue::Blocks(blocks, found_code, found)), Some(code))
+                if *found_code == code =>
+            {
+                same_shape(&key, name, *found, shape)?;
+                device(self.backend.dequantize(blocks, code, shape.dims()))?
+            }
+            (Some(found), _) => return Err(wrong_kind(&key, name, found)),
+        };
+        Ok(Slot { tensor, shape })
     }
 
     pub(super) fn assign_state(
@@ -252,49 +285,75 @@ impl<B: Tensors> Session<B> {
         name: &str,
         handle: Handle,
     ) -> Result<(), Fault> {
+        self.refuse_in_eval(name)?;
         let key = self.state_key(param, name)?;
         let slot = self.get(handle)?;
         let (tensor, shape) = (slot.tensor.clone(), slot.shape);
-        match self.find_state(&key, name) {
-            Some(StateValue::Tensor(_, found)) if *found == shape => {
-                self.changed
-                    .insert(&key, name, StateValue::Tensor(tensor, shape));
-                Ok(())
-            }
-            Some(StateValue::Tensor(_, found)) => {
-                let message = format!(
-                    "a tensor of shape {shape:?} to state `{name}` of `{key}` of shape {found:?}"
-                );
-                Err(Fault::new(BAD_SHAPE, message))
-            }
-            Some(StateValue::Counter(_)) => Err(wrong_kind(&key, name, "a counter")),
+        let (found, code) = match self.find_state(&key, name) {
+            Some(StateValue::Tensor(_, found)) => (*found, None),
+            Some(StateValue::Blocks(_, code, found)) => (*found, Some(*code)),
+            Some(counter) => return Err(wrong_kind(&key, name, counter)),
             None => {
                 let message =
                     format!("state `{name}` of `{key}` was assigned before it was asked for");
-                Err(Fault::new(BAD_ARGUMENT, message))
+                return Err(Fault::new(BAD_ARGUMENT, message));
             }
+        };
+        if found != shape {
+            let message = format!(
+                "a tensor of shape {shape:?} to state `{name}` of `{key}` of shape {found:?}"
+            );
+            return Err(Fault::new(BAD_SHAPE, message));
         }
+        let value = self.stored(tensor, shape, code)?;
+        self.changed.insert(&key, name, value);
+        Ok(())
+    }
+
+    fn stored(
+        &self,
+        tensor: B::Tensor,
+        shape: Shape,
+        code: Option<Code>,
+    ) -> Result<StateValue<B>, Fault> {
+        Ok(match code {
+            None => StateValue::Tensor(tensor, shape),
+            Some(code) => {
+                StateValue::Blocks(device(self.backend.quantize(&tensor, code))?, code, shape)
+            }
+        })
+    }
+
+    fn refuse_in_eval(&self, name: &str) -> Result<(), Fault> {
+        if self.frozen {
+            let message = format!("`eval` may not change the state `{name}`");
+            return Err(Fault::new(BAD_ARGUMENT, message));
+        }
+        Ok(())
     }
 
     pub(super) fn counter(&mut self, param: u32, name: &str) -> Result<i64, Fault> {
         let key = self.state_key(param, name)?;
         match self.find_state(&key, name) {
             Some(StateValue::Counter(value)) => Ok(*value),
-            Some(StateValue::Tensor(..)) => Err(wrong_kind(&key, name, "a tensor")),
+            Some(found) => Err(wrong_kind(&key, name, found)),
             None => Ok(0),
         }
     }
 
     pub(super) fn set_counter(&mut self, param: u32, name: &str, value: i64) -> Result<(), Fault> {
+        self.refuse_in_eval(name)?;
         let key = self.state_key(param, name)?;
-        if let Some(StateValue::Tensor(..)) = self.find_state(&key, name) {
-            return Err(wrong_kind(&key, name, "a tensor"));
+        match self.find_state(&key, name) {
+            None | Some(StateValue::Counter(_)) => {
+                self.changed.insert(&key, name, StateValue::Counter(value));
+                Ok(())
+            }
+            Some(found) => Err(wrong_kind(&key, name, found)),
         }
-        self.changed.insert(&key, name, StateValue::Counter(value));
-        Ok(())
     }
 
-    fn find_state(&self, key: &str, name: &str) -> Option<&StateValue<B::Tensor>> {
+    fn find_state(&self, key: &str, name: &str) -> Option<&StateValue<B>> {
         self.changed
             .get(key, name)
             .or_else(|| self.states.get(key, name))
@@ -319,9 +378,27 @@ impl<B: Tensors> Session<B> {
     }
 }
 
-fn wrong_kind(key: &str, name: &str, found: &str) -> Fault {
+fn device<T>(result: Result<T, String>) -> Result<T, Fault> {
+    result.map_err(|message| Fault::new(DEVICE, message))
+}
+
+fn same_shape(key: &str, name: &str, found: Shape, wanted: Shape) -> Result<(), Fault> {
+    if found == wanted {
+        return Ok(());
+    }
+    let message = format!("state `{name}` of `{key}` has shape {found:?}, asked for {wanted:?}");
+    Err(Fault::new(BAD_SHAPE, message))
+}
+
+fn wrong_kind<B: Tensors>(key: &str, name: &str, found: &StateValue<B>) -> Fault {
+    let found = match found {
+        StateValue::Tensor(..) => "a tensor",
+        StateValue::Blocks(_, Code::Signed, _) => "in 8 bits with a sign",
+        StateValue::Blocks(_, Code::Unsigned, _) => "in 8 bits without a sign",
+        StateValue::Counter(_) => "a counter",
+    };
     Fault::new(
         BAD_ARGUMENT,
-        format!("state `{name}` of `{key}` is {found}, asked for as the other kind"),
+        format!("state `{name}` of `{key}` is {found}, asked for as another kind"),
     )
 }

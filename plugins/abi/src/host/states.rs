@@ -2,24 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use super::Shape;
+use super::{Code, Shape, Tensors};
 
 /// One named state.
-#[derive(Debug, Clone)]
-pub enum StateValue<T> {
+pub enum StateValue<B: Tensors> {
     /// A tensor and its own shape.
-    Tensor(T, Shape),
+    Tensor(B::Tensor, Shape),
+    /// A tensor in 8 bits per element, its map and its own shape.
+    Blocks(B::Blocks, Code, Shape),
     /// An integer.
     Counter(i64),
 }
 
 /// The states of one run, keyed by parameter name (empty for the optimizer as a whole) and state name.
-#[derive(Debug, Clone)]
-pub struct States<T> {
-    values: BTreeMap<String, BTreeMap<String, StateValue<T>>>,
+pub struct States<B: Tensors> {
+    values: BTreeMap<String, BTreeMap<String, StateValue<B>>>,
 }
 
-impl<T> Default for States<T> {
+impl<B: Tensors> Default for States<B> {
     fn default() -> Self {
         Self {
             values: BTreeMap::new(),
@@ -27,9 +27,9 @@ impl<T> Default for States<T> {
     }
 }
 
-impl<T> States<T> {
+impl<B: Tensors> States<B> {
     /// The state, if there is one.
-    pub fn get(&self, param: &str, name: &str) -> Option<&StateValue<T>> {
+    pub fn get(&self, param: &str, name: &str) -> Option<&StateValue<B>> {
         self.values.get(param)?.get(name)
     }
 
@@ -38,8 +38,8 @@ impl<T> States<T> {
         &mut self,
         param: &str,
         name: &str,
-        value: StateValue<T>,
-    ) -> Option<StateValue<T>> {
+        value: StateValue<B>,
+    ) -> Option<StateValue<B>> {
         if !self.values.contains_key(param) {
             self.values.insert(param.to_owned(), BTreeMap::new());
         }
@@ -49,7 +49,7 @@ impl<T> States<T> {
     }
 
     /// All states: parameter name, state name, value, in order of the names.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &StateValue<T>)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &StateValue<B>)> {
         self.values.iter().flat_map(|(param, names)| {
             names
                 .iter()

@@ -8,10 +8,11 @@ use super::memory::{
     shape_from_plugin, slice_from_plugin, slice_to_plugin, text_from_plugin, write_out,
 };
 use super::session::Slot;
-use super::{Binary, Fault, Reduce, Scalar, Session, Shape, Tensors, Unary, panic_message};
+use super::{Binary, Code, Fault, Reduce, Scalar, Session, Shape, Tensors, Unary, panic_message};
 use crate::{
-    BAD_ARGUMENT, BAD_SHAPE, DEVICE, FAILED, Handle, LsHost, LsStr, OK, PANIC, STATE_LIKE_PARAM,
-    STATE_SCALAR, STATE_SHAPE, Status, WRONG_THREAD,
+    BAD_ARGUMENT, BAD_SHAPE, DEVICE, FAILED, Handle, LsHost, LsStr, OK, PANIC,
+    STATE_BLOCKS8_SIGNED, STATE_BLOCKS8_UNSIGNED, STATE_LIKE_PARAM, STATE_SCALAR, STATE_SHAPE,
+    Status, WRONG_THREAD,
 };
 
 type Made<B> = Result<Slot<<B as Tensors>::Tensor>, Fault>;
@@ -455,8 +456,15 @@ unsafe extern "C" fn state<B: Tensors>(
     unsafe {
         make::<B>(ctx, out, |s| {
             of_state(name, |name| {
+                let code = match kind {
+                    STATE_BLOCKS8_SIGNED => Some(Code::Signed),
+                    STATE_BLOCKS8_UNSIGNED => Some(Code::Unsigned),
+                    _ => None,
+                };
                 let shape = match kind {
-                    STATE_LIKE_PARAM => s.param_shape(param)?,
+                    STATE_LIKE_PARAM | STATE_BLOCKS8_SIGNED | STATE_BLOCKS8_UNSIGNED => {
+                        s.param_shape(param)?
+                    }
                     STATE_SHAPE => shape_from_plugin(dims, rank)?,
                     STATE_SCALAR => Shape::SCALAR,
                     kind => {
@@ -464,7 +472,7 @@ unsafe extern "C" fn state<B: Tensors>(
                         return Err(Fault::new(BAD_ARGUMENT, message));
                     }
                 };
-                s.state(param, name, shape)
+                s.state(param, name, shape, code)
             })
         })
     }

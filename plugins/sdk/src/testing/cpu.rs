@@ -2,7 +2,8 @@
 
 use std::rc::Rc;
 
-use lorasmith_abi::host::{Binary, Dims, Reduce, Scalar, Tensors, Unary};
+use lorasmith_abi::host::blocks::Quantized;
+use lorasmith_abi::host::{Binary, Code, Dims, Reduce, Scalar, Tensors, Unary};
 
 /// A row-major tensor.
 #[derive(Debug, Clone)]
@@ -76,6 +77,7 @@ pub struct CpuTensors;
 
 impl Tensors for CpuTensors {
     type Tensor = CpuTensor;
+    type Blocks = Rc<Quantized>;
 
     fn unary(&self, op: Unary, a: &CpuTensor) -> Result<CpuTensor, String> {
         Ok(a.map(match op {
@@ -198,6 +200,19 @@ impl Tensors for CpuTensors {
 
     fn write(&self, data: Vec<f32>, dims: Dims) -> Result<CpuTensor, String> {
         CpuTensor::new(data, dims)
+    }
+
+    fn quantize(&self, a: &CpuTensor, code: Code) -> Result<Rc<Quantized>, String> {
+        Ok(Rc::new(code.quantize(&a.values)))
+    }
+
+    fn dequantize(
+        &self,
+        blocks: &Rc<Quantized>,
+        code: Code,
+        dims: Dims,
+    ) -> Result<CpuTensor, String> {
+        CpuTensor::new(code.dequantize(blocks), dims)
     }
 
     fn log(&self, level: u32, message: &str) {
