@@ -86,12 +86,14 @@ const KNOWN_IN: [(&str, &[&str]); 9] = [
             "src/bench/",
         ],
     ),
-    // SIMD, the one place that maps files, and the C boundary.
+    ("ash", &["src/diffusion/device_memory.rs"]),
+    // SIMD, the one place that maps files, Vulkan beside wgpu, and the C boundary.
     (
         "unsafe",
         &[
             "src/allocator.rs",
             "src/kernels/cpu/",
+            "src/diffusion/device_memory.rs",
             "src/diffusion/mapping.rs",
             "src/plugin_host/",
             "plugins/abi/",
