@@ -32,8 +32,11 @@ pub mod run_actions;
 pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
+pub mod run_metrics;
 mod run_plan;
 pub mod run_provenance;
+pub mod run_resource;
+pub mod run_samples;
 pub mod run_settings;
 pub mod run_tensorboard;
 pub mod runs;
@@ -76,6 +79,8 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(runs::routes)
+            .configure(run_metrics::routes)
+            .configure(run_samples::routes)
             .configure(run_plan::routes)
             .configure(run_actions::routes)
             .configure(run_provenance::routes)

@@ -12,7 +12,8 @@ use super::codes::Code;
 use super::extract::Json;
 use super::idempotency::{self, Created};
 use super::problem::{Problem, ProblemBody};
-use super::runs::{Run, with_result};
+use super::run_resource::Run;
+use super::runs::with_result;
 use crate::runs::{Extension, RunService};
 use crate::store::Store;
 

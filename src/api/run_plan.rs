@@ -10,8 +10,8 @@ use uuid::Uuid;
 use super::codes::Code;
 use super::extract::Json;
 use super::problem::{Problem, ProblemBody};
+use super::run_resource::RunFailure;
 use super::run_settings::CreateRun;
-use super::runs::RunFailure;
 use crate::runs as domain;
 use crate::runs::{NewRunRequest, RunService};
 

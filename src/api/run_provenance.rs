@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::auth;
 use super::idempotency::{self, Created};
 use super::problem::{Problem, ProblemBody};
-use super::runs::Run;
+use super::run_resource::Run;
 use crate::runs::{self, RunService, state};
 use crate::store::Store;
 use crate::store::runs as rows;
