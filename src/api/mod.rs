@@ -33,15 +33,18 @@ pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
 pub mod run_metrics;
+mod run_outputs;
 mod run_plan;
 pub mod run_provenance;
 pub mod run_resource;
 pub mod run_samples;
 pub mod run_settings;
 pub mod run_tensorboard;
+mod run_training;
 pub mod runs;
 pub mod server;
 pub mod tagged;
+mod twins;
 mod uploads;
 pub mod webhooks;
 
