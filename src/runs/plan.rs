@@ -100,11 +100,8 @@ async fn device_of(name: &str) -> Result<DeviceInfo, RunError> {
     // A device can go between the check and this.
     let device = found.await?;
     device.ok_or_else(|| {
-        RunError::Invalid(vec![RunProblem {
-            pointer: "/device".to_owned(),
-            code: "invalid_value",
-            message: format!("found `{name}`, this machine has no such device now"),
-        }])
+        let message = format!("found `{name}`, this machine has no such device now");
+        RunError::Invalid(vec![RunProblem::new("/device", "invalid_value", message)])
     })
 }
 
@@ -115,11 +112,8 @@ fn plan(
     pace: Option<Pace>,
 ) -> Result<RunPlan, RunError> {
     let refused = |error: TrainError| {
-        RunError::Invalid(vec![RunProblem {
-            pointer: "/dataset_id".to_owned(),
-            code: "invalid_value",
-            message: error.to_string(),
-        }])
+        let problem = RunProblem::new("/dataset_id", "invalid_value", error.to_string());
+        RunError::Invalid(vec![problem])
     };
     let (images, _) = data.split(settings).map_err(refused)?;
     let epoch = EpochPlan::new(&images, &data.buckets, settings.batch_size, settings.seed);
