@@ -95,12 +95,30 @@ impl Service {
 /// # Errors
 /// When the address is taken, or the data folder or the database cannot be used.
 pub fn serve(config: Config) -> Result<()> {
+    allow_many_files();
     server::block_on(run(config, |address, _| {
         println!(
             "lorasmith listens on http://{address} (API documentation at http://{address}/docs)"
         );
     }))
 }
+
+/// Lets the process open as many files as the system allows: every stream of events is one, and shells allow 1024.
+#[cfg(unix)]
+fn allow_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, most) {
+        tracing::info!(%error, allowed = ?limit.current, "the limit of open files stays as it is");
+    }
+}
+
+#[cfg(not(unix))]
+fn allow_many_files() {}
 
 /// The whole life of a service.
 async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Result<()> {
