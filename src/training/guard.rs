@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::networks::LoraNetwork;
 use crate::training::TrainError;
+use crate::training::data::read;
 use crate::training::optimizer::StateDtype;
 use crate::training::resume::{Part, Resumable, ResumeError, ResumePoint};
 use crate::training::settings::{ComputePrecision, OnNonFinite, TrainSettings};
@@ -174,9 +175,7 @@ impl Resumable for Guard {
 pub fn weights_are_finite(network: &LoraNetwork) -> Result<bool, TrainError> {
     let parameters = network.parameters().iter();
     let sums = parameters.map(|parameter| parameter.value.clone().square().sum());
-    let sums = Tensor::cat(sums.collect(), 0)
-        .try_into_vec_as::<f32>()
-        .map_err(|error| TrainError::Device(error.to_string()))?;
+    let sums = read(Tensor::cat(sums.collect(), 0))?;
     Ok(sums.iter().all(|sum| sum.is_finite()))
 }
 

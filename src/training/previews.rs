@@ -6,6 +6,7 @@ use image::RgbImage;
 use crate::diffusion::samplers::{Guidance, Sampler, sample};
 use crate::diffusion::{PredictionType, StableDiffusion};
 use crate::training::TrainError;
+use crate::training::data::read;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::settings::{SamplePrompt, TrainSettings};
 use crate::training::step::Trainer;
@@ -79,10 +80,7 @@ pub fn draw_with(
 /// A decoded picture `[1, 3, height, width]` in [-1, 1] as bytes.
 pub fn picture(decoded: Tensor<4>) -> Result<RgbImage, TrainError> {
     let [_, _, height, width] = decoded.dims();
-    let values = decoded
-        .permute([0, 2, 3, 1]) // [1, height, width, 3]
-        .try_into_vec_as::<f32>()
-        .map_err(|error| TrainError::Device(error.to_string()))?;
+    let values = read(decoded.permute([0, 2, 3, 1]))?; // [1, height, width, 3]
     let bytes = values
         .into_iter()
         .map(|value| ((value.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8)

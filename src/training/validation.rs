@@ -4,7 +4,7 @@
 use burn::tensor::{DType, Tensor};
 
 use crate::training::TrainError;
-use crate::training::data::Latents;
+use crate::training::data::{Latents, read};
 use crate::training::judge::Measured;
 use crate::training::objective::squared_errors;
 use crate::training::random::{Stream, generator, normal_tensor};
@@ -41,10 +41,8 @@ pub fn validate(
             losses.push(image_loss(trainer, image, &states, timesteps));
         }
     }
-    let losses = Tensor::cat(losses, 0) // [images · timesteps]
-        .cast(burn::tensor::FloatDType::from(DType::F32))
-        .try_into_vec_as::<f32>()
-        .map_err(|error| TrainError::Device(error.to_string()))?;
+    let losses = Tensor::cat(losses, 0); // [images · timesteps]
+    let losses = read(losses.cast(burn::tensor::FloatDType::from(DType::F32)))?;
     let losses: Vec<f64> = losses.into_iter().map(f64::from).collect();
     Ok(Measured {
         step: trainer.steps_done(),

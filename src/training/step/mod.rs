@@ -1,22 +1,23 @@
 //! One optimizer step: forward, loss, backward, clip, update.
 
+mod forward;
+mod gradients;
+
 use std::time::Instant;
 
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{Device, Tensor};
 
+use self::gradients::{clip_factor, rescale};
 use crate::diffusion::devices::is_cpu;
-use crate::diffusion::{Keep, Part, StableDiffusion};
-use crate::networks::{Leaves, LoraNetwork};
+use crate::diffusion::{Keep, StableDiffusion};
+use crate::networks::LoraNetwork;
 use crate::training::TrainError;
 use crate::training::guard::{Cause, NonFinite, weights_are_finite};
 use crate::training::loss_scale::LossScale;
-use crate::training::objective::{Objective, weighted_mse};
-use crate::training::optimizer::{LrScheduler, Optimizer, ParamUpdate, ParamValue};
+use crate::training::objective::Objective;
+use crate::training::optimizer::{LrScheduler, Optimizer, ParamValue};
 use crate::training::resume::Parts;
 use crate::training::settings::{ComputePrecision, TrainSettings};
-
-/// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
-const CLIP_EPSILON: f64 = 1e-6;
 
 /// A batch that is ready for the UNet.
 #[derive(Debug, Clone)]
@@ -238,163 +239,64 @@ impl<'a> Trainer<'a> {
         let (loss, norms) = self.read_loss_and_norms(losses, &gradients)?;
         let grad_norm = norms.all / scale;
         let updates_done = self.step - self.loss_scale.skipped();
-        let factor = self.scheduler.factor(updates_done)? * self.lr_factor;
+        let (lr_unet, lr_text_encoder) = self.learning_rates(updates_done)?;
         let mut output = StepOutput {
             loss,
             grad_norm,
             grad_norm_unet: norms.unet.map(|norm| norm / scale),
             grad_norm_text_encoder: norms.text_encoder.map(|norm| norm / scale),
-            lr_unet: self.unet_lr * factor,
-            lr_text_encoder: self.text_encoder_lr * factor,
+            lr_unet,
+            lr_text_encoder,
             skipped: false,
             times,
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
-            // A smaller scale does not mend adapters that are not finite.
-            let scaled = self.loss_scale.is_on() && weights_are_finite(self.network)?;
-            if scaled && self.loss_scale.overflowed() {
-                self.step += 1;
-                self.network.attach(self.model, false);
-                output.skipped = true;
-                return Ok(output);
-            }
-            let cause = Cause::Loss { loss, grad_norm };
-            return Err(self.non_finite(self.step + 1, cause)?.into());
+            return self.leave_out(output);
         }
         self.loss_scale.succeeded();
-        rescale(
-            &mut gradients,
-            clip_factor(grad_norm, self.max_grad_norm) / scale,
-        );
-
-        let mut updates = Vec::with_capacity(gradients.len());
-        let parameters = self.network.parameters_mut().iter_mut();
-        for (id, (parameter, gradient)) in parameters.zip(gradients).enumerate() {
-            // A parameter that the loss does not reach (behind clip skip) is left alone, even by weight decay.
-            let Some(grad) = gradient else { continue };
-            updates.push(ParamUpdate {
-                id: id as u32,
-                name: &parameter.name,
-                shape: &parameter.shape,
-                value: &mut parameter.value,
-                grad,
-                lr: match parameter.part {
-                    Part::UNet => output.lr_unet,
-                    Part::TextEncoder => output.lr_text_encoder,
-                },
-                weight_decay: true,
-            });
-        }
-        self.optimizer.step(updates_done, &mut updates)?;
+        let clip = clip_factor(grad_norm, self.max_grad_norm);
+        rescale(&mut gradients, clip / scale);
+        self.update(gradients, updates_done, &output)?;
         self.step += 1;
-        self.network.attach(self.model, false);
+        self.attach();
         output.times.optimizer_s = self.seconds_since(started)?;
         Ok(output)
+    }
+
+    /// Ends a step whose gradients have overflowed without any change, where a smaller scale of the loss may mend that.
+    fn leave_out(&mut self, mut output: StepOutput) -> Result<StepOutput, TrainError> {
+        // A smaller scale does not mend adapters that are not finite.
+        let scaled = self.loss_scale.is_on() && weights_are_finite(self.network)?;
+        if scaled && self.loss_scale.overflowed() {
+            self.step += 1;
+            self.attach();
+            output.skipped = true;
+            return Ok(output);
+        }
+        let StepOutput {
+            loss, grad_norm, ..
+        } = output;
+        let cause = Cause::Loss { loss, grad_norm };
+        Err(self.non_finite(self.step + 1, cause)?.into())
+    }
+
+    /// The learning rates of the UNet's and of the text encoder's adapters after so many updates.
+    fn learning_rates(&self, updates_done: u64) -> Result<(f64, f64), TrainError> {
+        let factor = self.scheduler.factor(updates_done)? * self.lr_factor;
+        Ok((self.unet_lr * factor, self.text_encoder_lr * factor))
     }
 
     /// An error for what was found in a step.
     pub fn non_finite(&self, step: u64, cause: Cause) -> Result<NonFinite, TrainError> {
         let updates_done = step.saturating_sub(1 + self.loss_scale.skipped());
-        let factor = self.scheduler.factor(updates_done)? * self.lr_factor;
+        let (lr_unet, lr_text_encoder) = self.learning_rates(updates_done)?;
         Ok(NonFinite {
             step,
             cause,
-            lr_unet: self.unet_lr * factor,
-            lr_text_encoder: self.text_encoder_lr * factor,
+            lr_unet,
+            lr_text_encoder,
             advice: String::new(),
         })
-    }
-
-    /// Adds the gradients of one batch to the sums; the result is its loss.
-    fn forward_backward(
-        &mut self,
-        batch: &MicroBatch,
-        sums: &mut [Option<Tensor<4>>],
-        times: &mut StepTimes,
-    ) -> Result<Tensor<1>, TrainError> {
-        // Only a graph that is kept needs leaves in the forward.
-        let mut leaves = self.network.attach(self.model, self.keep == Keep::Graphs);
-
-        let started = Instant::now();
-        let (context, text) = match &batch.conditioning {
-            Conditioning::Tokens(captions) => {
-                let encoder = &self.model.text_encoder;
-                let (states, trace) =
-                    encoder.encode_chunks_kept(captions, self.clip_skip, self.keep);
-                (
-                    states,
-                    self.network.covers(Part::TextEncoder).then_some(trace),
-                )
-            }
-            Conditioning::States(states) => (states.clone(), None),
-        };
-        times.text_encoder_s += self.seconds_since(started)?;
-
-        let started = Instant::now();
-        let (noisy, target, timesteps) = self.noisy(batch);
-        let unet = &self.model.unet;
-        let (prediction, trace) =
-            unet.forward_kept(noisy, &timesteps, context, text.is_some(), self.keep);
-        let prediction = prediction.autodiff().require_grad();
-        let loss = weighted_mse(prediction.clone(), target, &self.loss_weights(batch));
-        let value = loss.clone().without_autodiff();
-        times.forward_s += self.seconds_since(started)?;
-
-        let started = Instant::now();
-        if self.keep == Keep::Inputs {
-            leaves = self.network.attach(self.model, true);
-        }
-        let scale = self.loss_scale.factor();
-        let share = scale / self.gradient_accumulation_steps as f64;
-        let mut gradients = loss.mul_scalar(share).backward();
-        let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);
-        if let Some(gradient) = prediction.grad_remove(&mut gradients) {
-            let of_context = self.model.unet.backward(trace, gradient, &mut collect);
-            if let (Some(trace), Some(gradient)) = (text, of_context) {
-                let encoder = &self.model.text_encoder;
-                encoder.backward(trace, self.clip_skip, gradient, &mut collect);
-            }
-        }
-        times.backward_s += self.seconds_since(started)?;
-        Ok(value)
-    }
-
-    /// The mean loss and the L2 norms of the gradients, in one read from the device.
-    fn read_loss_and_norms(
-        &self,
-        losses: Vec<Tensor<1>>,
-        gradients: &[Option<Tensor<4>>],
-    ) -> Result<(f64, Norms), TrainError> {
-        let count = losses.len();
-        let mut numbers = losses;
-        numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
-        if count == 0 || numbers.len() == count {
-            return Err(TrainError::NothingToTrain);
-        }
-        let numbers = Tensor::cat(numbers, 0)
-            .try_into_vec_as::<f32>()
-            .map_err(|error| TrainError::Device(error.to_string()))?;
-        let (losses, squares) = numbers.split_at(count);
-        let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-        let parameters = self.network.parameters().iter().zip(gradients);
-        let parts = parameters.filter_map(|(parameter, gradient)| {
-            gradient.as_ref()?;
-            Some(parameter.part)
-        });
-        let parts: Vec<Part> = parts.collect();
-        let of_part = |part: Part| {
-            let own = parts.iter().zip(squares).filter(|(p, _)| **p == part);
-            let squares = own.map(|(_, square)| f64::from(*square));
-            self.network
-                .covers(part)
-                .then(|| squares.sum::<f64>().sqrt())
-        };
-        let norms = Norms {
-            all: sum(squares).sqrt(),
-            unet: of_part(Part::UNet),
-            text_encoder: of_part(Part::TextEncoder),
-        };
-        Ok((sum(losses) / count as f64, norms))
     }
 
     fn seconds_since(&self, started: Instant) -> Result<f64, TrainError> {
@@ -404,83 +306,5 @@ impl<'a> Trainer<'a> {
                 .map_err(|error| TrainError::Device(error.to_string()))?;
         }
         Ok(started.elapsed().as_secs_f64())
-    }
-
-    /// The loss of one batch: `[1]`.
-    pub fn loss(&self, batch: &MicroBatch) -> Tensor<1> {
-        let (noisy, target, timesteps) = self.noisy(batch);
-        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
-        let prediction = self.model.unet.forward(noisy, &timesteps, context);
-        weighted_mse(prediction, target, &self.loss_weights(batch))
-    }
-
-    /// Noisy latents, what to predict from them, and their timesteps.
-    fn noisy(&self, batch: &MicroBatch) -> (Tensor<4>, Tensor<4>, Vec<f32>) {
-        let schedule = &self.model.schedule;
-        let (latents, noise) = (batch.latents.clone(), batch.noise.clone());
-        let noisy = schedule.add_noise(latents.clone(), noise.clone(), &batch.timesteps);
-        let target = self
-            .objective
-            .target(schedule, latents, noise, &batch.timesteps);
-        let timesteps = batch.timesteps.iter().map(|&t| t as f32).collect();
-        (noisy, target, timesteps)
-    }
-
-    fn loss_weights(&self, batch: &MicroBatch) -> Vec<f64> {
-        batch
-            .timesteps
-            .iter()
-            .zip(&batch.loss_weights)
-            .map(|(&t, weight)| weight * self.objective.weight(&self.model.schedule, t))
-            .collect()
-    }
-
-    /// The hidden states that condition the UNet: `[batch, tokens, d]`.
-    pub fn encode(&self, conditioning: &Conditioning) -> Tensor<3> {
-        match conditioning {
-            Conditioning::Tokens(captions) => {
-                let encoder = &self.model.text_encoder;
-                encoder.encode_chunks(captions, self.clip_skip)
-            }
-            Conditioning::States(states) => states.clone(),
-        }
-    }
-}
-
-/// The leaves' gradients added to those of earlier batches.
-fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, gradients: &mut Gradients) {
-    for (sum, leaf) in sums.iter_mut().zip(&leaves.0) {
-        if let Some(gradient) = leaf.grad_remove(gradients) {
-            *sum = Some(match sum.take() {
-                Some(sum) => sum + gradient,
-                None => gradient,
-            });
-        }
-    }
-}
-
-/// L2 norms of the gradients, of all and of the halves of the model that are trained.
-struct Norms {
-    all: f64,
-    unet: Option<f64>,
-    text_encoder: Option<f64>,
-}
-
-/// What brings the L2 norm of all gradients down to `max_norm`, where it is above; 0 switches that off.
-fn clip_factor(norm: f64, max_norm: f64) -> f64 {
-    let factor = max_norm / (norm + CLIP_EPSILON);
-    if max_norm == 0.0 {
-        1.0
-    } else {
-        factor.min(1.0)
-    }
-}
-
-fn rescale(gradients: &mut [Option<Tensor<4>>], factor: f64) {
-    if factor == 1.0 {
-        return;
-    }
-    for gradient in gradients.iter_mut() {
-        *gradient = gradient.take().map(|g| g.mul_scalar(factor));
     }
 }

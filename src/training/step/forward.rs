@@ -1,0 +1,119 @@
+//! The model's part of a step: noise, both halves of the model forward and backward, the loss.
+
+use std::time::Instant;
+
+use burn::tensor::{Gradients, Tensor};
+
+use super::{Conditioning, MicroBatch, StepTimes, Trainer};
+use crate::diffusion::{Keep, Part};
+use crate::networks::Leaves;
+use crate::training::TrainError;
+use crate::training::objective::weighted_mse;
+
+impl Trainer<'_> {
+    /// Adds the gradients of one batch to the sums; the result is its loss.
+    pub(super) fn forward_backward(
+        &mut self,
+        batch: &MicroBatch,
+        sums: &mut [Option<Tensor<4>>],
+        times: &mut StepTimes,
+    ) -> Result<Tensor<1>, TrainError> {
+        // Only a graph that is kept needs leaves in the forward.
+        let mut leaves = self.network.attach(self.model, self.keep == Keep::Graphs);
+
+        let started = Instant::now();
+        let (context, text) = match &batch.conditioning {
+            Conditioning::Tokens(captions) => {
+                let encoder = &self.model.text_encoder;
+                let (states, trace) =
+                    encoder.encode_chunks_kept(captions, self.clip_skip, self.keep);
+                (
+                    states,
+                    self.network.covers(Part::TextEncoder).then_some(trace),
+                )
+            }
+            Conditioning::States(states) => (states.clone(), None),
+        };
+        times.text_encoder_s += self.seconds_since(started)?;
+
+        let started = Instant::now();
+        let (noisy, target, timesteps) = self.noisy(batch);
+        let unet = &self.model.unet;
+        let (prediction, trace) =
+            unet.forward_kept(noisy, &timesteps, context, text.is_some(), self.keep);
+        let prediction = prediction.autodiff().require_grad();
+        let loss = weighted_mse(prediction.clone(), target, &self.loss_weights(batch));
+        let value = loss.clone().without_autodiff();
+        times.forward_s += self.seconds_since(started)?;
+
+        let started = Instant::now();
+        if self.keep == Keep::Inputs {
+            leaves = self.network.attach(self.model, true);
+        }
+        let scale = self.loss_scale.factor();
+        let share = scale / self.gradient_accumulation_steps as f64;
+        let mut gradients = loss.mul_scalar(share).backward();
+        let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);
+        if let Some(gradient) = prediction.grad_remove(&mut gradients) {
+            let of_context = self.model.unet.backward(trace, gradient, &mut collect);
+            if let (Some(trace), Some(gradient)) = (text, of_context) {
+                let encoder = &self.model.text_encoder;
+                encoder.backward(trace, self.clip_skip, gradient, &mut collect);
+            }
+        }
+        times.backward_s += self.seconds_since(started)?;
+        Ok(value)
+    }
+
+    /// The loss of one batch: `[1]`.
+    pub fn loss(&self, batch: &MicroBatch) -> Tensor<1> {
+        let (noisy, target, timesteps) = self.noisy(batch);
+        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
+        let prediction = self.model.unet.forward(noisy, &timesteps, context);
+        weighted_mse(prediction, target, &self.loss_weights(batch))
+    }
+
+    /// Noisy latents, what to predict from them, and their timesteps.
+    fn noisy(&self, batch: &MicroBatch) -> (Tensor<4>, Tensor<4>, Vec<f32>) {
+        let schedule = &self.model.schedule;
+        let (latents, noise) = (batch.latents.clone(), batch.noise.clone());
+        let noisy = schedule.add_noise(latents.clone(), noise.clone(), &batch.timesteps);
+        let target = self
+            .objective
+            .target(schedule, latents, noise, &batch.timesteps);
+        let timesteps = batch.timesteps.iter().map(|&t| t as f32).collect();
+        (noisy, target, timesteps)
+    }
+
+    fn loss_weights(&self, batch: &MicroBatch) -> Vec<f64> {
+        batch
+            .timesteps
+            .iter()
+            .zip(&batch.loss_weights)
+            .map(|(&t, weight)| weight * self.objective.weight(&self.model.schedule, t))
+            .collect()
+    }
+
+    /// The hidden states that condition the UNet: `[batch, tokens, d]`.
+    pub fn encode(&self, conditioning: &Conditioning) -> Tensor<3> {
+        match conditioning {
+            Conditioning::Tokens(captions) => {
+                let encoder = &self.model.text_encoder;
+                encoder.encode_chunks(captions, self.clip_skip)
+            }
+            Conditioning::States(states) => states.clone(),
+        }
+    }
+}
+
+/// The leaves' gradients added to those of earlier batches.
+fn add_gradients(sums: &mut [Option<Tensor<4>>], leaves: &Leaves, gradients: &mut Gradients) {
+    for (sum, leaf) in sums.iter_mut().zip(&leaves.0) {
+        if let Some(gradient) = leaf.grad_remove(gradients) {
+            *sum = Some(match sum.take() {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            });
+        }
+    }
+}

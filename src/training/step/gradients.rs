@@ -1,0 +1,106 @@
+//! The gradients of a step: read, clipped, handed to the optimizer.
+
+use burn::tensor::Tensor;
+
+use super::{StepOutput, Trainer};
+use crate::diffusion::Part;
+use crate::training::TrainError;
+use crate::training::data::read;
+use crate::training::optimizer::ParamUpdate;
+
+/// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
+const CLIP_EPSILON: f64 = 1e-6;
+
+/// L2 norms of the gradients, of all and of the halves of the model that are trained.
+pub(super) struct Norms {
+    pub(super) all: f64,
+    pub(super) unet: Option<f64>,
+    pub(super) text_encoder: Option<f64>,
+}
+
+impl Trainer<'_> {
+    /// The mean loss and the L2 norms of the gradients, in one read from the device.
+    pub(super) fn read_loss_and_norms(
+        &self,
+        losses: Vec<Tensor<1>>,
+        gradients: &[Option<Tensor<4>>],
+    ) -> Result<(f64, Norms), TrainError> {
+        let count = losses.len();
+        let mut numbers = losses;
+        numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
+        if count == 0 || numbers.len() == count {
+            return Err(TrainError::NothingToTrain);
+        }
+        let numbers = read(Tensor::cat(numbers, 0))?;
+        let (losses, squares) = numbers.split_at(count);
+        let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+        let parameters = self.network.parameters().iter().zip(gradients);
+        let parts = parameters.filter_map(|(parameter, gradient)| {
+            gradient.as_ref()?;
+            Some(parameter.part)
+        });
+        let parts: Vec<Part> = parts.collect();
+        let of_part = |part: Part| {
+            let own = parts.iter().zip(squares).filter(|(p, _)| **p == part);
+            let squares = own.map(|(_, square)| f64::from(*square));
+            self.network
+                .covers(part)
+                .then(|| squares.sum::<f64>().sqrt())
+        };
+        let norms = Norms {
+            all: sum(squares).sqrt(),
+            unet: of_part(Part::UNet),
+            text_encoder: of_part(Part::TextEncoder),
+        };
+        Ok((sum(losses) / count as f64, norms))
+    }
+
+    /// Lets the optimizer change the adapters, with the learning rates of `output`.
+    pub(super) fn update(
+        &mut self,
+        gradients: Vec<Option<Tensor<4>>>,
+        updates_done: u64,
+        output: &StepOutput,
+    ) -> Result<(), TrainError> {
+        let mut updates = Vec::with_capacity(gradients.len());
+        let parameters = self.network.parameters_mut().iter_mut();
+        for (id, (parameter, gradient)) in parameters.zip(gradients).enumerate() {
+            // A parameter that the loss does not reach (behind clip skip) is left alone, even by weight decay.
+            let Some(grad) = gradient else { continue };
+            updates.push(ParamUpdate {
+                id: id as u32,
+                name: &parameter.name,
+                shape: &parameter.shape,
+                value: &mut parameter.value,
+                grad,
+                lr: match parameter.part {
+                    Part::UNet => output.lr_unet,
+                    Part::TextEncoder => output.lr_text_encoder,
+                },
+                weight_decay: true,
+            });
+        }
+        self.optimizer.step(updates_done, &mut updates)?;
+        Ok(())
+    }
+}
+
+/// What brings the L2 norm of all gradients down to `max_norm`, where it is above; 0 switches that off.
+pub(super) fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    let factor = max_norm / (norm + CLIP_EPSILON);
+    if max_norm == 0.0 {
+        1.0
+    } else {
+        factor.min(1.0)
+    }
+}
+
+/// Multiplies all gradients by a number.
+pub(super) fn rescale(gradients: &mut [Option<Tensor<4>>], factor: f64) {
+    if factor == 1.0 {
+        return;
+    }
+    for gradient in gradients.iter_mut() {
+        *gradient = gradient.take().map(|g| g.mul_scalar(factor));
+    }
+}
