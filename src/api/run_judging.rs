@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::twins::same_variants;
 use crate::runs::RolledBack as RolledBackRow;
 use crate::runs::settings as domain;
 
@@ -80,23 +81,7 @@ impl From<RolledBackRow> for RolledBack {
     }
 }
 
-impl From<OnNonFinite> for domain::OnNonFinite {
-    fn from(wire: OnNonFinite) -> Self {
-        match wire {
-            OnNonFinite::Fail => Self::Fail,
-            OnNonFinite::HalveLr => Self::HalveLr,
-        }
-    }
-}
-
-impl From<domain::OnNonFinite> for OnNonFinite {
-    fn from(domain: domain::OnNonFinite) -> Self {
-        match domain {
-            domain::OnNonFinite::Fail => Self::Fail,
-            domain::OnNonFinite::HalveLr => Self::HalveLr,
-        }
-    }
-}
+same_variants!(OnNonFinite, domain::OnNonFinite: Fail, HalveLr);
 
 /// An exponential moving average of the adapters: less noisy than the last step. Validation, previews and LoRA files are
 /// of the average (`lorasmith_weights` in a file's metadata says `ema`); the training itself goes on without it.

@@ -11,6 +11,7 @@ use super::problem::Problem;
 use super::run_judging::RolledBack;
 use super::run_provenance::Reproduction;
 use super::run_settings::CreateRun;
+use super::twins::same_variants;
 use crate::runs::{self, Place, RunSpec};
 use crate::store::runs as rows;
 
@@ -42,21 +43,10 @@ pub enum RunState {
     Cancelled,
 }
 
-macro_rules! states {
-    ($($state:ident)+) => {
-        impl From<rows::RunState> for RunState {
-            fn from(state: rows::RunState) -> Self {
-                match state { $(rows::RunState::$state => Self::$state),+ }
-            }
-        }
-        impl From<RunState> for rows::RunState {
-            fn from(state: RunState) -> Self {
-                match state { $(RunState::$state => Self::$state),+ }
-            }
-        }
-    };
-}
-states!(Queued Preparing Running Saving Pausing Paused Cancelling Interrupted Succeeded Failed Cancelled);
+same_variants!(
+    RunState, rows::RunState:
+    Queued, Preparing, Running, Saving, Pausing, Paused, Cancelling, Interrupted, Succeeded, Failed, Cancelled
+);
 
 /// A training run.
 #[derive(Serialize, ToSchema)]

@@ -1,15 +1,16 @@
 //! The settings of a run on the wire: what `POST /v1/runs` takes and, with defaults filled in, what a run shows.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
-use crate::runs::settings::{
-    self as domain, BucketSettings, NetworkSettings, PredictionType, SamplerKind, SavePrecision,
+use super::run_outputs::{Resume, Samples, Save};
+use super::run_training::{
+    Buckets, ComputePrecision, GradientCheckpointing, Network, Plugin, Prediction, Resolution,
 };
+use crate::runs::settings as domain;
 use crate::runs::{NewRunRequest, RunSpec};
 use crate::store::runs::Run;
 
@@ -140,213 +141,9 @@ pub struct CreateRun {
     pub priority: i32,
 }
 
-/// Kind and size of the adapters.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Network {
-    /// What the adapters are.
-    pub kind: NetworkKind,
-    /// Rank of linear layers and 1×1 convolutions.
-    #[schema(minimum = 1, maximum = 1024)]
-    pub rank: usize,
-    /// Their strength is alpha / rank; 0 means "as the rank".
-    #[schema(minimum = 0)]
-    pub alpha: f64,
-    /// Rank of 3×3 convolutions; they have no adapters without it.
-    #[schema(minimum = 1, maximum = 1024)]
-    pub conv_rank: Option<usize>,
-    /// Alpha of 3×3 convolutions; 1 when only `conv_rank` is given.
-    #[schema(minimum = 0)]
-    pub conv_alpha: Option<f64>,
-}
-
-/// Kinds of adapters.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum NetworkKind {
-    /// Low-rank matrices, on convolutions too when `conv_rank` is given (LoCon).
-    #[default]
-    Lora,
-}
-
-/// A plugin's component and its settings.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(as = PluginChoice)] // `Plugin` is what `GET /v1/plugins` lists
-pub struct Plugin {
-    /// Its id.
-    pub id: String,
-    /// Its settings, by the schema that it is listed with; defaults for what is absent.
-    #[serde(default)]
-    #[schema(value_type = Object)]
-    pub settings: Map<String, Value>,
-}
-
-/// Targets of the UNet.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Prediction {
-    /// The noise.
-    Epsilon,
-    /// The velocity.
-    VPrediction,
-}
-
-/// Width and height.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Resolution {
-    /// A multiple of 8.
-    #[schema(minimum = 8)]
-    pub width_px: u32,
-    /// A multiple of 8.
-    #[schema(minimum = 8)]
-    pub height_px: u32,
-}
-
-/// Sizes for other aspect ratios, by sd-scripts' rule.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Buckets {
-    /// Off, every picture is cropped to `resolution`.
-    pub enabled: bool,
-    /// Shortest side.
-    pub min_px: u32,
-    /// Longest side.
-    pub max_px: u32,
-    /// Sides are multiples of this.
-    pub step_px: u32,
-    /// Leave small pictures as they are.
-    pub no_upscale: bool,
-}
-
-/// When LoRA files are saved on the way, and how.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Save {
-    /// Every so many optimizer steps.
-    #[schema(minimum = 1)]
-    pub every_n_steps: Option<u64>,
-    /// After every so many epochs.
-    #[schema(minimum = 1)]
-    pub every_n_epochs: Option<u64>,
-    /// Number format of the files.
-    pub precision: Precision,
-}
-
-/// What the model multiplies in.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ComputePrecision {
-    /// 24 significant bits.
-    #[default]
-    Fp32,
-    /// 11 significant bits.
-    Fp16,
-    /// 8 significant bits, the range of fp32.
-    Bf16,
-}
-
-/// When the run is kept so that it can go on exactly after a crash, besides at each saved LoRA. What it computes does
-/// not depend on this. The last two points are kept, each about three times the size of the LoRA in fp32.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Resume {
-    /// After every so many optimizer steps.
-    #[schema(minimum = 1)]
-    pub every_n_steps: Option<u64>,
-    /// After so many minutes.
-    #[schema(exclusive_minimum = 0, maximum = 1440)]
-    pub every_minutes: f64,
-}
-
-impl Default for Resume {
-    fn default() -> Self {
-        domain::ResumeSettings::default().into()
-    }
-}
-
-/// Number formats of a LoRA file.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// As trained.
-    #[default]
-    Fp32,
-    /// Half the size, read by everything.
-    Fp16,
-    /// Half the size, with the range of fp32.
-    Bf16,
-}
-
-/// Preview pictures.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Samples {
-    /// What to draw, at most 64.
-    #[schema(max_items = 64)]
-    pub prompts: Vec<Prompt>,
-    /// Every so many optimizer steps, besides the end.
-    #[schema(minimum = 1)]
-    pub every_n_steps: Option<u64>,
-    /// Also before the first step.
-    pub at_first: bool,
-}
-
-/// One preview picture.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Prompt {
-    /// What to draw.
-    #[schema(required = true)]
-    pub prompt: String,
-    /// What to move away from.
-    pub negative_prompt: String,
-    /// Width; rounded down to what the model can draw.
-    #[schema(minimum = 8, maximum = 4096)]
-    pub width_px: u32,
-    /// Height; rounded down to what the model can draw.
-    #[schema(minimum = 8, maximum = 4096)]
-    pub height_px: u32,
-    /// Seed of the picture's noise.
-    pub seed: u64,
-    /// Steps of the sampler.
-    #[schema(minimum = 1, maximum = 1000)]
-    pub steps: usize,
-    /// Strength of classifier-free guidance; 1 is none.
-    #[schema(minimum = 0)]
-    pub cfg_scale: f64,
-    /// The sampler.
-    pub sampler: Sampler,
-}
-
-/// What is kept between forward and backward.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum GradientCheckpointing {
-    /// Every activation that a gradient needs.
-    #[default]
-    None,
-    /// The inputs of each block, which runs again in the backward.
-    Blocks,
-}
-
-/// Samplers of previews.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Sampler {
-    /// DDIM as Stable Diffusion 1.5 is configured.
-    #[default]
-    Ddim,
-    /// DDIM as sd-scripts' previews use it.
-    DdimKohya,
-    /// Euler.
-    Euler,
-}
-
 mod defaults {
     use super::Plugin;
-    use crate::runs::settings::{PluginChoice, TrainSettings};
+    use crate::runs::settings::TrainSettings;
 
     pub fn unet_lr() -> f64 {
         TrainSettings::default().unet_lr
@@ -355,10 +152,10 @@ mod defaults {
         TrainSettings::default().text_encoder_lr
     }
     pub fn optimizer() -> Plugin {
-        plugin(TrainSettings::default().optimizer)
+        TrainSettings::default().optimizer.into()
     }
     pub fn scheduler() -> Plugin {
-        plugin(TrainSettings::default().scheduler)
+        TrainSettings::default().scheduler.into()
     }
     pub fn max_token_length() -> usize {
         TrainSettings::default().max_token_length
@@ -369,41 +166,6 @@ mod defaults {
     pub fn unit() -> f64 {
         1.0
     }
-    fn plugin(choice: PluginChoice) -> Plugin {
-        choice.into()
-    }
-}
-
-impl Default for Network {
-    fn default() -> Self {
-        NetworkSettings::default().into()
-    }
-}
-
-impl Default for Resolution {
-    fn default() -> Self {
-        let BucketSettings {
-            width_px,
-            height_px,
-            ..
-        } = BucketSettings::default();
-        Self {
-            width_px,
-            height_px,
-        }
-    }
-}
-
-impl Default for Buckets {
-    fn default() -> Self {
-        BucketSettings::default().into()
-    }
-}
-
-impl Default for Prompt {
-    fn default() -> Self {
-        domain::SamplePrompt::default().into()
-    }
 }
 
 impl TryFrom<CreateRun> for NewRunRequest {
@@ -412,30 +174,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
     /// # Errors
     /// When fields contradict each other. Ranges are the domain's to check.
     fn try_from(wire: CreateRun) -> Result<Self, FieldError> {
-        let length = match (wire.max_train_steps, wire.max_train_epochs) {
-            (Some(_), Some(_)) => {
-                let message = "given together with max_train_steps; give one of the two";
-                return Err(FieldError::new(
-                    "/max_train_epochs",
-                    "invalid_value",
-                    message,
-                ));
-            }
-            (Some(steps), None) => domain::TrainLength::Steps(steps),
-            (None, Some(epochs)) => domain::TrainLength::Epochs(epochs),
-            (None, None) => domain::TrainSettings::default().length,
-        };
-        let Resolution {
-            width_px,
-            height_px,
-        } = wire.resolution;
-        let Buckets {
-            enabled,
-            min_px,
-            max_px,
-            step_px,
-            no_upscale,
-        } = wire.buckets;
+        let length = length(wire.max_train_steps, wire.max_train_epochs)?;
         Ok(Self {
             name: wire.name.clone(),
             dataset_id: wire.dataset_id,
@@ -443,15 +182,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
             device: wire.device,
             priority: wire.priority,
             api_key_id: None, // the request's, not the body's
-            buckets: BucketSettings {
-                width_px,
-                height_px,
-                enabled,
-                min_px,
-                max_px,
-                step_px,
-                no_upscale,
-            },
+            buckets: wire.buckets.around(wire.resolution),
             settings: domain::TrainSettings {
                 output_name: file_stem(&wire.name),
                 network: wire.network.into(),
@@ -521,10 +252,7 @@ impl CreateRun {
             prior_loss_weight: settings.prior_loss_weight,
             clip_skip: settings.clip_skip,
             max_token_length: settings.max_token_length,
-            resolution: Resolution {
-                width_px: buckets.width_px,
-                height_px: buckets.height_px,
-            },
+            resolution: Resolution::of(&buckets),
             buckets: buckets.into(),
             seed: settings.seed,
             save: settings.save.into(),
@@ -536,6 +264,23 @@ impl CreateRun {
             ema: settings.ema.map(Into::into),
             priority: run.priority,
         }
+    }
+}
+
+/// Length by either; the domain's own without both.
+///
+/// # Errors
+/// When both are given.
+fn length(steps: Option<u64>, epochs: Option<u64>) -> Result<domain::TrainLength, FieldError> {
+    match (steps, epochs) {
+        (Some(_), Some(_)) => Err(FieldError::new(
+            "/max_train_epochs",
+            "invalid_value",
+            "given together with max_train_steps; give one of the two",
+        )),
+        (Some(steps), None) => Ok(domain::TrainLength::Steps(steps)),
+        (None, Some(epochs)) => Ok(domain::TrainLength::Epochs(epochs)),
+        (None, None) => Ok(domain::TrainSettings::default().length),
     }
 }
 
@@ -558,221 +303,12 @@ fn file_stem(name: &str) -> String {
     }
 }
 
-/// Two types that differ in nothing but their side of the wire.
-macro_rules! same_variants {
-    ($wire:ty, $domain:ty: $($a:ident = $b:ident),+) => {
-        impl From<$wire> for $domain {
-            fn from(value: $wire) -> Self {
-                match value { $(<$wire>::$a => Self::$b),+ }
-            }
-        }
-        impl From<$domain> for $wire {
-            fn from(value: $domain) -> Self {
-                match value { $(<$domain>::$b => Self::$a),+ }
-            }
-        }
-    };
-}
-
-same_variants!(Prediction, PredictionType: Epsilon = Epsilon, VPrediction = VPrediction);
-same_variants!(Precision, SavePrecision: Fp32 = Fp32, Fp16 = Fp16, Bf16 = Bf16);
-same_variants!(ComputePrecision, domain::ComputePrecision: Fp32 = Fp32, Fp16 = Fp16, Bf16 = Bf16);
-same_variants!(GradientCheckpointing, domain::GradientCheckpointing: None = None, Blocks = Blocks);
-same_variants!(Sampler, SamplerKind: Ddim = DdimSd15, DdimKohya = DdimKohya, Euler = Euler);
-
-impl From<Network> for NetworkSettings {
-    fn from(wire: Network) -> Self {
-        let Network {
-            kind: NetworkKind::Lora,
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        } = wire;
-        Self {
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        }
-    }
-}
-
-impl From<NetworkSettings> for Network {
-    fn from(domain: NetworkSettings) -> Self {
-        let NetworkSettings {
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        } = domain;
-        Self {
-            kind: NetworkKind::Lora,
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        }
-    }
-}
-
-impl From<Plugin> for domain::PluginChoice {
-    fn from(wire: Plugin) -> Self {
-        Self {
-            id: wire.id,
-            settings: Value::Object(wire.settings),
-        }
-    }
-}
-
-impl From<domain::PluginChoice> for Plugin {
-    fn from(domain: domain::PluginChoice) -> Self {
-        let settings = match domain.settings {
-            Value::Object(settings) => settings,
-            _ => Map::new(),
-        };
-        Self {
-            id: domain.id,
-            settings,
-        }
-    }
-}
-
-impl From<BucketSettings> for Buckets {
-    fn from(domain: BucketSettings) -> Self {
-        let BucketSettings {
-            enabled,
-            min_px,
-            max_px,
-            step_px,
-            no_upscale,
-            ..
-        } = domain;
-        Self {
-            enabled,
-            min_px,
-            max_px,
-            step_px,
-            no_upscale,
-        }
-    }
-}
-
-impl From<Save> for domain::SaveSettings {
-    fn from(wire: Save) -> Self {
-        Self {
-            every_n_steps: wire.every_n_steps,
-            every_n_epochs: wire.every_n_epochs,
-            precision: wire.precision.into(),
-        }
-    }
-}
-
-impl From<domain::SaveSettings> for Save {
-    fn from(domain: domain::SaveSettings) -> Self {
-        Self {
-            every_n_steps: domain.every_n_steps,
-            every_n_epochs: domain.every_n_epochs,
-            precision: domain.precision.into(),
-        }
-    }
-}
-
-impl From<Resume> for domain::ResumeSettings {
-    fn from(wire: Resume) -> Self {
-        Self {
-            every_n_steps: wire.every_n_steps,
-            every_minutes: wire.every_minutes,
-        }
-    }
-}
-
-impl From<domain::ResumeSettings> for Resume {
-    fn from(domain: domain::ResumeSettings) -> Self {
-        Self {
-            every_n_steps: domain.every_n_steps,
-            every_minutes: domain.every_minutes,
-        }
-    }
-}
-
-impl From<Samples> for domain::SampleSettings {
-    fn from(wire: Samples) -> Self {
-        Self {
-            prompts: wire.prompts.into_iter().map(Into::into).collect(),
-            every_n_steps: wire.every_n_steps,
-            at_first: wire.at_first,
-        }
-    }
-}
-
-impl From<domain::SampleSettings> for Samples {
-    fn from(domain: domain::SampleSettings) -> Self {
-        Self {
-            prompts: domain.prompts.into_iter().map(Into::into).collect(),
-            every_n_steps: domain.every_n_steps,
-            at_first: domain.at_first,
-        }
-    }
-}
-
-impl From<Prompt> for domain::SamplePrompt {
-    fn from(wire: Prompt) -> Self {
-        let Prompt {
-            prompt,
-            negative_prompt,
-            width_px,
-            height_px,
-            seed,
-            steps,
-            cfg_scale,
-            sampler,
-        } = wire;
-        let sampler = sampler.into();
-        Self {
-            prompt,
-            negative_prompt,
-            width_px,
-            height_px,
-            seed,
-            steps,
-            cfg_scale,
-            sampler,
-        }
-    }
-}
-
-impl From<domain::SamplePrompt> for Prompt {
-    fn from(domain: domain::SamplePrompt) -> Self {
-        let domain::SamplePrompt {
-            prompt,
-            negative_prompt,
-            width_px,
-            height_px,
-            seed,
-            steps,
-            cfg_scale,
-            sampler,
-        } = domain;
-        let sampler = sampler.into();
-        Self {
-            prompt,
-            negative_prompt,
-            width_px,
-            height_px,
-            seed,
-            steps,
-            cfg_scale,
-            sampler,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::runs::settings::BucketSettings;
 
     fn parse(body: Value) -> Result<NewRunRequest, FieldError> {
         super::super::decode::from_json::<CreateRun>(body).and_then(TryInto::try_into)
