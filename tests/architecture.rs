@@ -65,7 +65,7 @@ const MAY_USE: [(&str, &[&str]); 21] = [
 ];
 
 /// Where a crate, or a word, may appear.
-const KNOWN_IN: [(&str, &[&str]); 9] = [
+const KNOWN_IN: [(&str, &[&str]); 10] = [
     ("actix_cors", &["src/api/"]),
     ("actix_web", &["src/api/"]),
     ("utoipa", &["src/api/"]),
