@@ -169,7 +169,7 @@ fn steps_per_kill(server: &Server, dataset: &str) -> u64 {
 
 /// Kills the worker as soon as there is an unfinished resume point; whether it has left one behind.
 fn kill_in_writing(run: &str, points: &Path) -> bool {
-    let pid = || worker_pid(run).and_then(|pid| rustix::process::Pid::from_raw(pid));
+    let pid = || worker_pid(run).and_then(rustix::process::Pid::from_raw);
     let unfinished = || {
         let entries = std::fs::read_dir(points).into_iter().flatten().flatten();
         let mut names = entries.map(|entry| entry.file_name());
