@@ -154,6 +154,7 @@ async fn picture(store: &Store, row: &rows::Run) -> Result<Option<rows::Sample>,
     request_body = CreateGrid,
     responses(
         (status = 202, description = "The grid, queued", body = Grid, headers(("Location" = String))),
+        (status = 400, description = "`invalid_header`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 409, description = "`idempotency_key_in_use`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_settings`: an unknown LoRA file, a strength beyond ±4, more than 200 pictures or too many pixels; `invalid_body`, `idempotency_key_reused`", body = ProblemBody, content_type = "application/problem+json"),

@@ -355,6 +355,7 @@ pub async fn get_provenance(
     ),
     responses(
         (status = 201, description = "The new run, queued", body = Run, headers(("Location" = String))),
+        (status = 400, description = "`invalid_header`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 404, description = "`run_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 409, description = "`not_reproducible`: it has not succeeded, or goes on from another run; `inputs_changed`: the base model or a plugin has changed or is missing; `idempotency_key_in_use`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_settings`: its device is gone; `idempotency_key_reused`", body = ProblemBody, content_type = "application/problem+json"),

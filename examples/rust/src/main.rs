@@ -50,7 +50,7 @@ async fn main() -> Result<()> {
         .base_model(base_model)
         .network(network)
         .max_train_steps(steps)
-        .seed(42u64)
+        .seed(42i64)
         .resolution(resolution)
         .buckets(buckets);
     let run = start(&client, settings.try_into()?).await?;
