@@ -2,7 +2,7 @@
 """How the service answers while a run trains on all cores: latencies of `GET /v1/runs/{id}` at a fixed rate, the delay
 of events in many open streams, memory of the server. Only the standard library; it starts a service of its own.
 
-    usage: serve_load.py PROGRAM [--rate 200] [--seconds 20] [--streams 1000]
+    usage: benches/service_load.py PROGRAM [--rate 200] [--seconds 20] [--streams 1000]
 
 The client and the worker share the machine with the server: what is measured is an upper bound. A request is counted
 from the moment in which it should have been sent, so that a slow answer cannot hide the requests behind it.
@@ -10,6 +10,7 @@ from the moment in which it should have been sent, so that a slow answer cannot 
 
 import argparse
 import asyncio
+import concurrent.futures
 import datetime
 import json
 import os
@@ -147,6 +148,10 @@ async def requests(base: str, path: str, options: argparse.Namespace) -> list[fl
     return answers
 
 
+def answers_of(base: str, path: str, options: argparse.Namespace) -> list[float]:
+    return asyncio.run(requests(base, path, options))
+
+
 async def both(base: str, path: str, options: argparse.Namespace) -> tuple[list[float], list[float], int]:
     """The same with open streams; also returns how old each event was when a stream had it."""
     host, port = base.removeprefix("http://").split(":")
@@ -172,7 +177,8 @@ async def both(base: str, path: str, options: argparse.Namespace) -> tuple[list[
                 task.result()
         await asyncio.sleep(0.1)
     before = await asyncio.to_thread(newest_event, base, path)
-    answers = await requests(base, path, options)
+    with concurrent.futures.ProcessPoolExecutor(1) as apart:  # the streams' own work must not delay its clock
+        answers = await asyncio.get_running_loop().run_in_executor(apart, answers_of, base, path, options)
     for task in streams:
         task.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
