@@ -112,10 +112,14 @@ fn key_of(request: &HttpRequest) -> Result<Option<String>, Problem> {
     let Some(value) = request.headers().get(IDEMPOTENCY_KEY) else {
         return Ok(None);
     };
-    let usable = |key: &&str| (1..=MAX_KEY_BYTES).contains(&key.len());
+    let usable = |key: &&str| {
+        (1..=MAX_KEY_BYTES).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
+    };
     let key = value.to_str().ok().map(str::trim).filter(usable);
     key.map(|key| Some(key.to_owned())).ok_or_else(|| {
-        let detail = format!("Idempotency-Key: expected 1 to {MAX_KEY_BYTES} ASCII characters");
+        let detail = format!(
+            "Idempotency-Key: expected 1 to {MAX_KEY_BYTES} ASCII characters without spaces"
+        );
         Problem::new(Code::InvalidHeader, detail)
     })
 }

@@ -127,29 +127,56 @@ impl From<domain::SampleSettings> for Samples {
 
 /// One preview picture.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct Prompt {
     /// What to draw.
-    #[schema(required = true)]
     pub prompt: String,
     /// What to move away from.
+    #[serde(default = "unsaid::negative_prompt")]
+    #[schema(default = unsaid::negative_prompt)]
     pub negative_prompt: String,
     /// Width; rounded down to what the model can draw.
     #[schema(minimum = 8, maximum = 4096)]
+    #[serde(default = "unsaid::width_px")]
+    #[schema(default = unsaid::width_px)]
     pub width_px: u32,
     /// Height; rounded down to what the model can draw.
     #[schema(minimum = 8, maximum = 4096)]
+    #[serde(default = "unsaid::height_px")]
+    #[schema(default = unsaid::height_px)]
     pub height_px: u32,
     /// Seed of the picture's noise.
+    #[serde(default = "unsaid::seed")]
+    #[schema(default = unsaid::seed)]
     pub seed: u64,
     /// Steps of the sampler.
     #[schema(minimum = 1, maximum = 1000)]
+    #[serde(default = "unsaid::steps")]
+    #[schema(default = unsaid::steps)]
     pub steps: usize,
     /// Strength of classifier-free guidance; 1 is none.
     #[schema(minimum = 0)]
+    #[serde(default = "unsaid::cfg_scale")]
+    #[schema(default = unsaid::cfg_scale)]
     pub cfg_scale: f64,
     /// The sampler.
+    #[serde(default = "unsaid::sampler")]
+    #[schema(default = unsaid::sampler)]
     pub sampler: Sampler,
+}
+
+/// What a prompt's fields are when nothing is said of them; what to draw has to be said.
+mod unsaid {
+    use super::{Prompt, Sampler};
+
+    macro_rules! fields {
+        ($($name:ident: $kind:ty),+) => {
+            $(pub fn $name() -> $kind {
+                Prompt::default().$name
+            })+
+        };
+    }
+    fields!(negative_prompt: String, width_px: u32, height_px: u32, seed: u64, steps: usize, cfg_scale: f64, sampler: Sampler);
 }
 
 impl Default for Prompt {
