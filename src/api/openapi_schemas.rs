@@ -110,7 +110,7 @@ fn refer(operation: &mut Operation, choices: &BTreeMap<String, String>) {
             }
         }
         if parameter.name == "Idempotency-Key" {
-            object.pattern = Some("^[!-~]{1,255}$".to_owned());
+            object.pattern = Some("^[!-~]([ -~]{0,253}[!-~])?$".to_owned());
         }
         if let Some(name) = words(object).and_then(|words| choices.get(&words)) {
             *schema = Ref::from_schema_name(name).into();
