@@ -1,5 +1,6 @@
 //! The database's history. Append-only: a released migration is never changed, a new one is added.
 
+mod columns;
 mod m20261101_000001_datasets;
 mod m20261101_000002_runs;
 mod m20261125_000001_api_keys;

@@ -5,6 +5,8 @@ use sea_orm_migration::schema::{
     big_integer, big_integer_null, boolean, integer, string_null, text_null, uuid_null,
 };
 
+use crate::columns;
+
 #[derive(DeriveMigrationName)]
 pub struct Migration;
 
@@ -37,23 +39,10 @@ fn columns() -> Vec<ColumnDef> {
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for mut column in columns() {
-            // One at a time: SQLite takes no more.
-            let table = Table::alter()
-                .table("runs")
-                .add_column(&mut column)
-                .to_owned();
-            manager.alter_table(table).await?;
-        }
-        Ok(())
+        columns::add(manager, "runs", columns()).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for column in columns() {
-            let name = Alias::new(column.get_column_name());
-            let table = Table::alter().table("runs").drop_column(name).to_owned();
-            manager.alter_table(table).await?;
-        }
-        Ok(())
+        columns::drop(manager, "runs", columns()).await
     }
 }

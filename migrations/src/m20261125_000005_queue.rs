@@ -3,6 +3,8 @@
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::schema::{big_integer, boolean, string_null, uuid_null};
 
+use crate::columns;
+
 #[derive(DeriveMigrationName)]
 pub struct Migration;
 
@@ -22,14 +24,7 @@ fn columns() -> Vec<ColumnDef> {
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for mut column in columns() {
-            // One at a time: SQLite takes no more.
-            let table = Table::alter()
-                .table("runs")
-                .add_column(&mut column)
-                .to_owned();
-            manager.alter_table(table).await?;
-        }
+        columns::add(manager, "runs", columns()).await?;
         for (name, first, second) in [
             ("runs_by_turn", "api_key_id", "turn"),
             ("runs_by_number", "number", "id"),
@@ -50,11 +45,6 @@ impl MigrationTrait for Migration {
             let index = Index::drop().name(name).table("runs").to_owned();
             manager.drop_index(index).await?;
         }
-        for column in columns() {
-            let name = Alias::new(column.get_column_name());
-            let table = Table::alter().table("runs").drop_column(name).to_owned();
-            manager.alter_table(table).await?;
-        }
-        Ok(())
+        columns::drop(manager, "runs", columns()).await
     }
 }

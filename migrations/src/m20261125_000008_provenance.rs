@@ -6,6 +6,8 @@ use sea_orm_migration::schema::{
     big_integer, integer, string_null, text, text_null, uuid, uuid_null,
 };
 
+use crate::columns;
+
 #[derive(DeriveMigrationName)]
 pub struct Migration;
 
@@ -38,24 +40,11 @@ impl MigrationTrait for Migration {
             )
             .to_owned();
         manager.create_table(table).await?;
-        for mut column in columns() {
-            let table = Table::alter()
-                .table(Alias::new("runs"))
-                .add_column(&mut column)
-                .to_owned();
-            manager.alter_table(table).await?;
-        }
-        Ok(())
+        columns::add(manager, "runs", columns()).await
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for column in columns() {
-            let table = Table::alter()
-                .table(Alias::new("runs"))
-                .drop_column(Alias::new(column.get_column_name()))
-                .to_owned();
-            manager.alter_table(table).await?;
-        }
+        columns::drop(manager, "runs", columns()).await?;
         let table = Table::drop().table("run_attempts").to_owned();
         manager.drop_table(table).await
     }

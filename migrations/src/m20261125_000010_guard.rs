@@ -4,6 +4,8 @@
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::schema::{big_integer_null, double_null, text_null};
 
+use crate::columns;
+
 #[derive(DeriveMigrationName)]
 pub struct Migration;
 
@@ -22,24 +24,15 @@ fn columns() -> Vec<(&'static str, ColumnDef)> {
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        for (table, mut column) in columns() {
-            let table = Table::alter()
-                .table(Alias::new(table))
-                .add_column(&mut column)
-                .to_owned();
-            manager.alter_table(table).await?;
+        for (table, column) in columns() {
+            columns::add(manager, table, [column]).await?;
         }
         Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         for (table, column) in columns() {
-            let name = Alias::new(column.get_column_name());
-            let table = Table::alter()
-                .table(Alias::new(table))
-                .drop_column(name)
-                .to_owned();
-            manager.alter_table(table).await?;
+            columns::drop(manager, table, [column]).await?;
         }
         Ok(())
     }
