@@ -33,9 +33,9 @@ pub struct Diagnosis {
 /// A way to compute that is compiled in.
 #[derive(Clone, Debug, Serialize)]
 pub struct BackendInfo {
-    /// `flex` or `wgpu`.
+    /// `flex`, `wgpu`, `cuda` or `rocm`.
     pub name: &'static str,
-    /// The instruction set in use here, or the shader language.
+    /// The instruction set in use here, or the language that the device's compiler takes.
     pub code: &'static str,
     /// How devices are reached.
     pub reaches: Vec<&'static str>,
@@ -50,6 +50,8 @@ pub struct Verdict {
     pub remembered: bool,
     /// Whether the device computes what the CPU computes.
     pub passed: bool,
+    /// What the device's kernels were compiled from; of a check that is made now.
+    pub compiler: Option<String>,
     /// Why it could not be checked.
     pub problem: Option<String>,
     /// The checks.
@@ -103,22 +105,35 @@ fn is_hardware(info: &DeviceInfo) -> bool {
     )
 }
 
-fn backends() -> Vec<BackendInfo> {
-    vec![
-        BackendInfo {
-            name: "flex",
-            code: kernels::instruction_set(),
-            reaches: vec!["cpu"],
-        },
-        BackendInfo {
-            name: "wgpu",
-            code: "wgsl",
-            reaches: devices::graphics_apis()
-                .into_iter()
-                .map(devices::GraphicsApi::name)
-                .collect(),
-        },
-    ]
+/// What this build computes with.
+pub fn backends() -> Vec<BackendInfo> {
+    let mut backends = vec![BackendInfo {
+        name: "flex",
+        code: kernels::instruction_set(),
+        reaches: vec!["cpu"],
+    }];
+    for code in ["wgsl", "spirv", "msl"] {
+        // WGSL is what an adapter falls back to that does not take its API's own language.
+        let apis = devices::graphics_apis().into_iter();
+        let reaches: Vec<&str> = apis
+            .filter(|api| code == "wgsl" || api.code() == code)
+            .map(devices::GraphicsApi::name)
+            .collect();
+        if !reaches.is_empty() {
+            backends.push(BackendInfo {
+                name: "wgpu",
+                code,
+                reaches,
+            });
+        }
+    }
+    let vendors = devices::vendor_runtimes();
+    backends.extend(vendors.into_iter().map(|runtime| BackendInfo {
+        name: runtime.name(),
+        code: runtime.code(),
+        reaches: vec![runtime.name()],
+    }));
+    backends
 }
 
 fn check(
@@ -127,17 +142,19 @@ fn check(
     self_checks: &Remembered,
     begin: &mut impl FnMut(&DeviceInfo, usize),
 ) -> Verdict {
-    let verdict = |remembered, result: Result<SelfCheck, String>| Verdict {
+    let verdict = |remembered, compiler, result: Result<SelfCheck, String>| Verdict {
         device: info.id.clone(),
         remembered,
+        compiler,
         passed: result.as_ref().is_ok_and(SelfCheck::passed),
         problem: result.as_ref().err().cloned(),
         result: result.ok(),
     };
     if !again && let Some(found) = self_checks.find(info) {
-        return verdict(true, Ok(found));
+        return verdict(true, None, Ok(found));
     }
     let opened = info.id.parse().and_then(devices::open);
+    let compiler = opened.as_ref().ok().map(devices::ComputeDevice::compiler);
     let result = opened
         .map_err(|error| error.to_string())
         .and_then(|device| {
@@ -150,7 +167,7 @@ fn check(
             let result = self_checks.run(&device, go_on);
             result.ok_or_else(|| "the device has nothing to check".to_owned())
         });
-    verdict(false, result)
+    verdict(false, compiler, result)
 }
 
 impl fmt::Display for Diagnosis {
@@ -186,7 +203,7 @@ fn write_device(f: &mut fmt::Formatter<'_>, device: &DeviceInfo) -> fmt::Result 
         return writeln!(f, "  (what others are compared with)");
     }
     let f16 = if device.supports_f16 { "f16" } else { "no f16" };
-    write!(f, "  ({}; {f16}", device.driver)?;
+    write!(f, "  ({}; {}; {f16}", device.driver, device.compiler)?;
     if let Some(bytes) = device.memory_bytes {
         write!(f, "; {} MiB", bytes >> 20)?;
     }
@@ -211,6 +228,9 @@ fn write_verdict(f: &mut fmt::Formatter<'_>, verdict: &Verdict) -> fmt::Result {
         if passed { "passed" } else { "FAILED" },
         result.duration_s,
     )?;
+    if let Some(compiler) = &verdict.compiler {
+        write!(f, ", kernels by {compiler}")?;
+    }
     if verdict.remembered {
         let at = result.checked_at;
         write!(f, " on {} (--again runs them now)", at.date())?;

@@ -10,6 +10,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use super::codes::Code;
 use super::problem::{Problem, ProblemBody};
 use crate::diffusion::devices::{self, AdapterClass, DeviceInfo};
+use crate::doctor::{self, BackendInfo};
 use crate::selfcheck::{CheckResult, Remembered, SelfCheck};
 use crate::store::Store;
 
@@ -100,7 +101,7 @@ pub async fn get_version() -> web::Json<Version> {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "vulkan:0", "name": "AMD Radeon RX 7900 XTX", "class": "discrete", "driver": "radv Mesa 24.2",
-    "supports_f16": true, "memory_bytes": 17163091968u64, "default": true,
+    "compiler": "wgsl", "supports_f16": true, "memory_bytes": 17163091968u64, "default": true,
     "self_check": {"status": "passed", "checked_at": "2026-05-04T09:30:00Z", "failed_checks": []}
 }))]
 pub struct Device {
@@ -111,6 +112,9 @@ pub struct Device {
     #[schema(value_type = String)]
     pub class: AdapterClass,
     pub driver: String,
+    /// What kernels are compiled from for it: `wgsl`, `spirv`, `msl`, `cuda`, `hip`; `native` for the CPU.
+    #[schema(value_type = String)]
+    pub compiler: &'static str,
     /// Whether shaders can compute in 16 bits.
     pub supports_f16: bool,
     /// Memory of a GPU; `null` for the CPU, and where the driver does not tell.
@@ -197,9 +201,35 @@ impl Device {
             name: info.name,
             class: info.class,
             driver: info.driver,
+            compiler: info.compiler,
             supports_f16: info.supports_f16,
             memory_bytes: info.memory_bytes,
             default: info.is_default,
+        }
+    }
+}
+
+/// A way to compute that this build of the service has.
+#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"name": "wgpu", "code": "wgsl", "reaches": ["vulkan"]}))]
+pub struct Backend {
+    /// `flex` (the CPU), `wgpu`, `cuda` or `rocm`.
+    #[schema(value_type = String)]
+    pub name: &'static str,
+    /// The instruction set in use, or the language that the device's compiler takes.
+    #[schema(value_type = String)]
+    pub code: &'static str,
+    /// What the ids of the devices begin with that it is used for.
+    #[schema(value_type = Vec<String>)]
+    pub reaches: Vec<&'static str>,
+}
+
+impl From<BackendInfo> for Backend {
+    fn from(info: BackendInfo) -> Self {
+        Self {
+            name: info.name,
+            code: info.code,
+            reaches: info.reaches,
         }
     }
 }
@@ -208,12 +238,14 @@ impl Device {
 #[derive(Serialize, ToSchema)]
 pub struct Devices {
     pub data: Vec<Device>,
+    /// What this build can compute with, whether this machine has such a device or not.
+    pub backends: Vec<Backend>,
 }
 
 /// List the compute devices.
 ///
-/// GPUs that Vulkan, Metal or DX12 reach, software rasterisers among them, and the CPU. `self_check` is what is
-/// remembered; nothing is computed for this answer.
+/// GPUs that Vulkan, Metal, DX12 or a vendor's runtime reach, software rasterisers among them, and the CPU. `self_check`
+/// is what is remembered; nothing is computed for this answer. `backends` is what this build holds.
 #[utoipa::path(
     tag = "operations",
     responses((status = 200, description = "The devices", body = Devices)),
@@ -226,7 +258,8 @@ pub async fn list_devices(self_checks: Data<Remembered>) -> Result<web::Json<Dev
         described.collect()
     };
     let data = web::block(list).await.map_err(Problem::internal)?;
-    Ok(web::Json(Devices { data }))
+    let backends = doctor::backends().into_iter().map(Backend::from).collect();
+    Ok(web::Json(Devices { data, backends }))
 }
 
 #[cfg(test)]

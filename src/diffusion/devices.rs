@@ -6,12 +6,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+use burn::backend::{Backend, Dispatch};
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
 use super::device_memory::{self, MemoryGauge};
+use super::vendor::VendorRuntime;
 use crate::kernels::Precision;
 pub use crate::kernels::is_cpu;
 
@@ -39,6 +41,17 @@ impl GraphicsApi {
         }
     }
 
+    /// The language that kernels are handed to the driver in: WGSL, which wgpu translates; or the driver's own, in
+    /// builds with the feature of that name. Where a Vulkan driver lacks what SPIR-V kernels need it is WGSL after all:
+    /// [`ComputeDevice::compiler`] tells.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Vulkan if cfg!(feature = "vulkan") => "spirv",
+            Self::Metal if cfg!(feature = "metal") => "msl",
+            _ => "wgsl",
+        }
+    }
+
     fn wgpu_backends(self) -> wgpu::Backends {
         match self {
             Self::Vulkan => wgpu::Backends::VULKAN,
@@ -56,7 +69,8 @@ impl GraphicsApi {
     }
 }
 
-/// What a user asks for: `auto`, `cpu`, or an adapter of one graphics API (`vulkan:0`, `metal:0`, `dx12:1`).
+/// What a user asks for: `auto`, `cpu`, an adapter of one graphics API (`vulkan:0`, `metal:0`, `dx12:1`), or a device of
+/// a vendor's runtime (`cuda:0`, `rocm:0`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceSpec {
     /// The first discrete GPU, else the first integrated one, else the CPU.
@@ -66,6 +80,8 @@ pub enum DeviceSpec {
     Cpu,
     /// The adapter with this index among all adapters of one graphics API, software rasterisers included.
     Adapter(GraphicsApi, usize),
+    /// The device with this index of a vendor's runtime.
+    Vendor(VendorRuntime, usize),
 }
 
 impl fmt::Display for DeviceSpec {
@@ -74,6 +90,7 @@ impl fmt::Display for DeviceSpec {
             Self::Auto => f.write_str("auto"),
             Self::Cpu => f.write_str("cpu"),
             Self::Adapter(api, index) => write!(f, "{}:{index}", api.name()),
+            Self::Vendor(runtime, index) => write!(f, "{}:{index}", runtime.name()),
         }
     }
 }
@@ -88,11 +105,15 @@ impl FromStr for DeviceSpec {
             _ => {}
         }
         let (name, index) = text.split_once(':').unwrap_or((text, "0"));
-        let api = GraphicsApi::ALL.into_iter().find(|api| api.name() == name);
-        match (api, index.parse()) {
-            (Some(api), Ok(index)) => Ok(Self::Adapter(api, index)),
-            _ => Err(DeviceError::UnknownName(text.to_owned())),
+        let unknown = || DeviceError::UnknownName(text.to_owned());
+        let index = index.parse().map_err(|_| unknown())?;
+        let mut apis = GraphicsApi::ALL.into_iter();
+        let mut runtimes = VendorRuntime::ALL.into_iter();
+        if let Some(api) = apis.find(|api| api.name() == name) {
+            return Ok(Self::Adapter(api, index));
         }
+        let runtime = runtimes.find(|runtime| runtime.name() == name);
+        Ok(Self::Vendor(runtime.ok_or_else(unknown)?, index))
     }
 }
 
@@ -125,6 +146,8 @@ pub struct DeviceInfo {
     pub class: AdapterClass,
     /// Driver name and version; empty for the CPU backend.
     pub driver: String,
+    /// What kernels are compiled from for it: `wgsl`, `spirv`, `msl`, `cuda`, `hip`; `native` for the CPU backend.
+    pub compiler: &'static str,
     /// Whether shaders can compute in half precision.
     pub supports_f16: bool,
     /// Largest buffer that the driver makes.
@@ -140,7 +163,7 @@ pub struct DeviceInfo {
 pub enum DeviceError {
     /// The text is not a device name.
     #[error(
-        "unknown device `{0}`: expected `auto`, `cpu`, or `vulkan:N`, `metal:N`, `dx12:N` as listed by `GET /v1/devices`"
+        "unknown device `{0}`: expected `auto`, `cpu`, or `vulkan:N`, `metal:N`, `dx12:N`, `cuda:N`, `rocm:N` as listed by `GET /v1/devices`"
     )]
     UnknownName(String),
     /// The device cannot compute in the number format.
@@ -152,6 +175,16 @@ pub enum DeviceError {
         found: String,
         /// What it can.
         possible: &'static str,
+    },
+    /// The runtime is not part of this build.
+    #[error(
+        "device `{wanted}`: this program is built without `{feature}` (`cargo build --features {feature}` has it)"
+    )]
+    NotBuiltIn {
+        /// The name that was asked for.
+        wanted: String,
+        /// The feature of this crate.
+        feature: &'static str,
     },
     /// The name is well formed, but this machine has no such adapter.
     #[error("no device `{wanted}` on this machine; there are: {found}")]
@@ -183,6 +216,13 @@ pub struct ComputeDevice {
 }
 
 impl ComputeDevice {
+    /// What its kernels are compiled from, as the open device says: `wgpu<spirv>`.
+    pub fn compiler(&self) -> String {
+        let name = Dispatch::name(self.device.as_dispatch());
+        let name = name.strip_prefix("dispatch<cubecl<").unwrap_or(&name);
+        name.trim_end_matches(">>").to_owned()
+    }
+
     /// Whether it computes in this precision.
     ///
     /// # Errors
@@ -208,9 +248,17 @@ impl ComputeDevice {
 
 struct Adapter {
     info: DeviceInfo,
-    api: GraphicsApi,
-    /// Counts adapters of the same class only: that is how burn addresses them.
-    kind: Option<DeviceKind>,
+    reached: Reached,
+}
+
+/// How burn is told which device is meant.
+enum Reached {
+    Graphics {
+        api: GraphicsApi,
+        /// Counts adapters of the same class only: that is how burn addresses them.
+        kind: Option<DeviceKind>,
+    },
+    Vendor(Device),
 }
 
 /// The graphics APIs that this build reaches.
@@ -220,6 +268,12 @@ pub fn graphics_apis() -> Vec<GraphicsApi> {
         .into_iter()
         .filter(|api| compiled.contains(api.wgpu_backends()))
         .collect()
+}
+
+/// The vendors' runtimes that this build has.
+pub fn vendor_runtimes() -> Vec<VendorRuntime> {
+    let all = VendorRuntime::ALL.into_iter();
+    all.filter(|runtime| runtime.is_built_in()).collect()
 }
 
 /// Every device of this machine; the CPU is always there and comes last.
@@ -242,8 +296,10 @@ pub fn list() -> Vec<DeviceInfo> {
 /// Opens the device that `spec` means.
 ///
 /// # Errors
-/// [`DeviceError::NotFound`] when there is no such adapter, [`DeviceError::Open`] when its driver refuses.
+/// [`DeviceError::NotFound`] when there is no such adapter, [`DeviceError::Open`] when its driver refuses,
+/// [`DeviceError::NotBuiltIn`] when this program cannot reach it.
 pub fn open(spec: DeviceSpec) -> Result<ComputeDevice, DeviceError> {
+    check_built_in(spec)?;
     let adapters = match spec {
         DeviceSpec::Cpu => return Ok(cpu()),
         _ => adapters(),
@@ -256,6 +312,18 @@ pub fn open(spec: DeviceSpec) -> Result<ComputeDevice, DeviceError> {
     match index {
         None => Ok(cpu()),
         Some(index) => open_adapter(&adapters[index], chosen == Some(index)),
+    }
+}
+
+/// # Errors
+/// [`DeviceError::NotBuiltIn`].
+pub fn check_built_in(spec: DeviceSpec) -> Result<(), DeviceError> {
+    match spec {
+        DeviceSpec::Vendor(runtime, _) if !runtime.is_built_in() => Err(DeviceError::NotBuiltIn {
+            wanted: spec.to_string(),
+            feature: runtime.name(),
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -280,15 +348,22 @@ fn open_adapter(adapter: &Adapter, is_default: bool) -> Result<ComputeDevice, De
         name: adapter.info.name.clone(),
         reason,
     };
-    let kind = adapter
-        .kind
-        .clone()
-        .ok_or_else(|| failed("its class is not one that can be addressed".to_owned()))?;
-    let device = Device::wgpu_options()
-        .graphics_api(adapter.api.burn_backend())
-        .device_kind(kind)
-        .init()
-        .map_err(|error| failed(error.to_string()))?;
+    let device = match &adapter.reached {
+        Reached::Vendor(device) => device.clone(),
+        Reached::Graphics { kind: None, .. } => {
+            return Err(failed(
+                "its class is not one that can be addressed".to_owned(),
+            ));
+        }
+        Reached::Graphics {
+            api,
+            kind: Some(kind),
+        } => Device::wgpu_options()
+            .graphics_api(api.burn_backend())
+            .device_kind(kind.clone())
+            .init()
+            .map_err(|error| failed(error.to_string()))?,
+    };
     Ok(ComputeDevice {
         device,
         info: DeviceInfo {
@@ -312,6 +387,7 @@ fn cpu_info(is_default: bool) -> DeviceInfo {
         name: format!("CPU, {threads} threads"),
         class: AdapterClass::Cpu,
         driver: String::new(),
+        compiler: "native",
         supports_f16: false,
         max_buffer_bytes: None,
         memory_bytes: None,
@@ -334,8 +410,18 @@ fn automatic(adapters: &[Adapter]) -> Option<usize> {
     })
 }
 
+/// A vendor's own runtime comes first: who builds it in wants it.
 fn adapters() -> Vec<Adapter> {
-    GraphicsApi::ALL.into_iter().flat_map(adapters_of).collect()
+    let vendors = vendor_runtimes();
+    let vendors = vendors
+        .into_iter()
+        .flat_map(VendorRuntime::devices)
+        .map(|(info, device)| Adapter {
+            info,
+            reached: Reached::Vendor(device),
+        });
+    let graphics = GraphicsApi::ALL.into_iter().flat_map(adapters_of);
+    vendors.chain(graphics).collect()
 }
 
 /// What asks the driver of a device for its memory; `None` for the CPU and for devices that are not there.
@@ -378,13 +464,13 @@ fn adapters_of(api: GraphicsApi) -> Vec<Adapter> {
                     driver: format!("{} {}", facts.driver, facts.driver_info)
                         .trim()
                         .to_owned(),
+                    compiler: api.code(),
                     supports_f16: adapter.features().contains(wgpu::Features::SHADER_F16),
                     max_buffer_bytes: Some(adapter.limits().max_buffer_size),
                     memory_bytes: device_memory::read(adapter).map(|memory| memory.total_bytes),
                     is_default: false,
                 },
-                api,
-                kind,
+                reached: Reached::Graphics { api, kind },
             }
         })
         .collect()
@@ -422,21 +508,25 @@ mod tests {
                 class,
                 ..cpu_info(false)
             },
-            api: GraphicsApi::Vulkan,
-            kind: None,
+            reached: Reached::Graphics {
+                api: GraphicsApi::Vulkan,
+                kind: None,
+            },
         }
     }
 
     #[test]
     fn names_round_trip() {
-        for name in ["auto", "cpu", "vulkan:0", "metal:2", "dx12:1"] {
+        for name in [
+            "auto", "cpu", "vulkan:0", "metal:2", "dx12:1", "cuda:1", "rocm:0",
+        ] {
             assert_eq!(name.parse::<DeviceSpec>().unwrap().to_string(), name);
         }
         assert_eq!(
             "vulkan".parse::<DeviceSpec>().unwrap().to_string(),
             "vulkan:0"
         );
-        for name in ["", "gpu", "vulkan:", "vulkan:-1", "cuda:0"] {
+        for name in ["", "gpu", "vulkan:", "vulkan:-1", "cuda:x"] {
             assert!(name.parse::<DeviceSpec>().is_err(), "{name}");
         }
     }
@@ -449,6 +539,17 @@ mod tests {
         assert_eq!(automatic(&[software()]), None);
         assert_eq!(automatic(&[software(), integrated()]), Some(1));
         assert_eq!(automatic(&[software(), integrated(), discrete()]), Some(2));
+    }
+
+    #[test]
+    fn a_runtime_that_is_not_built_in_is_told_from_a_device_that_is_not_there() {
+        for runtime in VendorRuntime::ALL {
+            let wanted = format!("{}:99", runtime.name());
+            let error = open(wanted.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.contains(&wanted), "{error}");
+            let without = error.contains("is built without");
+            assert_eq!(without, !runtime.is_built_in(), "{error}");
+        }
     }
 
     #[test]

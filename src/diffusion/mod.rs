@@ -22,6 +22,7 @@ pub mod transformer;
 pub mod unet;
 mod unet_pass;
 pub mod vae;
+pub mod vendor;
 pub mod weights;
 
 pub use crate::kernels::{Precision, instruction_set};

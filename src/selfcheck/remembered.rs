@@ -24,6 +24,8 @@ struct Subject {
     /// Names and tolerances: a build with other checks runs them.
     checks: Vec<(String, f64)>,
     api: String,
+    /// As the build has it: another compiler makes other kernels.
+    compiler: String,
     adapter: String,
     driver: String,
     supports_f16: bool,
@@ -40,6 +42,7 @@ impl Subject {
                 .map(|check| (check.name.to_owned(), check.tolerance))
                 .collect(),
             api: api.to_owned(),
+            compiler: info.compiler.to_owned(),
             adapter: info.name.clone(),
             driver: info.driver.clone(),
             supports_f16: info.supports_f16,
@@ -147,6 +150,7 @@ mod tests {
             name: "A card".to_owned(),
             class: AdapterClass::Discrete,
             driver: "driver 1.2".to_owned(),
+            compiler: "wgsl",
             supports_f16: true,
             max_buffer_bytes: None,
             memory_bytes: None,

@@ -227,6 +227,9 @@ pub(in crate::runs) async fn check_device(device: String) -> Result<Option<RunPr
     if matches!(spec, DeviceSpec::Auto | DeviceSpec::Cpu) {
         return Ok(None);
     }
+    if let Err(error) = devices::check_built_in(spec) {
+        return Ok(Some(problem(error.to_string())));
+    }
     let known = tokio::task::spawn_blocking(devices::list).await?;
     let wanted = spec.to_string();
     if known.iter().any(|info| info.id == wanted) {
