@@ -211,6 +211,9 @@ pub struct BenchArgs {
     /// Number format of the computation.
     #[arg(long, value_enum, default_value_t = PrecisionName::Fp32)]
     pub precision: PrecisionName,
+    /// Optimizer, by its id, with the settings that it has by itself.
+    #[arg(long, value_name = "ID", default_value = "adamw")]
+    pub optimizer: String,
     /// Device to train on: `auto`, `cpu`, `vulkan:0`.
     #[arg(long, default_value = "auto")]
     pub device: String,

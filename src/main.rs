@@ -171,6 +171,7 @@ fn run_bench(args: &BenchArgs, plugins: &PluginHost, process_start: Moment) -> R
         rank: args.rank as usize,
         gradient_checkpointing: args.gradient_checkpointing.into(),
         precision: args.precision.into(),
+        optimizer: args.optimizer.clone(),
         device: args.device.parse()?,
     };
     let report = bench::run(&options, plugins, process_start)?;

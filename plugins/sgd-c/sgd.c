@@ -51,7 +51,8 @@ static void destroy(void *self) { (void)self; }
 
 static const ls_optimizer SGD = {
     sizeof(ls_optimizer), LS_OPTIMIZER_ELEMENTWISE, TEXT("sgd-momentum"), TEXT("SGD with momentum 0.9, in C."),
-    TEXT("{\"type\": \"object\", \"properties\": {}, \"additionalProperties\": false}"), create, step, destroy,
+    TEXT("{\"type\": \"object\", \"properties\": {}, \"additionalProperties\": false, "
+         "\"x-state-bytes-per-element\": 4}"), create, step, destroy,
     0, /* no eval: what is trained on is saved */
 };
 static const ls_optimizer *const OPTIMIZERS[] = {&SGD};

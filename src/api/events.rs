@@ -100,7 +100,7 @@ impl From<Event> for RunEvent {
 ///
 /// `memory` comes once, before the model is loaded: `estimated_peak_bytes` is the most that the run is expected to take
 /// of the machine's memory on the CPU, else of the device's, `available_bytes` what it may have, `null` where nobody
-/// tells. The phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in
+/// tells; `optimizer_state_bytes` and `ema_bytes` are parts of the estimate. The phases `caching_latents` and `caching_text` tell how many pictures or captions are `done`, of how many in
 /// `total`, and how many of them were `cached` by an earlier run.
 ///
 /// `rolled_back` says that loss or adapters were no longer finite `at_step`, and that the run goes on from `to_step`

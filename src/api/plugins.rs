@@ -25,7 +25,8 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "adamw", "aliases": ["AdamW", "PagedAdamW"], "summary": "Adam with decoupled weight decay", "plugin": "lorasmith-adamw", "plugin_version": "0.1.0",
-    "settings_schema": {"type": "object", "properties": {"weight_decay": {"type": "number", "default": 0.01}}}
+    "settings_schema": {"type": "object", "properties": {"weight_decay": {"type": "number", "default": 0.01}}},
+    "state_bytes_per_element": 8.0
 }))]
 pub struct Component {
     /// What `optimizer.id` or `scheduler.id` of a run takes.
@@ -39,6 +40,8 @@ pub struct Component {
     /// JSON Schema of its settings, with defaults and ranges.
     #[schema(value_type = Object)]
     pub settings_schema: Value,
+    /// Bytes of state that an optimizer keeps for each trained element, as its plugin says; 0 for schedulers.
+    pub state_bytes_per_element: f64,
 }
 
 impl From<ComponentInfo> for Component {
@@ -50,6 +53,7 @@ impl From<ComponentInfo> for Component {
             plugin: info.plugin_id,
             plugin_version: info.plugin_version,
             settings_schema: info.settings_schema,
+            state_bytes_per_element: info.state_bytes_per_element,
         }
     }
 }

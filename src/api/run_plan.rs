@@ -33,6 +33,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
     ],
     "memory": {
         "estimated_peak_bytes": 5213456789u64, "available_bytes": 12345678901u64,
+        "optimizer_state_bytes": 150994944, "ema_bytes": 0,
         "savings": [{"change": "`gradient_checkpointing: blocks`", "estimated_peak_bytes": 2913456789u64,
                      "saved_bytes": 2300000000u64}]
     },
@@ -81,6 +82,10 @@ pub struct PlannedMemory {
     pub estimated_peak_bytes: u64,
     /// Free now; `null` where the system, or the GPU's driver, does not tell.
     pub available_bytes: Option<u64>,
+    /// What the optimizer keeps from step to step; part of the peak.
+    pub optimizer_state_bytes: u64,
+    /// What the moving average of the adapters takes; part of the peak.
+    pub ema_bytes: u64,
     /// What would take less.
     pub savings: Vec<MemorySaving>,
 }
@@ -182,6 +187,8 @@ impl From<domain::PlannedMemory> for PlannedMemory {
         Self {
             estimated_peak_bytes: peak,
             available_bytes: memory.available_bytes,
+            optimizer_state_bytes: memory.optimizer_state_bytes,
+            ema_bytes: memory.ema_bytes,
             savings: savings.collect(),
         }
     }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use rand::RngExt as _;
+use serde_json::json;
 
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::diffusion::{Family, LoadError, LoadOptions, StableDiffusion};
@@ -19,8 +20,8 @@ use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
 use crate::plugin_host::PluginHost;
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::{
-    ComputePrecision, Conditioning, GradientCheckpointing, MicroBatch, TrainLength, TrainSettings,
-    Trainer,
+    ComputePrecision, Conditioning, GradientCheckpointing, MicroBatch, PluginChoice, TrainLength,
+    TrainSettings, Trainer,
 };
 
 pub use report::{BenchReport, DeviceMemory, PhaseTimes, Summary};
@@ -65,6 +66,8 @@ pub struct BenchOptions {
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the computation.
     pub precision: ComputePrecision,
+    /// Id of the optimizer.
+    pub optimizer: String,
     /// Where to compute.
     pub device: DeviceSpec,
 }
@@ -118,7 +121,7 @@ pub enum BenchError {
     /// The adapters cannot be made.
     #[error(transparent)]
     Network(#[from] crate::networks::NetworkError),
-    /// The AdamW plugin cannot be used.
+    /// The optimizer's plugin cannot be used.
     #[error(transparent)]
     Optimizer(#[from] crate::training::OptimizerError),
 }
@@ -128,7 +131,7 @@ pub enum BenchError {
 /// `process_start` is the [`Moment::process_start`] of `main`.
 ///
 /// # Errors
-/// When the model, the device or the AdamW plugin cannot be used, or a step fails.
+/// When the model, the device or a plugin cannot be used, or a step fails.
 pub fn run(
     options: &BenchOptions,
     plugins: &PluginHost,
@@ -248,6 +251,10 @@ fn settings(options: &BenchOptions) -> TrainSettings {
         batch_size: options.batch_size,
         gradient_checkpointing: options.gradient_checkpointing,
         precision: options.precision,
+        optimizer: PluginChoice {
+            id: options.optimizer.clone(),
+            settings: json!({}),
+        },
         ..TrainSettings::default()
     }
 }

@@ -149,6 +149,8 @@ pub struct BenchReport {
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the computation.
     pub precision: ComputePrecision,
+    /// Id of the optimizer.
+    pub optimizer: String,
     /// Id of the device.
     pub device: String,
     /// Its name and driver.
@@ -202,6 +204,7 @@ impl BenchReport {
             trained_parameters: measured.trained_parameters,
             gradient_checkpointing: options.gradient_checkpointing,
             precision: options.precision,
+            optimizer: options.optimizer.clone(),
             device: device.id.clone(),
             device_name: format!("{} {}", device.name, device.driver)
                 .trim()
@@ -228,8 +231,8 @@ impl fmt::Display for BenchReport {
         writeln!(
             f,
             "training {0} × {0}, batch {1}, rank {2}, {precision}, gradient checkpointing {checkpointing}, \
-             {3} parameters",
-            self.resolution_px, self.batch_size, self.rank, self.trained_parameters
+             {4}, {3} parameters",
+            self.resolution_px, self.batch_size, self.rank, self.trained_parameters, self.optimizer
         )?;
         writeln!(f, "\n{:<28} {:>10} {:>14}", "", "seconds", "CPU seconds")?;
         write_row(
@@ -306,6 +309,7 @@ mod tests {
             rank: 32,
             gradient_checkpointing: GradientCheckpointing::None,
             precision: ComputePrecision::Fp32,
+            optimizer: "adamw".to_owned(),
             device: DeviceSpec::Cpu,
         };
         let mut measured = Measured::new(Spent::default(), 0);

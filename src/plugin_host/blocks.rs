@@ -18,6 +18,34 @@ pub enum BurnBlocks {
     Host(Arc<Quantized>),
     /// On another device.
     Device(Box<Packed>),
+    /// There, too, in a long one that holds those of other parameters.
+    Part(BlocksPart),
+}
+
+/// Where codes are in a long tensor.
+#[derive(Clone)]
+pub struct BlocksPart {
+    whole: Arc<Packed>,
+    first_block: usize,
+    elements: usize,
+}
+
+impl BlocksPart {
+    fn packed(&self) -> Packed {
+        let blocks = self.elements.div_ceil(BLOCK);
+        let words = BLOCK / PACKED;
+        let (
+            first,
+            Packed {
+                words: all, absmax, ..
+            },
+        ) = (self.first_block, &*self.whole);
+        Packed {
+            words: all.clone().narrow(0, first * words, blocks * words),
+            absmax: absmax.clone().narrow(0, first, blocks),
+            elements: self.elements,
+        }
+    }
 }
 
 /// Codes on a device, padded to whole blocks.
@@ -36,19 +64,79 @@ impl BurnBlocks {
     pub fn read(&self) -> Result<Quantized, String> {
         match self {
             Self::Host(quantized) => Ok((**quantized).clone()),
-            Self::Device(packed) => {
-                let failed = |error: &dyn std::fmt::Display| format!("reading codes: {error}");
-                let words = packed.words.clone().into_data().try_into_vec_as::<i32>();
-                let absmax = packed.absmax.clone().into_data().try_into_vec_as::<f32>();
-                let words = words.map_err(|error| failed(&error))?;
-                let mut codes: Vec<u8> = words.into_iter().flat_map(unpack).collect();
-                codes.truncate(packed.elements);
-                Ok(Quantized {
-                    codes,
-                    absmax: absmax.map_err(|error| failed(&error))?,
-                })
-            }
+            Self::Device(packed) => packed.read(),
+            Self::Part(part) => part.packed().read(),
         }
+    }
+
+    /// The values of codes that are on a device.
+    pub fn dequantize(&self, code: Code, dims: Dims) -> Result<BurnTensor, String> {
+        match self {
+            Self::Host(_) => Err("codes that are not on the device".to_owned()),
+            Self::Device(packed) => Ok(packed.dequantize(code, dims)),
+            Self::Part(part) => Ok(part.packed().dequantize(code, dims)),
+        }
+    }
+
+    /// The codes of several tensors of a device behind one another, each filled up to whole blocks. Those that are
+    /// parts of one already are not copied.
+    pub fn join(all: &[&Self]) -> Result<Self, String> {
+        if let Some(whole) = Self::whole_of(all) {
+            return Ok(Self::Device(Box::new(whole)));
+        }
+        let (mut words, mut scales) = (Vec::new(), Vec::new());
+        for blocks in all {
+            let packed = match blocks {
+                Self::Host(_) => return Err("codes that are not on the device".to_owned()),
+                Self::Device(packed) => (**packed).clone(),
+                Self::Part(part) => part.packed(),
+            };
+            words.push(packed.words);
+            scales.push(packed.absmax);
+        }
+        let absmax = Tensor::cat(scales, 0);
+        let [blocks, _] = absmax.dims();
+        Ok(Self::Device(Box::new(Packed {
+            words: Tensor::cat(words, 0),
+            absmax,
+            elements: blocks * BLOCK,
+        })))
+    }
+
+    fn whole_of(all: &[&Self]) -> Option<Packed> {
+        let mut whole: Option<&Arc<Packed>> = None;
+        let mut next = 0;
+        for blocks in all {
+            let Self::Part(part) = blocks else {
+                return None;
+            };
+            let first = *whole.get_or_insert(&part.whole);
+            if !Arc::ptr_eq(first, &part.whole) || part.first_block != next {
+                return None;
+            }
+            next += part.elements.div_ceil(BLOCK);
+        }
+        let whole = whole?;
+        (whole.elements == next * BLOCK).then(|| Packed::clone(whole))
+    }
+
+    /// The codes of tensors that lie behind one another, each filled up to whole blocks.
+    pub fn parts(self, elements: impl Iterator<Item = usize>) -> Result<Vec<Self>, String> {
+        let Self::Device(packed) = self else {
+            return Err("codes that are not on the device".to_owned());
+        };
+        let whole = Arc::new(*packed);
+        let mut first_block = 0;
+        let parts = elements.map(|elements| {
+            let part = BlocksPart {
+                whole: Arc::clone(&whole),
+                first_block,
+                elements,
+            };
+            first_block += elements.div_ceil(BLOCK);
+            Self::Part(part)
+        });
+        Ok(parts.collect())
     }
 
     /// Takes codes and scales to a device that is not the CPU.
@@ -111,8 +199,20 @@ impl BurnBlocks {
 }
 
 impl Packed {
-    /// The values.
-    pub fn dequantize(&self, code: Code, dims: Dims) -> BurnTensor {
+    fn read(&self) -> Result<Quantized, String> {
+        let failed = |error: &dyn std::fmt::Display| format!("reading codes: {error}");
+        let words = self.words.clone().into_data().try_into_vec_as::<i32>();
+        let absmax = self.absmax.clone().into_data().try_into_vec_as::<f32>();
+        let words = words.map_err(|error| failed(&error))?;
+        let mut codes: Vec<u8> = words.into_iter().flat_map(unpack).collect();
+        codes.truncate(self.elements);
+        Ok(Quantized {
+            codes,
+            absmax: absmax.map_err(|error| failed(&error))?,
+        })
+    }
+
+    fn dequantize(&self, code: Code, dims: Dims) -> BurnTensor {
         let device = self.words.device();
         let words: Tensor<2, Int> = self.words.clone().unsqueeze_dim(1); // [words, 1]
         let byte = |shift: i32| {

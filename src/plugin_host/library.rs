@@ -9,12 +9,13 @@ use jsonschema::Validator;
 use lorasmith_abi::host::{Report, Session, States, StepInput, text_from_plugin};
 use lorasmith_abi::{
     ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, LOG_ERROR, LOG_INFO, LOG_WARN, LsOptimizer,
-    LsPlugin, LsReport, LsSchedule, LsStr, OPTIMIZER_ELEMENTWISE, Status, StepFn,
+    LsPlugin, LsReport, LsSchedule, LsStr, OPTIMIZER_ELEMENTWISE, STATE_BYTES_KEYWORD, Status,
+    StepFn,
 };
 use serde_json::Value;
 
 use super::ComponentInfo;
-use super::tensors::{BurnTensor, BurnTensors};
+use super::lazy::{LazyTensor, LazyTensors};
 use super::{names, settings};
 
 /// More components than this in one plugin are a broken descriptor.
@@ -126,6 +127,7 @@ impl Library {
         let elementwise = descriptor.flags & OPTIMIZER_ELEMENTWISE != 0;
         let (mut info, validator) = self.component(id, summary, schema, elementwise)?;
         info.aliases = names::aliases(&info.id);
+        info.state_bytes_per_element = state_bytes(&info.settings_schema);
         let known = self.optimizers.iter().any(|known| known.info.id == info.id);
         unique(known, &info)?;
         Ok(OptimizerType {
@@ -178,10 +180,17 @@ impl Library {
             plugin_version: self.version.clone(),
             settings_schema: schema,
             elementwise,
+            state_bytes_per_element: 0.0,
             id,
         };
         Ok((info, validator))
     }
+}
+
+fn state_bytes(schema: &Value) -> f64 {
+    let said = schema.get(STATE_BYTES_KEYWORD).and_then(Value::as_f64);
+    let sensible = said.filter(|bytes| (0.0..=1024.0).contains(bytes));
+    sensible.unwrap_or(super::DEFAULT_STATE_BYTES)
 }
 
 fn unique(known: bool, info: &ComponentInfo) -> Result<(), String> {
@@ -322,10 +331,10 @@ impl OptimizerInstance {
     /// One step; new values in the order of the parameters.
     pub fn step(
         &mut self,
-        input: StepInput<'_, BurnTensor>,
-        states: &mut States<BurnTensors>,
-        backend: BurnTensors,
-    ) -> Result<Vec<Option<BurnTensor>>, String> {
+        input: StepInput<'_, LazyTensor>,
+        states: &mut States<LazyTensors>,
+        backend: LazyTensors,
+    ) -> Result<Vec<Option<LazyTensor>>, String> {
         let (this, step) = (self.instance.this, self.step);
         Session::run(backend, input, states, |host, now| {
             // SAFETY: the session keeps host and step alive during the call; `self` is borrowed mutably, so that no
@@ -342,10 +351,10 @@ impl OptimizerInstance {
     /// The values to save and measure with; `None` where they are those that are trained on.
     pub fn eval(
         &mut self,
-        input: StepInput<'_, BurnTensor>,
-        states: &mut States<BurnTensors>,
-        backend: BurnTensors,
-    ) -> Result<Vec<Option<BurnTensor>>, String> {
+        input: StepInput<'_, LazyTensor>,
+        states: &mut States<LazyTensors>,
+        backend: LazyTensors,
+    ) -> Result<Vec<Option<LazyTensor>>, String> {
         let (this, Some(eval)) = (self.instance.this, self.eval) else {
             return Ok(input.params.iter().map(|_| None).collect());
         };

@@ -5,6 +5,7 @@
 
 mod blocks;
 mod folders;
+mod lazy;
 mod library;
 mod names;
 mod optimizer;
@@ -26,6 +27,9 @@ pub use settings::SettingError;
 
 /// Version of the plugin ABI that this program speaks: major, minor.
 pub const ABI_VERSION: (u32, u32) = (lorasmith_abi::ABI_MAJOR, lorasmith_abi::ABI_MINOR);
+
+/// Two f32 for each element, as Adam has: what is reckoned with where an optimizer says nothing.
+const DEFAULT_STATE_BYTES: f64 = 8.0;
 
 /// Where plugins are looked for, and which may be loaded.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +91,8 @@ pub struct ComponentInfo {
     pub settings_schema: Value,
     /// Whether each element's update depends on that element alone; false for schedulers.
     pub elementwise: bool,
+    /// Bytes of state for each trained element, as its schema says; 8 where it does not, 0 for schedulers.
+    pub state_bytes_per_element: f64,
 }
 
 /// The plugins of this process.
@@ -224,6 +230,14 @@ impl PluginHost {
     /// The optimizer's own id, where `name` is another name of it, such as `AdamW8bit` of sd-scripts.
     pub fn optimizer_id(&self, name: &str) -> Option<&str> {
         Some(&self.optimizer(name)?.info.id)
+    }
+
+    /// Bytes of state that an optimizer keeps for each trained element, as its plugin says.
+    pub fn state_bytes_per_element(&self, optimizer: &str) -> f64 {
+        self.optimizer(optimizer)
+            .map_or(DEFAULT_STATE_BYTES, |known| {
+                known.info.state_bytes_per_element
+            })
     }
 
     /// The schedule's own id, whatever the capitals and dashes of `name`.

@@ -1,11 +1,16 @@
 //! A plugin's optimizer as the training loop sees it: its state is here, so that it can be saved and restored.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::tensor::Device;
 use lorasmith_abi::host::blocks::{BLOCK, Quantized};
-use lorasmith_abi::host::{Code, HostParam, Shape, StateValue, States, StepInput, Tensors as _};
+use lorasmith_abi::host::{
+    Code, HostParam, Scalar, Shape, StateValue, States, StepInput, Tensors as _, panic_message,
+};
 
+use super::lazy::{LazyTensor, LazyTensors, settle};
 use super::library::OptimizerInstance;
-use super::tensors::{BurnTensor, BurnTensors};
+use super::tensors::BurnTensor;
 use crate::training::optimizer::{
     Optimizer, OptimizerError, ParamUpdate, ParamValue, StateDtype, StateTensor,
 };
@@ -20,7 +25,9 @@ const SCALES: [(Code, &str); 2] = [
 pub struct PluginOptimizer {
     id: String,
     instance: OptimizerInstance,
-    states: States<BurnTensors>,
+    states: States<LazyTensors>,
+    /// Where the states are; `None` before the first step.
+    device: Option<Device>,
     /// State of an earlier run; goes to the device with the first step, which knows the device.
     restored: Vec<StateTensor>,
 }
@@ -31,6 +38,7 @@ impl PluginOptimizer {
             id: id.to_owned(),
             instance,
             states: States::default(),
+            device: None,
             restored: Vec::new(),
         }
     }
@@ -40,7 +48,8 @@ impl PluginOptimizer {
     }
 
     fn upload_restored(&mut self, device: &Device) -> Result<(), OptimizerError> {
-        let backend = BurnTensors::new(device);
+        self.device.get_or_insert_with(|| device.clone());
+        let backend = LazyTensors::new(device);
         let restored = std::mem::take(&mut self.restored);
         for state in &restored {
             let failed = |message: String| {
@@ -63,24 +72,28 @@ impl Optimizer for PluginOptimizer {
             return Ok(());
         };
         self.upload_restored(&device)?;
+        let tensors = LazyTensors::new(&device);
+        let listed = params.iter().map(|param| {
+            Ok(HostParam {
+                id: param.id,
+                name: param.name,
+                shape: param.shape,
+                value: LazyTensor::leaf(param.value.clone()),
+                grad: Some(scaled_gradient(&tensors, param)?),
+                lr: param.lr,
+                weight_decay: param.weight_decay,
+            })
+        });
+        let listed: Result<Vec<HostParam<'_, LazyTensor>>, String> = listed.collect();
         let input = StepInput {
             step,
-            params: params
-                .iter()
-                .map(|param| HostParam {
-                    id: param.id,
-                    name: param.name,
-                    shape: param.shape,
-                    value: param.value.clone(),
-                    grad: Some(param.grad.clone()),
-                    lr: param.lr,
-                    weight_decay: param.weight_decay,
-                })
-                .collect(),
+            params: listed.map_err(|message| self.failed(message))?,
         };
+        let names: Vec<&str> = params.iter().map(|param| param.name).collect();
         let values = self
             .instance
-            .step(input, &mut self.states, BurnTensors::new(&device))
+            .step(input, &mut self.states, tensors)
+            .and_then(|values| settled(&device, &names, values, &mut self.states))
             .map_err(|message| self.failed(message))?;
         for (param, value) in params.iter_mut().zip(values) {
             if let Some(value) = value {
@@ -109,16 +122,18 @@ impl Optimizer for PluginOptimizer {
                     id: param.id,
                     name: param.name,
                     shape: param.shape,
-                    value: param.value.clone(),
+                    value: LazyTensor::leaf(param.value.clone()),
                     grad: None,
                     lr: 0.0,
                     weight_decay: true,
                 })
                 .collect(),
         };
+        let names: Vec<&str> = params.iter().map(|param| param.name).collect();
         let values = self
             .instance
-            .eval(input, &mut self.states, BurnTensors::new(&device))
+            .eval(input, &mut self.states, LazyTensors::new(&device))
+            .and_then(|values| settled(&device, &names, values, &mut self.states))
             .map_err(|message| self.failed(message))?;
         let values = params.iter().zip(values);
         Ok(Some(
@@ -132,9 +147,14 @@ impl Optimizer for PluginOptimizer {
         if !self.restored.is_empty() {
             return Ok(self.restored.clone());
         }
+        let Some(device) = &self.device else {
+            return Ok(Vec::new()); // no step was done
+        };
+        let tensors = LazyTensors::new(device);
         let mut states = Vec::new();
         for (param, name, value) in self.states.iter() {
-            write_state(param, name, value, &mut states).map_err(|message| self.failed(message))?;
+            write_state(&tensors, param, name, value, &mut states)
+                .map_err(|message| self.failed(message))?;
         }
         Ok(states)
     }
@@ -146,10 +166,37 @@ impl Optimizer for PluginOptimizer {
     }
 }
 
+/// The gradient as a plugin sees it.
+fn scaled_gradient(tensors: &LazyTensors, param: &ParamUpdate<'_>) -> Result<LazyTensor, String> {
+    let grad = LazyTensor::leaf(param.grad.clone());
+    if param.grad_scale == 1.0 {
+        return Ok(grad);
+    }
+    tensors.scalar(Scalar::Mul, &grad, param.grad_scale)
+}
+
+/// Computes what a step has assigned. Burn panics where a device fails; that is an error as those of operations are.
+fn settled(
+    device: &Device,
+    names: &[&str],
+    values: Vec<Option<LazyTensor>>,
+    states: &mut States<LazyTensors>,
+) -> Result<Vec<Option<BurnTensor>>, String> {
+    let tensors = LazyTensors::new(device);
+    let settled = catch_unwind(AssertUnwindSafe(|| settle(&tensors, names, values, states)));
+    settled.unwrap_or_else(|payload| {
+        let message = panic_message(&*payload);
+        Err(format!(
+            "the host panicked at the end of the step: {message}"
+        ))
+    })
+}
+
 fn write_state(
+    tensors: &LazyTensors,
     param: &str,
     name: &str,
-    value: &StateValue<BurnTensors>,
+    value: &StateValue<LazyTensors>,
     states: &mut Vec<StateTensor>,
 ) -> Result<(), String> {
     let mut write = |name: String, shape: Vec<usize>, data: Vec<u8>, dtype: StateDtype| {
@@ -173,12 +220,12 @@ fn write_state(
             write(name.to_owned(), Vec::new(), data, StateDtype::I64);
         }
         StateValue::Tensor(tensor, shape) => {
-            let values = BurnTensors::new(&tensor.device()).read(tensor)?;
+            let values = tensors.read(tensor)?;
             let shape = shape.as_slice().to_vec();
             write(name.to_owned(), shape, bytes(&values), StateDtype::F32);
         }
         StateValue::Blocks(blocks, code, shape) => {
-            let Quantized { codes, absmax } = blocks.read()?;
+            let Quantized { codes, absmax } = tensors.codes(blocks)?.read()?;
             write(
                 name.to_owned(),
                 shape.as_slice().to_vec(),
@@ -223,10 +270,10 @@ fn is_scales(state: &StateTensor, all: &[StateTensor]) -> bool {
 }
 
 fn read_blocks(
-    backend: &BurnTensors,
+    backend: &LazyTensors,
     state: &StateTensor,
     all: &[StateTensor],
-) -> Result<StateValue<BurnTensors>, String> {
+) -> Result<StateValue<LazyTensors>, String> {
     let (scales, code) = scales_of(state, all).ok_or("bytes without the scales of their blocks")?;
     let shape = Shape::new(&state.shape).map_err(|fault| fault.message)?;
     let absmax = floats(&scales.data)?;
@@ -240,7 +287,7 @@ fn read_blocks(
         ));
     }
     let codes = state.data.clone();
-    let blocks = backend.write_blocks(Quantized { codes, absmax });
+    let blocks = backend.write_blocks(Quantized { codes, absmax }, code);
     Ok(StateValue::Blocks(blocks, code, shape))
 }
 
@@ -256,9 +303,9 @@ fn floats(data: &[u8]) -> Result<Vec<f32>, String> {
 }
 
 fn read_state(
-    backend: &BurnTensors,
+    backend: &LazyTensors,
     state: &StateTensor,
-) -> Result<StateValue<BurnTensors>, String> {
+) -> Result<StateValue<LazyTensors>, String> {
     if state.dtype == StateDtype::I64 {
         let bytes = <[u8; 8]>::try_from(state.data.as_slice())
             .map_err(|_| format!("{} bytes, expected 8", state.data.len()))?;

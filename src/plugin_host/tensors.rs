@@ -12,7 +12,8 @@ use super::blocks::BurnBlocks;
 /// A tensor padded with ones on the left to rank 4.
 pub type BurnTensor = Tensor<4>;
 
-/// Operations on one device.
+/// Operations on one device, each computed at once.
+#[derive(Clone)]
 pub struct BurnTensors {
     device: Device,
 }
@@ -34,7 +35,8 @@ impl BurnTensors {
         }
     }
 
-    fn is_cpu(&self) -> bool {
+    /// Whether tensors are in the process's own memory.
+    pub fn is_cpu(&self) -> bool {
         let device = self.device.clone().without_autodiff();
         matches!(device.as_dispatch(), DispatchDevice::Flex(_))
     }
@@ -183,7 +185,7 @@ impl Tensors for BurnTensors {
     ) -> Result<BurnTensor, String> {
         match blocks {
             BurnBlocks::Host(quantized) => self.write(code.dequantize(quantized), dims),
-            BurnBlocks::Device(packed) => Ok(packed.dequantize(code, dims)),
+            blocks => blocks.dequantize(code, dims),
         }
     }
 

@@ -70,16 +70,18 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// The plan of this process, which has yet to load the model. Reads the headers of the model's files.
+    /// The plan of this process, which has yet to load the model. Reads the headers of the model's files; `state_bytes` is
+    /// what the optimizer keeps for each trained element.
     ///
     /// # Errors
     /// `model_unusable` when they cannot be read.
     pub fn new(
         data: &TrainingSet,
         settings: &TrainSettings,
+        state_bytes: f64,
         device: &DeviceInfo,
     ) -> Result<Self, RunFailure> {
-        let mut plan = Self::of_another_process(data, settings, device)?;
+        let mut plan = Self::of_another_process(data, settings, state_bytes, device)?;
         if device.class == AdapterClass::Cpu {
             // What this process has already is part of the estimate.
             plan.available_bytes = plan
@@ -96,6 +98,7 @@ impl MemoryPlan {
     pub fn of_another_process(
         data: &TrainingSet,
         settings: &TrainSettings,
+        state_bytes: f64,
         device: &DeviceInfo,
     ) -> Result<Self, RunFailure> {
         let model = StableDiffusion::measure(&data.base_model)
@@ -111,12 +114,22 @@ impl MemoryPlan {
                 of_device().map(DeviceMemory::available_bytes),
             ),
         };
-        let workload = Workload::new(&model, data, settings, place);
+        let workload = Workload::new(&model, data, settings, state_bytes, place);
         Ok(Self {
             estimated_peak_bytes: workload.peak_bytes(),
             workload,
             available_bytes,
         })
+    }
+
+    /// What the optimizer keeps from step to step.
+    pub fn optimizer_state_bytes(&self) -> u64 {
+        self.workload.optimizer_state_bytes()
+    }
+
+    /// What the moving average of the adapters takes.
+    pub fn ema_bytes(&self) -> u64 {
+        self.workload.ema_bytes()
     }
 
     /// What would take less.
@@ -321,7 +334,7 @@ mod tests {
         };
         MemoryPlan {
             available_bytes,
-            ..MemoryPlan::new(&data, &settings, &cpu()).expect("a model")
+            ..MemoryPlan::new(&data, &settings, 8.0, &cpu()).expect("a model")
         }
     }
 

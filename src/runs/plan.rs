@@ -61,6 +61,10 @@ pub struct PlannedMemory {
     pub estimated_peak_bytes: u64,
     /// What is free now; `None` where the system does not tell.
     pub available_bytes: Option<u64>,
+    /// What the optimizer keeps from step to step; part of the peak.
+    pub optimizer_state_bytes: u64,
+    /// What the moving average of the adapters takes; part of the peak.
+    pub ema_bytes: u64,
     /// What would take less.
     pub remedies: Vec<Remedy>,
 }
@@ -77,9 +81,12 @@ impl RunService {
         let device = device_of(&spec.device).await?;
         let pace = pace::expected(self.store(), &spec, Some(&device.id)).await?;
         let data = training_set(self.store(), images, &spec, &base.path, None);
+        let optimizer = &spec.settings.optimizer.id;
+        let state_bytes = self.plugins().state_bytes_per_element(optimizer);
         // Sizes of many pictures and headers of large files.
-        let planned =
-            tokio::task::spawn_blocking(move || plan(&data, &spec.settings, &device, pace));
+        let planned = tokio::task::spawn_blocking(move || {
+            plan(&data, &spec.settings, state_bytes, &device, pace)
+        });
         planned.await?
     }
 }
@@ -108,6 +115,7 @@ async fn device_of(name: &str) -> Result<DeviceInfo, RunError> {
 fn plan(
     data: &TrainingSet,
     settings: &TrainSettings,
+    state_bytes: f64,
     device: &DeviceInfo,
     pace: Option<Pace>,
 ) -> Result<RunPlan, RunError> {
@@ -120,7 +128,7 @@ fn plan(
     let epoch = epoch.map_err(|error| refused(error.into()))?;
     let length = Length::new(settings, epoch.batches_per_epoch()).map_err(refused)?;
     let buckets: Vec<PlannedBucket> = buckets(&epoch, settings.batch_size);
-    let (memory, refusal) = memory(data, settings, device);
+    let (memory, refusal) = memory(data, settings, state_bytes, device);
     Ok(RunPlan {
         device: device.id.clone(),
         images: buckets.iter().map(|bucket| bucket.images).sum(),
@@ -150,14 +158,17 @@ fn buckets(epoch: &EpochPlan, batch_size: usize) -> Vec<PlannedBucket> {
 fn memory(
     data: &TrainingSet,
     settings: &TrainSettings,
+    state_bytes: f64,
     device: &DeviceInfo,
 ) -> (Option<PlannedMemory>, Option<RunFailure>) {
-    match MemoryPlan::of_another_process(data, settings, device) {
+    match MemoryPlan::of_another_process(data, settings, state_bytes, device) {
         Err(failure) => (None, Some(failure)),
         Ok(plan) => {
             let memory = PlannedMemory {
                 estimated_peak_bytes: plan.estimated_peak_bytes,
                 available_bytes: plan.available_bytes,
+                optimizer_state_bytes: plan.optimizer_state_bytes(),
+                ema_bytes: plan.ema_bytes(),
                 remedies: plan.remedies(),
             };
             (Some(memory), plan.check().err())

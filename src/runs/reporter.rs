@@ -98,6 +98,8 @@ impl Reporter {
         let data = json!({
             "estimated_peak_bytes": plan.estimated_peak_bytes,
             "available_bytes": plan.available_bytes,
+            "optimizer_state_bytes": plan.optimizer_state_bytes(),
+            "ema_bytes": plan.ema_bytes(),
         });
         self.tell("memory", data);
     }

@@ -342,7 +342,14 @@ fn run_training(
     }
     let cache = parts.cache.as_ref().and_then(CacheFolder::open);
     let data = training_set(&parts.store, images, &spec, &base.path, cache);
-    let plan = MemoryPlan::new(&data, settings, &device.info)?;
+    let plan = MemoryPlan::new(
+        &data,
+        settings,
+        parts
+            .plugins
+            .state_bytes_per_element(&settings.optimizer.id),
+        &device.info,
+    )?;
     reporter.memory(&plan);
     plan.check()?;
     if let Some(gauge) = devices::memory_gauge(&device.info) {

@@ -32,9 +32,9 @@ use crate::training::settings::{ComputePrecision, GradientCheckpointing, TrainSe
 struct Measured {
     /// Program, threads' buffers and the allocator's slack.
     process_bytes: f64,
-    /// A trained element with its optimizer state between two steps, while gradients come in.
+    /// A trained element, without the optimizer's state.
     trained_bytes: f64,
-    /// A trained element while the optimizer changes it.
+    /// A trained element, its gradient and its new value while the optimizer changes it, without the state.
     updated_bytes: f64,
     /// Kept of each element of a latent plane (one channel), with `gradient_checkpointing: none`.
     graph_bytes_per_element: f64,
@@ -52,8 +52,8 @@ struct Measured {
 
 const PROCESS: Measured = Measured {
     process_bytes: 120e6,
-    trained_bytes: 12.0,
-    updated_bytes: 28.0,
+    trained_bytes: 4.0,
+    updated_bytes: 12.0,
     graph_bytes_per_element: 374e3,
     graph_bytes_per_caption: 53e6,
     inputs_bytes_per_element: 74e3,
@@ -110,6 +110,10 @@ pub struct Workload {
     vae_bytes: f64,
     /// Trained elements.
     parameters: f64,
+    /// Bytes of the optimizer's state for each of them.
+    state_bytes: f64,
+    /// Bytes of their moving average for each of them.
+    ema_bytes: f64,
     /// The UNet's width, in units of that which was measured.
     width: f64,
     vae_channels: f64,
@@ -137,11 +141,13 @@ pub struct Remedy {
 }
 
 impl Workload {
-    /// What training `data` with these settings means for a model of this size.
+    /// What training `data` with these settings means for a model of this size. `state_bytes` is what the optimizer keeps
+    /// for each trained element.
     pub fn new(
         model: &Footprint,
         data: &TrainingSet,
         settings: &TrainSettings,
+        state_bytes: f64,
         place: Place,
     ) -> Self {
         let adapters = |part, tensors: &[StoredTensor], lr: f64| {
@@ -175,6 +181,8 @@ impl Workload {
                 .map(|tensor| tensor.size_bytes as f64)
                 .sum(),
             parameters: parameters as f64,
+            state_bytes,
+            ema_bytes: if settings.ema.is_some() { 4.0 } else { 0.0 },
             width: model.unet_channels as f64 / PROCESS.unet_channels,
             vae_channels: model.vae_channels as f64,
             vae_factor: model.vae_factor as f64,
@@ -197,6 +205,16 @@ impl Workload {
         self.place
     }
 
+    /// What the optimizer keeps from step to step.
+    pub fn optimizer_state_bytes(&self) -> u64 {
+        (self.parameters * self.state_bytes) as u64
+    }
+
+    /// What the moving average of the adapters takes; 0 without one.
+    pub fn ema_bytes(&self) -> u64 {
+        (self.parameters * self.ema_bytes) as u64
+    }
+
     /// The most memory that the run takes at once.
     pub fn peak_bytes(&self) -> u64 {
         let m = self.place.measured();
@@ -209,7 +227,7 @@ impl Workload {
         let elements = self.picture_px / self.vae_factor.powi(2);
         let sample = elements * per_element + self.chunks * per_caption;
         let sample = sample * self.width * self.width_of_values;
-        let between_steps = self.parameters * m.trained_bytes;
+        let between_steps = self.parameters * (m.trained_bytes + self.state_bytes + self.ema_bytes);
         // One f32 tensor at the pictures' own size, per pixel.
         let vae_tensor = 4.0 * self.vae_channels;
 
@@ -220,7 +238,9 @@ impl Workload {
             GradientCheckpointing::Blocks => self.parameters * 4.0,
         };
         let training = between_steps + gradients + self.batch_size * sample;
-        let updating = self.parameters * m.updated_bytes;
+        // The old state stays until the new one is there.
+        let updated_bytes = m.updated_bytes + 2.0 * self.state_bytes + self.ema_bytes;
+        let updating = self.parameters * updated_bytes;
         let (vae, drawing) = if self.preview_px > 0.0 {
             let tensors = self.preview_px * vae_tensor * m.vae_decoder_tensors;
             (self.vae_bytes, between_steps + tensors)
@@ -324,6 +344,8 @@ mod tests {
             weights_f16_bytes: 1_965_162_888.0 + 167_307_726.0,
             vae_bytes: 0.0,
             parameters: 18_874_368.0,
+            state_bytes: 8.0,
+            ema_bytes: 0.0,
             width: 1.0,
             vae_channels: 128.0,
             vae_factor: 8.0,
@@ -378,6 +400,16 @@ mod tests {
         assert!(with(&|w| w.parameters *= 2.0) > peak);
         assert!(with(&|w| w.weights_bytes *= 2.0) > peak);
         assert!(with(&|w| w.chunks = 3.0) > peak);
+        let gained = |change: &dyn Fn(&mut Workload)| (with(change) as f64 - peak as f64).round();
+        let parameters = base.parameters;
+        assert_eq!(gained(&|w| w.ema_bytes = 4.0), 4.0 * parameters);
+        assert_eq!(gained(&|w| w.state_bytes = 2.0), -6.0 * parameters);
+        let eight_bits = Workload {
+            state_bytes: 2.0 * (1.0 + 4.0 / 256.0),
+            ..base.clone()
+        };
+        let ratio = eight_bits.optimizer_state_bytes() as f64 / base.optimizer_state_bytes() as f64;
+        assert!((0.25..0.26).contains(&ratio), "{ratio}");
         assert!(with(&|w| w.preview_px = 2048.0 * 2048.0) > peak);
         assert!(with(&|w| w.gradient_checkpointing = GradientCheckpointing::Blocks) < peak);
     }
@@ -452,7 +484,7 @@ mod tests {
         let device = burn::tensor::Device::flex();
         for path in ["diffusers", "tiny-sd15-ldm.safetensors"] {
             let footprint = StableDiffusion::measure(&fixture(path)).expect("a model");
-            let workload = Workload::new(&footprint, &data, &settings, Place::Process);
+            let workload = Workload::new(&footprint, &data, &settings, 8.0, Place::Process);
             let mut model = load_model(fixture(path));
             let network = LoraNetwork::create(&mut model, &settings.network, parts, 0, &device);
             let expected = network.expect("adapters").parameter_count();
@@ -480,10 +512,10 @@ mod tests {
             ..SamplePrompt::default()
         };
         settings.samples.prompts = vec![prompt(64, 64), prompt(64, 128)];
-        let workload = Workload::new(&footprint, &data, &settings, Place::Process);
+        let workload = Workload::new(&footprint, &data, &settings, 8.0, Place::Process);
         assert_eq!((workload.picture_px, workload.preview_px), (0.0, 8192.0));
         settings.samples.prompts.clear();
-        let workload = Workload::new(&footprint, &data, &settings, Place::Process);
+        let workload = Workload::new(&footprint, &data, &settings, 8.0, Place::Process);
         assert_eq!(workload.preview_px, 0.0);
     }
 }

@@ -31,8 +31,10 @@ pub struct ParamUpdate<'a> {
     pub shape: &'a [usize],
     /// Its value, to be replaced.
     pub value: &'a mut Tensor<4>,
-    /// Its gradient, clipped.
+    /// Its gradient.
     pub grad: Tensor<4>,
+    /// What the gradient is to be multiplied with: clips it, and takes the scale of the loss out.
+    pub grad_scale: f64,
     /// Learning rate in this step.
     pub lr: f64,
     /// Whether weight decay applies.

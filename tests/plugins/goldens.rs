@@ -10,10 +10,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lorasmith::diffusion::devices;
 use lorasmith::plugin_host::PluginHost;
 use lorasmith::training::optimizer::{Optimizer, ParamUpdate, ParamValue, StateDtype, StateTensor};
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::support::discover;
+use crate::support::{Folder, discover};
 
 const STEPS: usize = 50;
 /// Where runs are interrupted.
@@ -127,6 +128,7 @@ impl Golden {
                     shape: &self.shapes[i],
                     value,
                     grad: padded(grad, &self.shapes[i], &device),
+                    grad_scale: 1.0,
                     lr: self.lr,
                     weight_decay: true,
                 }
@@ -248,6 +250,69 @@ impl Golden {
     }
 }
 
+/// What a process leaves for the next one.
+struct Left {
+    path: PathBuf,
+}
+
+impl Left {
+    /// By name: data type, shape, bytes.
+    fn write(&self, weights: &Weights, shapes: &[Vec<usize>], states: &[StateTensor]) {
+        let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        for (i, values) in weights.read().iter().enumerate() {
+            let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+            tensors.push((
+                format!("value/{i}"),
+                Dtype::F32,
+                shapes[i].clone(),
+                bytes.collect(),
+            ));
+        }
+        for state in states {
+            let dtype = match state.dtype {
+                StateDtype::F32 => Dtype::F32,
+                StateDtype::U8 => Dtype::U8,
+                StateDtype::I64 => Dtype::I64,
+            };
+            let name = format!("state/{}/{}", state.param, state.name);
+            tensors.push((name, dtype, state.shape.clone(), state.data.clone()));
+        }
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+            let view = TensorView::new(*dtype, shape.clone(), bytes).unwrap();
+            (name.clone(), view)
+        });
+        fs::write(&self.path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn read(&self, golden: &Golden) -> (Weights, Vec<StateTensor>) {
+        let bytes = fs::read(&self.path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut weights = golden.weights(&Device::flex());
+        let mut states = Vec::new();
+        for (name, view) in file.tensors() {
+            if let Some(i) = name.strip_prefix("value/") {
+                let (shape, values) = floats(&file, &name).unwrap();
+                weights.values[i.parse::<usize>().unwrap()] =
+                    padded(&values, &shape, &Device::flex());
+                continue;
+            }
+            let mut parts = name.splitn(3, '/').skip(1);
+            states.push(StateTensor {
+                param: parts.next().unwrap().to_owned(),
+                name: parts.next().unwrap().to_owned(),
+                shape: view.shape().to_vec(),
+                data: view.data().to_vec(),
+                dtype: match view.dtype() {
+                    Dtype::U8 => StateDtype::U8,
+                    Dtype::I64 => StateDtype::I64,
+                    _ => StateDtype::F32,
+                },
+            });
+        }
+        (weights, states)
+    }
+}
+
 struct Weights {
     values: Vec<Tensor<4>>,
     names: Vec<String>,
@@ -339,5 +404,63 @@ fn an_interrupted_run_is_the_uninterrupted_one_to_the_bit() {
     let host = discover(&[], None);
     for golden in Golden::all() {
         golden.interrupt(&host, &Device::flex());
+    }
+}
+
+/// Where the second process of the test below finds what the first one has left.
+const LEFT: &str = "LORASMITH_TEST_LEFT";
+
+#[test]
+fn a_run_that_another_process_takes_up_is_the_uninterrupted_one_to_the_bit() {
+    let host = discover(&[], None);
+    let folder = Folder::new();
+    let file = |golden: &Golden, when: &str| Left {
+        path: folder.path().join(format!("{}.{when}", golden.name)),
+    };
+    let goldens = Golden::all();
+    let mut whole = Vec::new();
+    for golden in &goldens {
+        let mut optimizer = golden.optimizer(&host);
+        let mut weights = golden.weights(&Device::flex());
+        for step in 0..STEPS {
+            if step == HALF {
+                let states = optimizer.state().unwrap();
+                file(golden, "half").write(&weights, &golden.shapes, &states);
+            }
+            golden.step(&mut *optimizer, &mut weights, step);
+        }
+        file(golden, "whole").write(&weights, &golden.shapes, &optimizer.state().unwrap());
+        whole.push(fs::read(file(golden, "whole").path).unwrap());
+    }
+    let other = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "goldens::the_second_half", "--ignored"])
+        .env(LEFT, folder.path())
+        .output()
+        .unwrap();
+    assert!(other.status.success(), "{other:?}");
+    for (golden, whole) in goldens.iter().zip(whole) {
+        let resumed = fs::read(file(golden, "resumed").path).unwrap();
+        assert!(resumed == whole, "{}", golden.name);
+    }
+}
+
+#[test]
+#[ignore = "is the second process of the test above"]
+fn the_second_half() {
+    let Some(folder) = std::env::var_os(LEFT).map(PathBuf::from) else {
+        return;
+    };
+    let host = discover(&[], None);
+    for golden in Golden::all() {
+        let left = |when: &str| Left {
+            path: folder.join(format!("{}.{when}", golden.name)),
+        };
+        let (mut weights, states) = left("half").read(&golden);
+        let mut optimizer = golden.optimizer(&host);
+        optimizer.restore(states).unwrap();
+        for step in HALF..STEPS {
+            golden.step(&mut *optimizer, &mut weights, step);
+        }
+        left("resumed").write(&weights, &golden.shapes, &optimizer.state().unwrap());
     }
 }

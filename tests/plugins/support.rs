@@ -95,6 +95,7 @@ impl Weight {
             shape: &self.shape,
             value: &mut self.value,
             grad,
+            grad_scale: 1.0,
             lr: self.lr,
             weight_decay: true,
         }];

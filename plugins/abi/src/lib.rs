@@ -10,6 +10,8 @@ use std::ffi::c_void;
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of this ABI; a plugin that needs a higher one is refused.
 pub const ABI_MINOR: u32 = 1;
+/// Member of an optimizer's settings schema: bytes of state that it keeps for each trained element. 8 where it is absent.
+pub const STATE_BYTES_KEYWORD: &str = "x-state-bytes-per-element";
 /// Name of the one exported symbol.
 pub const ENTRY_SYMBOL: &str = "lorasmith_plugin_entry";
 

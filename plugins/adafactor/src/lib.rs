@@ -57,6 +57,7 @@ impl Optimizer for Adafactor {
     const ID: &'static str = "adafactor";
     const SUMMARY: &'static str =
         "Adam's second moments as a row and a column, with a rate of its own: hardly any state.";
+    const STATE_BYTES: f64 = 1.0; // rows and columns of a matrix of rank 4 and above
 
     fn check(&self) -> Result<()> {
         if self.warmup_init && !self.relative_step {

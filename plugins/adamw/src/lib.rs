@@ -104,6 +104,7 @@ impl Default for AdamW8bit {
 impl Optimizer for AdamW8bit {
     const ID: &'static str = "adamw8bit";
     const SUMMARY: &'static str = "AdamW with its state in 8 bits: a quarter of its memory.";
+    const STATE_BYTES: f64 = 2.0 * (1.0 + 4.0 / 256.0); // a byte each, and a scale for each block
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         let adamw = AdamW {

@@ -34,6 +34,7 @@ impl Default for Adan {
 impl ElementwiseOptimizer for Adan {
     const ID: &'static str = "adan";
     const SUMMARY: &'static str = "Adam with Nesterov's momentum from differences of gradients.";
+    const STATE_BYTES: f64 = 16.0;
 
     fn update(&self, p: &Param<'_>) -> Result<()> {
         let [Beta(beta1), Beta(beta2), Beta(beta3)] = self.betas;

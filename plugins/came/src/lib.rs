@@ -41,6 +41,7 @@ impl Default for Came {
 impl Optimizer for Came {
     const ID: &'static str = "came";
     const SUMMARY: &'static str = "Adafactor with a momentum that is guided by confidence.";
+    const STATE_BYTES: f64 = 6.0; // a momentum; rows and columns of two matrices
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         step.params().iter().try_for_each(|p| self.update(step, p))

@@ -49,6 +49,7 @@ impl Optimizer for DAdaptAdam {
     const ID: &'static str = "dadapt-adam";
     const SUMMARY: &'static str =
         "Adam that finds its learning rate by D-Adaptation; give a rate of 1.";
+    const STATE_BYTES: f64 = 12.0;
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         let lr = step.params().iter().map(Param::lr).fold(0.0, f64::max);

@@ -45,6 +45,7 @@ impl Lion {
 impl ElementwiseOptimizer for Lion {
     const ID: &'static str = "lion";
     const SUMMARY: &'static str = "Sign of a momentum: half of Adam's state, a tenth of its rate.";
+    const STATE_BYTES: f64 = 4.0;
 
     fn update(&self, p: &Param<'_>) -> Result<()> {
         let momentum = self.moved(p, &p.state("exp_avg"))?;
@@ -83,6 +84,7 @@ impl Default for Lion8bit {
 impl Optimizer for Lion8bit {
     const ID: &'static str = "lion8bit";
     const SUMMARY: &'static str = "Lion with its state in 8 bits: a quarter of its memory.";
+    const STATE_BYTES: f64 = 1.0 + 4.0 / 256.0; // a byte, and a scale for each block
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         let lion = Lion {

@@ -62,6 +62,7 @@ impl Default for Muon {
 impl Optimizer for Muon {
     const ID: &'static str = "muon";
     const SUMMARY: &'static str = "Momentum made orthogonal, so that all directions move alike.";
+    const STATE_BYTES: f64 = 4.0; // of matrices, which adapters are
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         for p in step.params() {

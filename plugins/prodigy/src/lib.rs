@@ -58,6 +58,7 @@ impl Default for Prodigy {
 impl Optimizer for Prodigy {
     const ID: &'static str = "prodigy";
     const SUMMARY: &'static str = "Adam that finds its learning rate by itself; give a rate of 1.";
+    const STATE_BYTES: f64 = 16.0;
 
     fn step(&self, step: &Step<'_>) -> Result<()> {
         let lr = step.params().iter().map(Param::lr).fold(0.0, f64::max);

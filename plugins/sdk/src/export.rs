@@ -7,7 +7,7 @@ use std::slice;
 
 use lorasmith_abi::{
     ABI_MAJOR, ABI_MINOR, BAD_ARGUMENT, LsHost, LsOptimizer, LsParam, LsPlugin, LsReport,
-    LsSchedule, LsStep, LsStr, OK, OPTIMIZER_ELEMENTWISE, PANIC, Status,
+    LsSchedule, LsStep, LsStr, OK, OPTIMIZER_ELEMENTWISE, PANIC, STATE_BYTES_KEYWORD, Status,
 };
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
@@ -106,7 +106,7 @@ pub fn optimizer<O: Optimizer>() -> &'static LsOptimizer {
         },
         id: LsStr::new(O::ID),
         summary: LsStr::new(O::SUMMARY),
-        settings_schema: LsStr::new(schema::<O>()),
+        settings_schema: LsStr::new(optimizer_schema::<O>()),
         create: Some(create_optimizer::<O>),
         step: Some(step::<O>),
         destroy: Some(destroy::<O>),
@@ -126,6 +126,12 @@ pub fn schedule<S: Schedule>() -> &'static LsSchedule {
         factor: Some(factor::<S>),
         destroy: Some(destroy::<Running<S>>),
     }))
+}
+
+fn optimizer_schema<O: Optimizer>() -> &'static str {
+    let mut schema = schemars::schema_for!(O);
+    schema.insert(STATE_BYTES_KEYWORD.to_owned(), O::STATE_BYTES.into());
+    schema.to_value().to_string().leak()
 }
 
 fn schema<S: JsonSchema>() -> &'static str {

@@ -22,6 +22,9 @@ pub trait Optimizer: DeserializeOwned + JsonSchema + Send + 'static {
     const ELEMENTWISE: bool = false;
     /// Whether [`eval`](Self::eval) has something to say.
     const EVAL: bool = false;
+    /// Bytes of state that are kept for each trained element: for the estimate of a run's memory. In the schema it is
+    /// `x-state-bytes-per-element`.
+    const STATE_BYTES: f64 = 8.0;
 
     /// Refuses settings that the schema alone cannot.
     ///
@@ -55,6 +58,9 @@ pub trait ElementwiseOptimizer: DeserializeOwned + JsonSchema + Send + 'static {
     const SUMMARY: &'static str;
     /// Whether [`eval`](Self::eval) has something to say.
     const EVAL: bool = false;
+    /// Bytes of state that are kept for each trained element: for the estimate of a run's memory. In the schema it is
+    /// `x-state-bytes-per-element`.
+    const STATE_BYTES: f64 = 8.0;
 
     /// Refuses settings that the schema alone cannot.
     ///
@@ -84,6 +90,7 @@ impl<T: ElementwiseOptimizer> Optimizer for T {
     const SUMMARY: &'static str = T::SUMMARY;
     const ELEMENTWISE: bool = true;
     const EVAL: bool = T::EVAL;
+    const STATE_BYTES: f64 = T::STATE_BYTES;
 
     fn check(&self) -> Result<()> {
         ElementwiseOptimizer::check(self)

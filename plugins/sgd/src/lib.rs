@@ -39,6 +39,7 @@ impl ElementwiseOptimizer for Sgd {
     const ID: &'static str = "sgd";
     const SUMMARY: &'static str =
         "Gradient descent with Nesterov's momentum, the numbers of torch.optim.SGD.";
+    const STATE_BYTES: f64 = 4.0;
 
     fn check(&self) -> Result<()> {
         if self.nesterov && (self.momentum.0 == 0.0 || self.dampening != 0.0) {

@@ -55,10 +55,11 @@ impl Trainer<'_> {
         Ok((sum(losses) / count as f64, norms))
     }
 
-    /// Lets the optimizer change the adapters, with the learning rates of `output`.
+    /// Lets the optimizer change the adapters, with the gradients times `grad_scale` and the learning rates of `output`.
     pub(super) fn update(
         &mut self,
         gradients: Vec<Option<Tensor<4>>>,
+        grad_scale: f64,
         updates_done: u64,
         output: &StepOutput,
     ) -> Result<(), TrainError> {
@@ -73,6 +74,7 @@ impl Trainer<'_> {
                 shape: &parameter.shape,
                 value: &mut parameter.value,
                 grad,
+                grad_scale,
                 lr: match parameter.part {
                     Part::UNet => output.lr_unet,
                     Part::TextEncoder => output.lr_text_encoder,
@@ -92,15 +94,5 @@ pub(super) fn clip_factor(norm: f64, max_norm: f64) -> f64 {
         1.0
     } else {
         factor.min(1.0)
-    }
-}
-
-/// Multiplies all gradients by a number.
-pub(super) fn rescale(gradients: &mut [Option<Tensor<4>>], factor: f64) {
-    if factor == 1.0 {
-        return;
-    }
-    for gradient in gradients.iter_mut() {
-        *gradient = gradient.take().map(|g| g.mul_scalar(factor));
     }
 }

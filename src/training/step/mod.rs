@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
 
-use self::gradients::{clip_factor, rescale};
+use self::gradients::clip_factor;
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::{Keep, StableDiffusion};
 use crate::networks::LoraNetwork;
@@ -255,8 +255,7 @@ impl<'a> Trainer<'a> {
         }
         self.loss_scale.succeeded();
         let clip = clip_factor(grad_norm, self.max_grad_norm);
-        rescale(&mut gradients, clip / scale);
-        self.update(gradients, updates_done, &output)?;
+        self.update(gradients, clip / scale, updates_done, &output)?;
         self.step += 1;
         self.attach();
         output.times.optimizer_s = self.seconds_since(started)?;

@@ -49,26 +49,65 @@ impl Code {
 
     /// The code nearest to a number; the first one for NaN.
     pub fn nearest(self, number: f32) -> u8 {
-        // At most 255 midpoints are below.
-        self.midpoints().partition_point(|&middle| number > middle) as u8
+        self.nearest_from(self.beginnings(), number)
+    }
+
+    fn nearest_from(self, beginnings: &[u8], number: f32) -> u8 {
+        let middles = self.midpoints();
+        let mut code = usize::from(beginnings[(number.to_bits() >> 16) as usize]);
+        while code < middles.len() && number > middles[code] {
+            code += 1;
+        }
+        code as u8 // at most 255
+    }
+
+    /// A code that is not above that of any number with these upper 16 bits; the search goes on from there. Numbers
+    /// that share them are close: there are one or two codes for them.
+    fn beginnings(self) -> &'static [u8] {
+        static SIGNED: OnceLock<Vec<u8>> = OnceLock::new();
+        static UNSIGNED: OnceLock<Vec<u8>> = OnceLock::new();
+        let begin = || {
+            let middles = self.midpoints();
+            let of = |upper: u32| {
+                // The smallest of them: of negative numbers that with the most magnitude.
+                let negative = upper >> 15 == 1;
+                let bits = (upper << 16) | if negative { 0xFFFF } else { 0 };
+                let smallest = f32::from_bits(bits);
+                if smallest.is_infinite() {
+                    return 0; // NaN begins with the same bits
+                }
+                middles.partition_point(|&middle| smallest > middle) as u8
+            };
+            (0..1 << 16).map(of).collect()
+        };
+        match self {
+            Self::Signed => SIGNED.get_or_init(begin),
+            Self::Unsigned => UNSIGNED.get_or_init(begin),
+        }
+    }
+
+    /// Writes the code of each element of one block, and answers the scale.
+    pub fn quantize_block(self, block: &[f32], codes: &mut [u8]) -> f32 {
+        let absmax = block
+            .iter()
+            .fold(0.0_f32, |max, value| max.max(value.abs()));
+        let scale = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
+        let beginnings = self.beginnings();
+        for (code, value) in codes.iter_mut().zip(block) {
+            *code = self.nearest_from(beginnings, value * scale);
+        }
+        absmax
     }
 
     /// Codes and scales of `values`.
     pub fn quantize(self, values: &[f32]) -> Quantized {
-        let mut made = Quantized {
-            codes: Vec::with_capacity(values.len()),
-            absmax: Vec::with_capacity(values.len().div_ceil(BLOCK)),
-        };
-        for block in values.chunks(BLOCK) {
-            let absmax = block
-                .iter()
-                .fold(0.0_f32, |max, value| max.max(value.abs()));
-            let scale = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
-            made.codes
-                .extend(block.iter().map(|value| self.nearest(value * scale)));
-            made.absmax.push(absmax);
+        let mut codes = vec![0; values.len()];
+        let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
+        let absmax = blocks.map(|(block, codes)| self.quantize_block(block, codes));
+        Quantized {
+            absmax: absmax.collect(),
+            codes,
         }
-        made
     }
 
     /// The values of codes.
@@ -150,6 +189,22 @@ mod tests {
         for code in [Code::Signed, Code::Unsigned] {
             for (number, &value) in code.values().iter().enumerate() {
                 assert_eq!(usize::from(code.nearest(value)), number);
+            }
+        }
+    }
+
+    #[test]
+    fn the_nearest_code_is_that_of_a_search_over_all() {
+        for code in [Code::Signed, Code::Unsigned] {
+            let middles = code.midpoints();
+            let around = middles.iter().flat_map(|&middle| {
+                let bits = middle.to_bits();
+                [bits.wrapping_sub(1), bits, bits.wrapping_add(1)].map(f32::from_bits)
+            });
+            let others = (0..=u32::MAX).step_by(99_991).map(f32::from_bits);
+            for number in around.chain(others).chain([0.0, -0.0, 2.0, -2.0]) {
+                let expected = middles.partition_point(|&middle| number > middle) as u8;
+                assert_eq!(code.nearest(number), expected, "{number:e}");
             }
         }
     }

@@ -57,6 +57,15 @@ impl<B: Tensors> States<B> {
         })
     }
 
+    /// As [`iter`](Self::iter), to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &str, &mut StateValue<B>)> {
+        self.values.iter_mut().flat_map(|(param, names)| {
+            names
+                .iter_mut()
+                .map(move |(name, value)| (param.as_str(), name.as_str(), value))
+        })
+    }
+
     /// Takes over all states of `newer`.
     pub fn merge(&mut self, newer: Self) {
         for (param, names) in newer.values {

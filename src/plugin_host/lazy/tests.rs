@@ -1,0 +1,227 @@
+//! Expressions against operations that are computed at once.
+
+use burn::tensor::TensorData;
+use lorasmith_sdk::testing::{CpuTensor, CpuTensors};
+
+use super::*;
+
+/// Long enough for several tasks, and no multiple of a piece or a block.
+const LONG: Dims = [1, 1, 3, 30_011];
+
+fn lazy() -> LazyTensors {
+    LazyTensors::new(&Device::flex())
+}
+
+fn numbers(count: usize, seed: f32) -> Vec<f32> {
+    (0..count).map(|i| (i as f32 * 0.7 + seed).sin()).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Two expressions of everything that works on elements: of a tensor, of one broadcast to it, and of a number.
+fn all_operations<B: Tensors>(
+    ops: &B,
+    dims: Dims,
+    row: Dims,
+    seed: f32,
+) -> Result<[B::Tensor; 2], String> {
+    let elements = dims.iter().product();
+    let x = ops.write(numbers(elements, seed), dims)?;
+    let y = ops.write(numbers(elements, 1.0 + seed), dims)?;
+    let row = ops.write(numbers(row.iter().product(), 2.0 + seed), row)?;
+    let one = ops.write(vec![0.75], [1; 4])?;
+    let three = ops.full([1; 4], 3.0)?;
+    let mut sum = ops.binary(Binary::Mul, &x, &row, dims)?;
+    for op in Binary::ALL {
+        let positive = ops.scalar(Scalar::Add, &ops.unary(Unary::Abs, &y)?, 0.5)?;
+        for other in [&positive, &one, &three] {
+            let part = ops.binary(op, &positive, other, dims)?;
+            sum = ops.binary(Binary::Add, &sum, &part, dims)?;
+            let part = ops.binary(op, other, &positive, dims)?;
+            sum = ops.binary(Binary::Sub, &sum, &part, dims)?;
+        }
+    }
+    let mut product = ops.clamp(&x, -0.3, 0.6)?;
+    for op in Unary::ALL {
+        let positive = ops.scalar(Scalar::Add, &ops.unary(Unary::Square, &y)?, 0.25)?;
+        let part = ops.unary(op, &positive)?;
+        product = ops.binary(Binary::Add, &product, &part, dims)?;
+    }
+    for op in Scalar::ALL {
+        let positive = ops.scalar(Scalar::Add, &ops.unary(Unary::Abs, &x)?, 0.5)?;
+        let part = ops.scalar(op, &positive, 1.7)?;
+        product = ops.binary(Binary::Add, &product, &part, dims)?;
+    }
+    let condition = ops.scalar(Scalar::Greater, &sum, 0.0)?;
+    let chosen = ops.select(&condition, &product, &row, dims)?;
+    Ok([sum, chosen])
+}
+
+fn close(found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len());
+    for (index, (a, b)) in found.iter().zip(expected).enumerate() {
+        // Powers, exponentials and logarithms may differ in the last bits, of which some sums are made.
+        assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{index}: {a} {b}");
+    }
+}
+
+#[test]
+fn expressions_are_the_operations_of_the_test_host() {
+    for (dims, row) in [
+        ([1, 2, 3, 5], [1, 1, 1, 5]),
+        ([1, 2, 3, 5], [1, 1, 3, 1]),
+        ([2, 2, 1, 7], [2, 1, 1, 1]),
+        (LONG, [1, 1, 1, 30_011]),
+        ([1; 4], [1; 4]),
+    ] {
+        let tensors = lazy();
+        let found = all_operations(&tensors, dims, row, 0.1).expect("expressions");
+        let expected: [CpuTensor; 2] =
+            all_operations(&CpuTensors, dims, row, 0.1).expect("tensors");
+        for (found, expected) in found.iter().zip(&expected) {
+            close(&tensors.read(found).expect("read"), expected.values());
+        }
+    }
+}
+
+/// Other devices put tensors together; the same is done here on the CPU's backend.
+#[test]
+fn tensors_that_are_put_together_are_as_they_are_alone() {
+    let tensors = lazy();
+    let shapes = [[1, 1, 3, 5], [1, 1, 2, 700], [1, 1, 3, 5]];
+    let mut bundles = Vec::new();
+    let one = tensors.write(vec![1.25], [1; 4]).expect("a number");
+    for (seed, dims) in shapes.into_iter().enumerate() {
+        let [sum, chosen] =
+            all_operations(&tensors, dims, [1; 4], seed as f32).expect("expressions");
+        let shared = tensors.binary(Binary::Mul, &sum, &one, dims);
+        bundles.push(vec![
+            Root::Values(shared.expect("expression")),
+            Root::Values(chosen),
+        ]);
+    }
+    let jobs: Result<Vec<Job>, String> = bundles
+        .iter()
+        .map(|roots| compile(&tensors, roots))
+        .collect();
+    let jobs = jobs.expect("programs");
+    let together = device::run(&tensors.eager, &jobs).expect("computed");
+    let apart = cpu::run(&jobs).expect("computed");
+    for (together, apart) in together.into_iter().zip(apart) {
+        for (together, apart) in together.into_iter().zip(apart) {
+            let read = |made: Made| {
+                let values = made.values().expect("values");
+                tensors.read(&values).expect("read")
+            };
+            close(&read(together), &read(apart));
+        }
+    }
+}
+
+#[test]
+fn what_was_put_together_is_not_copied_again() {
+    let tensors = lazy();
+    let whole = Arc::new(Tensor::<1>::from_data(
+        TensorData::new(numbers(1024, 0.0), [1024]),
+        &Device::flex(),
+    ));
+    let dims = [1, 1, 3, 100];
+    let bundles: Vec<Vec<Root>> = [0, 512]
+        .map(|first| {
+            let part = LazyTensor::part(&whole, first, dims);
+            let twice = tensors.scalar(Scalar::Mul, &part, 2.0).expect("expression");
+            vec![Root::Values(twice)]
+        })
+        .into();
+    let jobs: Vec<Job> = bundles
+        .iter()
+        .map(|roots| compile(&tensors, roots).expect("a program"))
+        .collect();
+    let made = device::run(&tensors.eager, &jobs).expect("computed");
+    for (first, made) in [0, 512].into_iter().zip(made) {
+        let values = made.into_iter().next().and_then(Made::values);
+        let found = tensors.read(&values.expect("values")).expect("read");
+        let expected: Vec<f32> = numbers(1024, 0.0)[first..first + 300]
+            .iter()
+            .map(|value| value * 2.0)
+            .collect();
+        assert_eq!(found, expected);
+    }
+}
+
+/// The bits do not depend on how many threads there are, nor on what else is computed.
+#[test]
+fn threads_and_company_change_no_bit() {
+    let compute = |threads: usize, others: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.expect("threads").install(|| {
+            let tensors = lazy();
+            let bundles: Vec<Vec<Root>> = (0..=others)
+                .map(|seed| {
+                    let row = [1, 1, 1, 30_011];
+                    let [sum, chosen] =
+                        all_operations(&tensors, LONG, row, seed as f32).expect("expressions");
+                    vec![Root::Values(sum), Root::Codes(chosen, Code::Signed)]
+                })
+                .collect();
+            let mut made = tensors.compute(&bundles).expect("computed");
+            let mut first = made.swap_remove(0).into_iter();
+            let values = first.next().and_then(Made::values).expect("values");
+            let codes = first.next().and_then(Made::codes).expect("codes");
+            (
+                bits(&tensors.read(&values).expect("read")),
+                codes.read().expect("read"),
+            )
+        })
+    };
+    let alone = compute(1, 0);
+    assert_eq!(compute(3, 0), alone);
+    assert_eq!(compute(2, 2), alone);
+}
+
+#[test]
+fn codes_are_those_of_the_whole_tensor() {
+    let tensors = lazy();
+    let values = numbers(LONG.iter().product(), 0.0);
+    let x = tensors.write(values.clone(), LONG).expect("a tensor");
+    let half = tensors.scalar(Scalar::Mul, &x, 0.5).expect("expression");
+    let blocks = tensors.quantize(&half, Code::Signed).expect("codes");
+    let halves: Vec<f32> = values.iter().map(|value| value * 0.5).collect();
+    let expected = Code::Signed.quantize(&halves);
+    let found = tensors.codes(&blocks).expect("computed");
+    assert_eq!(found.read().expect("read"), expected);
+    let back = tensors.dequantize(&blocks, Code::Signed, LONG);
+    let back = tensors.scalar(Scalar::Add, &back.expect("values"), 0.0);
+    let back = tensors.read(&back.expect("expression")).expect("read");
+    assert_eq!(bits(&back), bits(&Code::Signed.dequantize(&expected)));
+}
+
+#[test]
+fn a_long_chain_is_computed_on_the_way() {
+    let tensors = lazy();
+    let mut x = tensors.full([1, 1, 1, 3], 0.0).expect("zeros");
+    for _ in 0..100_000 {
+        x = tensors.scalar(Scalar::Add, &x, 1.0).expect("expression");
+    }
+    assert_eq!(tensors.read(&x).expect("read"), [100_000.0; 3]);
+}
+
+#[test]
+fn not_a_number_goes_through() {
+    let tensors = lazy();
+    let dims = [1, 1, 1, 3];
+    let x = tensors
+        .write(vec![f32::NAN, -2.0, 2.0], dims)
+        .expect("a tensor");
+    let zero = tensors.full(dims, 0.0).expect("zeros");
+    let read = |x: Result<LazyTensor, String>| tensors.read(&x.expect("done")).expect("read");
+    for (a, b) in [(&x, &zero), (&zero, &x)] {
+        assert!(read(tensors.binary(Binary::Max, a, b, dims))[0].is_nan());
+        assert!(read(tensors.binary(Binary::Min, a, b, dims))[0].is_nan());
+    }
+    assert!(read(tensors.clamp(&x, -1.0, 1.0))[0].is_nan());
+    assert_eq!(read(tensors.clamp(&x, -1.0, 1.0))[1..], [-1.0, 1.0]);
+    assert_eq!(read(tensors.unary(Unary::Sign, &x)), [0.0, -1.0, 1.0]);
+}
