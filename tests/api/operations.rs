@@ -10,11 +10,44 @@ fn devices_tell_what_is_remembered_of_them() {
     let devices = service.get("/v1/devices").expect(200);
     let devices = devices["data"].as_array().expect("devices");
     assert!(devices.iter().any(|device| device["id"] == "cpu"));
+    assert!(devices.iter().all(|device| device["compiler"].is_string()));
     // The data folder is empty, and a GET checks nothing.
     let unknown: Value = json!({"status": "not_run", "checked_at": null, "failed_checks": []});
     for device in devices {
         assert_eq!(device["self_check"], unknown, "{device}");
     }
+}
+
+#[test]
+fn a_build_tells_what_it_holds() {
+    let service = Service::start();
+    let answer = service.get("/v1/devices").expect(200);
+    let backends = answer["backends"].as_array().expect("backends");
+    let reaches = |name: &str, code: Option<&str>, device: &str| {
+        backends.iter().any(|backend| {
+            backend["name"] == name
+                && code.is_none_or(|code| backend["code"] == code)
+                && backend["reaches"]
+                    .as_array()
+                    .is_some_and(|all| all.contains(&json!(device)))
+        })
+    };
+    assert!(reaches("flex", None, "cpu"), "{answer}");
+    if cfg!(target_os = "linux") {
+        assert!(reaches("wgpu", Some("wgsl"), "vulkan"), "{answer}");
+        let native = cfg!(feature = "vulkan");
+        assert_eq!(reaches("wgpu", Some("spirv"), "vulkan"), native, "{answer}");
+    }
+    assert_eq!(
+        reaches("cuda", None, "cuda"),
+        cfg!(feature = "cuda"),
+        "{answer}"
+    );
+    assert_eq!(
+        reaches("rocm", None, "rocm"),
+        cfg!(feature = "rocm"),
+        "{answer}"
+    );
 }
 
 #[test]

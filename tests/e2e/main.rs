@@ -5,6 +5,7 @@ mod demo;
 #[cfg(unix)]
 mod kills;
 mod life;
+mod optimizers;
 mod requests;
 #[cfg(target_os = "linux")]
 mod room;

@@ -12,7 +12,7 @@ use lorasmith::plugin_host::PluginHost;
 use lorasmith::training::optimizer::{Optimizer, ParamUpdate, ParamValue, StateDtype, StateTensor};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Folder, discover};
 
@@ -404,6 +404,42 @@ fn an_interrupted_run_is_the_uninterrupted_one_to_the_bit() {
     let host = discover(&[], None);
     for golden in Golden::all() {
         golden.interrupt(&host, &Device::flex());
+    }
+}
+
+/// The estimate of a run's memory counts with what a schema says of the state.
+#[test]
+fn optimizers_keep_as_much_state_as_they_say() {
+    let host = discover(&[], None);
+    // The two halves of an adapter of rank 16.
+    let shapes = [vec![16, 320], vec![320, 16]];
+    let elements = 16 * 320;
+    for info in host.optimizers() {
+        let said = info.state_bytes_per_element;
+        assert_eq!(host.state_bytes_per_element(&info.id), said);
+        let mut optimizer = host.create_optimizer(&info.id, &json!({})).unwrap();
+        let names = ["down", "up"];
+        let device = Device::flex();
+        let grad: Vec<f32> = (0..elements).map(|i| (i as f32).sin()).collect();
+        let mut values = shapes.each_ref().map(|shape| padded(&grad, shape, &device));
+        let updates = values.iter_mut().enumerate().map(|(i, value)| ParamUpdate {
+            id: i as u32,
+            name: names[i],
+            shape: &shapes[i],
+            value,
+            grad: padded(&grad, &shapes[i], &device),
+            grad_scale: 1.0,
+            lr: 1e-3,
+            weight_decay: true,
+        });
+        optimizer.step(0, &mut updates.collect::<Vec<_>>()).unwrap();
+        let states = optimizer.state().unwrap();
+        // Counters and global numbers are a few bytes.
+        let tensors = states.iter().filter(|state| state.data.len() > 8);
+        let bytes: usize = tensors.map(|state| state.data.len()).sum();
+        let found = bytes as f64 / (2 * elements) as f64;
+        assert!(found <= said * 1.01, "{}: {found} of {said}", info.id);
+        assert!(found >= said * 0.25, "{}: {found} of {said}", info.id);
     }
 }
 
