@@ -4,6 +4,8 @@ pub mod archive;
 pub mod captions;
 pub mod dataset_toml;
 pub mod error;
+#[cfg(test)]
+mod fuzz;
 mod group;
 mod ingest;
 pub mod layout;
