@@ -125,12 +125,6 @@ pub struct UploadPart {
     pub sha256: String,
 }
 
-/// Bytes of a file.
-#[derive(ToSchema)]
-#[schema(value_type = String, format = Binary)]
-#[expect(dead_code, reason = "documents a body that is streamed")]
-pub struct PartContent(Vec<u8>);
-
 /// Begin an upload in parts.
 ///
 /// For large archives over lines that break: send the parts one by one to `…/parts/{number}`, in any order, again where
@@ -219,10 +213,10 @@ pub async fn get_upload(
     params(
         ("dataset_id" = Uuid, Path, description = "The dataset's id"),
         ("upload_id" = Uuid, Path, description = "The upload's id"),
-        ("number" = u32, Path, description = "The part's number, from 1", minimum = 1, maximum = 10000),
+        ("number" = u32, Path, description = "The part's number, from 1", minimum = 1, maximum = 10000, example = 1),
         ("Content-Digest" = Option<String>, Header, description = "`sha-256=:BASE64:` of the part"),
     ),
-    request_body(content = PartContent, content_type = "application/octet-stream"),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses(
         (status = 200, description = "The part", body = UploadPart),
         (status = 400, description = "`malformed_body`, `invalid_header`", body = ProblemBody, content_type = "application/problem+json"),

@@ -15,7 +15,7 @@ use super::limits::Limits;
 use super::pictures::{self, Picture};
 use super::report::{FileKind, FileReport, Outcome, Remark};
 use super::trial::Trial;
-use crate::pictures::{Background, Format};
+use crate::pictures::Background;
 
 pub use super::target::{DEFAULT_SUBSET, SubsetChoice, Target};
 
