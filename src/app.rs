@@ -19,8 +19,8 @@ use crate::api::origin::Origins;
 use crate::api::run_logs::LogFolder;
 use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
-use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
+use crate::datasets::{DatasetService, Trial};
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::runs::{
@@ -127,6 +127,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let store = open_store(&config).await?;
     let access = open_access(&config, &store).await?;
     store.blobs().clear_scratch()?;
+    store.reopen_uploads().await?;
     let models = model_catalog(&config);
     let plugins = Arc::new(find_plugins(&config));
     for plugin in plugins.plugins() {
@@ -145,6 +146,9 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     );
     let command = worker_command(&config)?;
 
+    let datasets = DatasetService::new(store.clone(), Limits::default()).trying_with(Trial {
+        program: command.program.clone(),
+    });
     let send = Arc::new(Notify::new());
     let services = Services {
         access,
@@ -161,7 +165,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         metrics: HttpMetrics::new()?,
         logs: LogFolder(command.log_dir.clone()),
         store: store.clone(),
-        datasets: DatasetService::new(store.clone(), Limits::default()),
+        datasets: datasets.clone(),
         models,
         runs,
         plugins,
@@ -177,7 +181,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let supervisor = Supervisor::start(store.clone(), command, wake);
     let sender = tokio::spawn(message_sender(&config, &store, send).run());
     let extendable = Duration::from_secs(config.extendable_days.saturating_mul(24 * 60 * 60));
-    let sweeper = tokio::spawn(sweep(store, extendable));
+    let sweeper = tokio::spawn(sweep(store, datasets, extendable));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
@@ -217,12 +221,15 @@ fn message_sender(config: &Config, store: &Store, wake: Arc<Notify>) -> Sender {
 }
 
 /// Removes what deleted datasets, images and ended runs have left, in the background.
-async fn sweep(store: Store, extendable: Duration) {
+async fn sweep(store: Store, datasets: DatasetService, extendable: Duration) {
     let mut period = tokio::time::interval(SWEEP_PERIOD);
     loop {
         period.tick().await; // the first one is now
         if let Err(error) = store.forget_deliveries(DELIVERIES_KEPT).await {
             tracing::error!(%error, "forgetting messages that were sent long ago");
+        }
+        if let Err(error) = datasets.sweep_uploads().await {
+            tracing::error!(%error, "removing uploads that were given up");
         }
         match store.sweep_blobs(NAMELESS).await {
             Ok(Swept { blobs: 0, .. }) => {}

@@ -49,6 +49,9 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Print the OpenAPI document.
     Openapi(OpenapiArgs),
+    /// Decode a picture and tell what was found; the service starts this for files that are to be trusted least.
+    #[command(hide = true)]
+    ExaminePicture(ExaminePictureArgs),
 }
 
 /// Flags of `serve`; each has a setting of the same name.
@@ -140,6 +143,16 @@ pub enum OpenapiVersion {
     /// 3.0.3
     #[value(name = "3.0")]
     V3_0,
+}
+
+/// Flags of `examine-picture`.
+#[derive(Debug, Args)]
+pub struct ExaminePictureArgs {
+    /// Width times height, at most.
+    #[arg(long)]
+    pub pixels: u64,
+    /// The file.
+    pub path: PathBuf,
 }
 
 /// Flags of `worker`.

@@ -5,6 +5,7 @@
 pub mod allocator;
 pub mod kernels;
 pub mod lettering;
+pub mod pictures;
 
 pub mod diffusion;
 pub mod networks;

@@ -8,6 +8,7 @@ use lorasmith::allocator::{self, LargeBlocks};
 use lorasmith::bench::{self, BenchOptions, Moment};
 use lorasmith::cli::{BenchArgs, Cli, Command, DemoArgs, DoctorArgs, OpenapiVersion, VerifyArgs};
 use lorasmith::config::{Config, Overrides};
+use lorasmith::datasets::trial;
 use lorasmith::demo::{self, DemoOptions};
 use lorasmith::doctor::{self, DoctorOptions};
 use lorasmith::plugin_host::PluginHost;
@@ -90,6 +91,10 @@ fn main() -> Result<ExitCode> {
                 OpenapiVersion::V3_0 => serde_json::to_string_pretty(&api::openapi30())?,
             };
             println!("{document}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::ExaminePicture(args) => {
+            println!("{}", trial::answer(&args.path, args.pixels));
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -4,21 +4,22 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 21] = [
+const MAY_USE: [(&str, &[&str]); 22] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("lettering", &[]),
+    ("pictures", &[]),
     ("diffusion", &["kernels"]),
     ("networks", &["diffusion", "kernels"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
-    ("dataloader", &[]),
+    ("dataloader", &["pictures"]),
     (
         "training",
         &["networks", "diffusion", "dataloader", "allocator"],
     ),
     ("plugin_host", &["training"]),
     ("store", &[]),
-    ("datasets", &["store"]),
+    ("datasets", &["store", "pictures"]),
     ("access", &["store"]),
     ("webhooks", &["store"]),
     ("models", &["diffusion"]),

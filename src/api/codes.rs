@@ -65,6 +65,13 @@ codes! {
     InvalidSubset = "invalid_subset", 422, "The subset's description has a wrong value";
     InvalidCaption = "invalid_caption", 422, "The caption cannot be kept";
     SubsetExists = "subset_exists", 409, "The dataset has a subset of this name";
+    UploadNotFound = "upload_not_found", 404, "There is no such upload";
+    InvalidUpload = "invalid_upload", 422, "The upload's description has a wrong value";
+    UploadNotOpen = "upload_not_open", 409, "The upload takes no parts";
+    UploadIncomplete = "upload_incomplete", 409, "Parts of the upload are missing";
+    TooManyUploads = "too_many_uploads", 409, "Too many uploads have parts";
+    ChecksumMismatch = "checksum_mismatch", 422, "The content is not what it should be";
+    LengthRequired = "length_required", 411, "The request has to tell the length of its body";
     NothingUploaded = "nothing_uploaded", 422, "The upload holds no files";
 
     // models
@@ -115,6 +122,7 @@ impl Code {
             StatusCode::NOT_ACCEPTABLE => Code::NotAcceptable,
             StatusCode::REQUEST_TIMEOUT => Code::RequestTimeout,
             StatusCode::PRECONDITION_FAILED => Code::PreconditionFailed,
+            StatusCode::LENGTH_REQUIRED => Code::LengthRequired,
             StatusCode::PAYLOAD_TOO_LARGE => Code::PayloadTooLarge,
             StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::UnsupportedMediaType,
             StatusCode::RANGE_NOT_SATISFIABLE => Code::RangeNotSatisfiable,

@@ -375,6 +375,12 @@ impl From<DatasetError> for Problem {
                 let message = error.to_string();
                 return Problem::field(Code::InvalidCaption, "/caption", "invalid_value", message);
             }
+            DatasetError::UploadNotFound(_) => Code::UploadNotFound,
+            DatasetError::InvalidUpload(fields) => return wrong(Code::InvalidUpload, fields),
+            DatasetError::TooManyUploads(_) => Code::TooManyUploads,
+            DatasetError::UploadNotOpen => Code::UploadNotOpen,
+            DatasetError::UploadIncomplete(_) => Code::UploadIncomplete,
+            DatasetError::ChecksumMismatch { .. } => Code::ChecksumMismatch,
             DatasetError::NothingUploaded => Code::NothingUploaded,
             DatasetError::Io(_) | DatasetError::Task(_) | DatasetError::Store(_) => {
                 return internal(error);

@@ -34,7 +34,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
     "subset_id": "019a9c1e-7b5f-7d21-8c43-5e6f7a8b9c0d", "subset": "10_lumo", "file_name": "lumo_00.png",
     "caption": "lumo, a small robot", "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "media_type": "image/png", "size_bytes": 5120, "width_px": 64, "height_px": 64,
-    "created_at": "2026-11-25T06:40:02Z", "updated_at": "2026-11-25T06:40:02Z"
+    "has_alpha": false, "background": null, "created_at": "2026-11-25T06:40:02Z", "updated_at": "2026-11-25T06:40:02Z"
 }))]
 pub struct Image {
     pub id: Uuid,
@@ -52,6 +52,10 @@ pub struct Image {
     /// As a viewer shows it: after the EXIF orientation.
     pub width_px: u32,
     pub height_px: u32,
+    /// Whether any pixel is not wholly opaque.
+    pub has_alpha: bool,
+    /// What it is laid on where it is transparent, as the upload said; `null` drops alpha, as sd-scripts does.
+    pub background: Option<String>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
@@ -63,7 +67,7 @@ pub struct Image {
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"caption": "lumo, a small robot, smiling"}))]
 pub struct ImagePatch {
-    /// One line of at most 64 KiB; `null` removes the caption.
+    /// One line of at most 256 KiB; `null` removes the caption.
     pub caption: Option<String>,
 }
 
@@ -262,6 +266,8 @@ impl From<rows::Image> for Image {
             size_bytes: image.size_bytes,
             width_px: image.width_px,
             height_px: image.height_px,
+            has_alpha: image.has_alpha,
+            background: image.background,
             created_at: image.created_at,
             updated_at: image.updated_at,
         }

@@ -45,6 +45,7 @@ pub mod runs;
 pub mod server;
 pub mod tagged;
 mod twins;
+mod upload_parts;
 mod uploads;
 pub mod webhooks;
 
@@ -81,6 +82,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(datasets::routes)
             .configure(images::routes)
             .configure(uploads::routes)
+            .configure(upload_parts::routes)
             .configure(runs::routes)
             .configure(run_metrics::routes)
             .configure(run_samples::routes)

@@ -64,11 +64,12 @@ const JSON_BODY: [(&str, &[Code], &str); 3] = [
     ),
 ];
 /// Ids of examples: the same in paths as in bodies.
-const IDS: [(&str, &str); 10] = [
+const IDS: [(&str, &str); 11] = [
     ("model_id", "6d2a1f8b0c9e4a57"),
     ("dataset_id", "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11"),
     ("image_id", "019a9c1e-8a00-7c30-a4b2-3d1f2f6f0a11"),
     ("subset_id", "019a9c1e-9b00-7c30-a4b2-3d1f2f6f0a11"),
+    ("upload_id", "019a9c1e-8b01-7f12-9b34-1a2b3c4d5e6f"),
     ("run_id", "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11"),
     ("sample_id", "019a9c1f-5a00-7c30-a4b2-3d1f2f6f0a11"),
     ("grid_id", "019a9c21-6a00-7c30-a4b2-3d1f2f6f0a11"),
@@ -177,6 +178,20 @@ fn parameters(operation: &Operation) -> impl Iterator<Item = &Parameter> {
 
 /// Files are bytes, not lists of numbers; a part of one is of the same kind as the whole.
 fn name_files(operation: &mut Operation) {
+    let bytes = || {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)))
+    };
+    if let Some(RefOr::T(body)) = &mut operation.request_body {
+        for (kind, content) in &mut body.content {
+            if is_file(kind)
+                && let RefOr::T(content) = content
+            {
+                content.schema = Some(bytes().into());
+            }
+        }
+    }
     let responses = &mut operation.responses.responses;
     for answer in responses.values_mut() {
         let RefOr::T(answer) = answer else { continue };
@@ -184,10 +199,7 @@ fn name_files(operation: &mut Operation) {
             if is_file(kind)
                 && let RefOr::T(content) = content
             {
-                let bytes = ObjectBuilder::new()
-                    .schema_type(Type::String)
-                    .format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)));
-                content.schema = Some(bytes.into());
+                content.schema = Some(bytes().into());
             }
         }
     }

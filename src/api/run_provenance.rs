@@ -124,6 +124,9 @@ pub struct ProvenanceImage {
     pub subset: String,
     pub repeats: u32,
     pub regularization: bool,
+    /// What it was laid on where it is transparent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background: Option<String>,
 }
 
 /// The base model of a run.

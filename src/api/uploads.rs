@@ -12,7 +12,7 @@ use super::codes::Code;
 use super::decode;
 use super::multipart;
 use super::problem::{Problem, ProblemBody};
-use crate::datasets::{DatasetService, SubsetChoice, report};
+use crate::datasets::{BackgroundError, DatasetService, SubsetChoice, report};
 
 /// The routes of this file, under `/v1`.
 pub fn routes(config: &mut ServiceConfig<'_>) {
@@ -23,8 +23,10 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "documents a body that is streamed")]
 pub struct UploadForm {
-    /// Images, `.txt` or `.caption` files named like their image, and zips in kohya layout
-    /// (`10_my_concept/…`, `reg/1_dog/…`). As many as needed; every part with a file name is a file.
+    /// Images (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF), `.txt` or `.caption` files named like their image,
+    /// `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder), sd-scripts' dataset settings (`*.toml`), and zip,
+    /// tar and tar.gz of all that, in kohya layout (`10_my_concept/…`, `reg/1_dog/…`) or not. As many as needed; every
+    /// part with a file name is a file.
     #[schema(value_type = Vec<String>, format = Binary)]
     file: Vec<String>,
     /// The subset of files whose folder names none; `default` if it is not given.
@@ -38,17 +40,22 @@ pub struct UploadForm {
     instance_prompt: Option<String>,
     /// The caption of regularization images that have none.
     class_prompt: Option<String>,
+    /// What transparent images are laid on, as `#rrggbb`. Without it alpha is dropped, as sd-scripts does, and the
+    /// colours that lie under it are trained on.
+    #[schema(pattern = "^#[0-9a-fA-F]{6}$", example = "#ffffff")]
+    background: Option<String>,
 }
 
 /// The text fields of the form.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct UploadFields {
-    subset: Option<String>,
-    repeats: Option<u32>,
-    is_reg: Option<bool>,
-    instance_prompt: Option<String>,
-    class_prompt: Option<String>,
+pub(super) struct UploadFields {
+    pub subset: Option<String>,
+    pub repeats: Option<u32>,
+    pub is_reg: Option<bool>,
+    pub instance_prompt: Option<String>,
+    pub class_prompt: Option<String>,
+    pub background: Option<String>,
 }
 
 /// What became of an upload.
@@ -95,6 +102,8 @@ pub enum UploadedKind {
     Image,
     Caption,
     Archive,
+    /// `metadata.jsonl`, `metadata.csv`, or sd-scripts' dataset settings.
+    Metadata,
     Other,
 }
 
@@ -130,9 +139,10 @@ pub struct UploadSummary {
 
 /// Upload images and captions.
 ///
-/// Images, caption files and zips in kohya layout, in any number and order; the body is streamed to disk. Files are
-/// judged by their content, one by one: what is wrong with one keeps none of the others out. A caption whose image is
-/// in the dataset already replaces that image's caption.
+/// Images, caption files and archives, in any number and order; the body is streamed to disk. Files are judged by their
+/// content, one by one: what is wrong with one keeps none of the others out, and what was done to one is remarked. A
+/// caption whose image is in the dataset already replaces that image's caption. Archives may lie in archives. For large
+/// ones over bad lines there are uploads in parts: `POST /v1/datasets/{dataset_id}/uploads`.
 #[utoipa::path(
     tag = "images",
     params(("dataset_id" = Uuid, Path, description = "The dataset's id")),
@@ -179,9 +189,24 @@ pub async fn upload_images(
 /// Empty fields are what an HTML form sends for those that were left out.
 fn choice(fields: Vec<(String, String)>) -> Result<SubsetChoice, Problem> {
     let given = fields.into_iter().filter(|(_, text)| !text.is_empty());
-    let fields: UploadFields = decode::from_pairs(given.collect())
+    let fields = decode::from_pairs(given.collect())
         .map_err(|error| Problem::fields(Code::InvalidBody, vec![error]))?;
+    subset_choice(fields)
+}
+
+/// What an upload says about its subset.
+pub(super) fn subset_choice(fields: UploadFields) -> Result<SubsetChoice, Problem> {
+    let background = fields.background.as_deref().map(str::parse).transpose();
+    let background = background.map_err(|error: BackgroundError| {
+        Problem::field(
+            Code::InvalidSubset,
+            "/background",
+            "invalid_value",
+            error.to_string(),
+        )
+    })?;
     Ok(SubsetChoice {
+        background,
         name: fields.subset,
         repeats: fields.repeats,
         is_reg: fields.is_reg,
@@ -191,7 +216,7 @@ fn choice(fields: Vec<(String, String)>) -> Result<SubsetChoice, Problem> {
 }
 
 impl Upload {
-    fn of(files: Vec<report::FileReport>, summary: report::Summary) -> Self {
+    pub(super) fn of(files: Vec<report::FileReport>, summary: report::Summary) -> Self {
         Self {
             files: files.into_iter().map(UploadedFile::from).collect(),
             summary: UploadSummary {
@@ -237,6 +262,7 @@ impl From<report::FileKind> for UploadedKind {
             report::FileKind::Image => Self::Image,
             report::FileKind::Caption => Self::Caption,
             report::FileKind::Archive => Self::Archive,
+            report::FileKind::Metadata => Self::Metadata,
             report::FileKind::Other => Self::Other,
         }
     }

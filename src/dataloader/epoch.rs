@@ -160,6 +160,7 @@ mod tests {
             caption: String::new(),
             repeats,
             regularization,
+            background: None,
         }
     }
 

@@ -12,6 +12,8 @@ mod tensor_cache;
 
 use std::path::PathBuf;
 
+use crate::pictures::Background;
+
 pub use buckets::{BucketSettings, Placement};
 pub use epoch::{Batch, EpochPlan};
 pub use pixels::{Pixels, load_pixels};
@@ -36,6 +38,8 @@ pub struct TrainingImage {
     pub repeats: u32,
     /// Whether it shows the class in general (DreamBooth's prior preservation) instead of the subject.
     pub regularization: bool,
+    /// What it is laid on where it is transparent; without it the file's colours are taken.
+    pub background: Option<Background>,
 }
 
 /// Data that cannot be trained on.

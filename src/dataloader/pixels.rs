@@ -1,19 +1,13 @@
 //! A picture file as the model sees it: decoded, turned upright, resized, cropped, in -1 to 1.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
+use image::RgbImage;
 
 use super::{BucketSettings, DataError, Placement, area};
-
-/// The longest side of a picture file.
-const MAX_SIDE_PX: u32 = 32_768;
-/// The most memory that a decoder may take: 512 MiB hold 130 megapixels of RGBA.
-const MAX_DECODE_BYTES: u64 = 512 << 20;
+use crate::pictures::{self, Background, DecodeLimits};
 
 /// A picture at its training size.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,8 +30,9 @@ pub fn load_pixels(
     path: &Path,
     bucket: (u32, u32),
     settings: &BucketSettings,
+    background: Option<Background>,
 ) -> Result<Pixels, DataError> {
-    let picture = decode(path)?;
+    let picture = decode(path, background)?;
     let placement = settings.place(picture.width(), picture.height());
     if placement.bucket != bucket {
         return Err(DataError::Changed {
@@ -54,28 +49,18 @@ pub fn load_pixels(
     Ok(normalize(&cropped))
 }
 
-/// Decodes by content, within limits, upright, without alpha.
-fn decode(path: &Path) -> Result<RgbImage, DataError> {
-    let io = |source| DataError::Io {
+/// Upright, in sRGB, without alpha.
+fn decode(path: &Path, background: Option<Background>) -> Result<RgbImage, DataError> {
+    let bytes = std::fs::read(path).map_err(|source| DataError::Io {
         path: path.to_owned(),
         source,
-    };
-    let broken = |error: image::ImageError| DataError::Decode {
+    })?;
+    let picture = pictures::decode(&bytes, &DecodeLimits::default());
+    let picture = picture.map_err(|error| DataError::Decode {
         path: path.to_owned(),
         reason: error.to_string(),
-    };
-    let file = BufReader::new(File::open(path).map_err(io)?);
-    let mut reader = ImageReader::new(file).with_guessed_format().map_err(io)?;
-    let mut limits = Limits::default();
-    limits.max_image_width = Some(MAX_SIDE_PX);
-    limits.max_image_height = Some(MAX_SIDE_PX);
-    limits.max_alloc = Some(MAX_DECODE_BYTES);
-    reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(broken)?;
-    let orientation = decoder.orientation().map_err(broken)?;
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(broken)?;
-    picture.apply_orientation(orientation);
-    Ok(picture.into_rgb8())
+    })?;
+    Ok(picture.flatten(background))
 }
 
 fn fit(picture: RgbImage, placement: Placement) -> Result<RgbImage, String> {
@@ -130,7 +115,7 @@ fn normalize(picture: &RgbImage) -> Pixels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image::Rgb;
+    use image::{DynamicImage, Rgb};
 
     fn settings(width_px: u32, height_px: u32) -> BucketSettings {
         BucketSettings {
@@ -155,7 +140,7 @@ mod tests {
         })
         .save(&path)
         .unwrap();
-        let pixels = load_pixels(&path, (8, 8), &settings(8, 8)).unwrap();
+        let pixels = load_pixels(&path, (8, 8), &settings(8, 8), None).unwrap();
         assert_eq!((pixels.width, pixels.height), (8, 8));
         for (plane, expected) in pixels.data.chunks(64).zip([1.0, -1.0, -0.6]) {
             assert!(plane.iter().all(|v| (v - expected).abs() < 1e-6));
@@ -178,7 +163,7 @@ mod tests {
         for (index, picture) in pictures.into_iter().enumerate() {
             let path = folder.path().join(format!("{index}.png"));
             picture.save(&path).unwrap();
-            let pixels = load_pixels(&path, (8, 8), &settings(8, 8)).unwrap();
+            let pixels = load_pixels(&path, (8, 8), &settings(8, 8), None).unwrap();
             assert!(pixels.data.iter().all(|v| *v == 1.0), "picture {index}");
         }
     }
@@ -188,10 +173,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("broken.png");
         std::fs::write(&path, b"\x89PNG\r\n\x1a\nnot really").unwrap();
-        let error = load_pixels(&path, (8, 8), &settings(8, 8)).unwrap_err();
+        let error = load_pixels(&path, (8, 8), &settings(8, 8), None).unwrap_err();
         assert!(error.to_string().contains("broken.png"), "{error}");
         RgbImage::new(8, 8).save(&path).unwrap();
-        let error = load_pixels(&path, (16, 8), &settings(8, 8)).unwrap_err();
+        let error = load_pixels(&path, (16, 8), &settings(8, 8), None).unwrap_err();
         assert!(matches!(error, DataError::Changed { .. }), "{error}");
     }
 }

@@ -14,6 +14,8 @@ pub struct Caption {
 pub enum CaptionRemark {
     #[error("the file is not UTF-8; it was read as Windows-1252 (Latin-1)")]
     ReadAsWindows1252,
+    #[error("the file is not UTF-8; it was read as UTF-16, which its zeros say")]
+    ReadAsUtf16,
     #[error("the caption is empty")]
     Empty,
     #[error("only the first line is used")]
@@ -24,6 +26,7 @@ impl CaptionRemark {
     pub fn code(self) -> &'static str {
         match self {
             Self::ReadAsWindows1252 => "read_as_windows_1252",
+            Self::ReadAsUtf16 => "read_as_utf_16",
             Self::Empty => "empty_caption",
             Self::OnlyFirstLine => "only_first_line",
         }
@@ -55,9 +58,7 @@ pub fn read(bytes: &[u8]) -> Result<Caption, CaptionError> {
     let mut lines = text.split(['\n', '\r']);
     let first = lines.next().unwrap_or_default().trim().to_owned();
     let mut remarks = Vec::new();
-    if guessed {
-        remarks.push(CaptionRemark::ReadAsWindows1252);
-    }
+    remarks.extend(guessed);
     if first.is_empty() {
         remarks.push(CaptionRemark::Empty);
     }
@@ -88,8 +89,8 @@ pub fn check(text: &str, limit_bytes: u64) -> Result<(), CaptionError> {
     }
 }
 
-/// The text, and whether its encoding was only guessed.
-fn decode(bytes: &[u8]) -> Result<(String, bool), CaptionError> {
+/// The text, and how its encoding was guessed, if it was.
+fn decode(bytes: &[u8]) -> Result<(String, Option<CaptionRemark>), CaptionError> {
     let strict = |encoding: &'static Encoding, rest: &[u8]| {
         encoding
             .decode_without_bom_handling_and_without_replacement(rest)
@@ -101,12 +102,31 @@ fn decode(bytes: &[u8]) -> Result<(String, bool), CaptionError> {
         debug_assert!(
             encoding == UTF_16BE || encoding == UTF_16LE || encoding == encoding_rs::UTF_8
         );
-        return strict(encoding, &bytes[length..]).map(|text| (text, false));
+        return strict(encoding, &bytes[length..]).map(|text| (text, None));
     }
     match std::str::from_utf8(bytes) {
-        Ok(text) if is_plain(text) => Ok((text.to_owned(), false)),
-        Ok(_) => Err(CaptionError::NotText), // binary, or UTF-16 without a mark: full of NULs
-        Err(_) => strict(WINDOWS_1252, bytes).map(|text| (text, true)),
+        Ok(text) if is_plain(text) => Ok((text.to_owned(), None)),
+        // Binary, or UTF-16 without a mark.
+        _ if bytes.contains(&0) => {
+            let encoding = utf_16_of(bytes).ok_or(CaptionError::NotText)?;
+            strict(encoding, bytes).map(|text| (text, Some(CaptionRemark::ReadAsUtf16)))
+        }
+        Ok(_) => Err(CaptionError::NotText),
+        Err(_) => {
+            strict(WINDOWS_1252, bytes).map(|text| (text, Some(CaptionRemark::ReadAsWindows1252)))
+        }
+    }
+}
+
+/// Which UTF-16 it may be: one half of nearly every unit is zero in text that is mostly Latin, and never the other half.
+fn utf_16_of(bytes: &[u8]) -> Option<&'static Encoding> {
+    let (units, rest) = bytes.as_chunks::<2>();
+    let zeros = |half: usize| units.iter().filter(|unit| unit[half] == 0).count();
+    let mostly = |zeros: usize| zeros * 4 >= units.len() * 3;
+    match (zeros(0), zeros(1)) {
+        (0, high) if rest.is_empty() && mostly(high) && units.len() > 2 => Some(UTF_16LE),
+        (high, 0) if rest.is_empty() && mostly(high) && units.len() > 2 => Some(UTF_16BE),
+        _ => None,
     }
 }
 

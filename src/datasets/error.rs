@@ -26,6 +26,18 @@ pub enum DatasetError {
     SubsetExists(String),
     #[error(transparent)]
     Caption(#[from] CaptionError),
+    #[error("the dataset has no upload {0}")]
+    UploadNotFound(Uuid),
+    #[error("{}", describe(.0))]
+    InvalidUpload(Vec<InvalidField>),
+    #[error("there are {0} uploads with parts already: complete or delete some")]
+    TooManyUploads(u64),
+    #[error("the upload is being completed, or has been")]
+    UploadNotOpen,
+    #[error("{0}")]
+    UploadIncomplete(String),
+    #[error("found the SHA-256 {found}, expected {expected}")]
+    ChecksumMismatch { found: String, expected: String },
     #[error("the upload holds no files")]
     NothingUploaded,
     #[error("reading or writing a file: {0}")]

@@ -11,12 +11,13 @@ use super::error::{DatasetError, InvalidField};
 use super::layout::Place;
 use super::limits::Limits;
 use super::prepare::{
-    self, DEFAULT_SUBSET, Prepared, PreparedCaption, PreparedImage, StagedFile, SubsetChoice,
-    Target,
+    self, Checks, DEFAULT_SUBSET, Prepared, PreparedCaption, PreparedImage, StagedFile,
+    SubsetChoice, Target,
 };
 use super::report::{FileReport, Outcome, Remark};
 use super::rules::SubsetWords;
 use super::service::missing;
+use super::trial::Trial;
 use crate::store::datasets::{AddedImage, ImageName, NewImage, SubsetHints};
 use crate::store::{Store, StoreError, StoredBlob};
 
@@ -38,13 +39,18 @@ pub fn check_choice(choice: &SubsetChoice) -> Result<(), DatasetError> {
 pub async fn ingest(
     store: Store,
     limits: Limits,
+    trial: Option<Trial>,
     dataset_id: Uuid,
     files: Vec<StagedFile>,
     choice: SubsetChoice,
     scratch: TempDir,
 ) -> Result<Vec<FileReport>, DatasetError> {
     let (prepared, scratch) = spawn_blocking(move || {
-        let prepared = prepare::prepare(files, &choice, scratch.path(), &limits);
+        let checks = Checks {
+            limits: &limits,
+            trial: trial.as_ref(),
+        };
+        let prepared = prepare::prepare(files, &choice, scratch.path(), checks);
         prepared.map(|prepared| (prepared, scratch))
     })
     .await??;
@@ -234,7 +240,9 @@ fn row(placed: &Placed, blob: StoredBlob) -> NewImage {
         size_bytes: blob.size_bytes,
         width_px: image.picture.width_px,
         height_px: image.picture.height_px,
-        caption: image.caption.as_ref().map(|caption| caption.text.clone()),
+        caption: image.caption_text(),
+        has_alpha: image.picture.has_alpha,
+        background: image.background.map(|colour| colour.to_string()),
     }
 }
 

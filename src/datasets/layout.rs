@@ -1,7 +1,7 @@
 //! What a file's path says: kohya's folder names (`10_my_concept`, `10_my_concept_reg`, `reg/…`), and which paths are safe.
 
 /// A file's place inside of an upload. The parts are names only: no `..`, no root, no drive.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Place {
     pub folders: Vec<String>,
     pub file_name: String,
@@ -50,6 +50,13 @@ impl Place {
             folders: parts,
             file_name,
         })
+    }
+
+    /// The same place seen from outside of the folders that it is in.
+    #[must_use]
+    pub fn within(mut self, folders: &[String]) -> Self {
+        self.folders.splice(0..0, folders.iter().cloned());
+        self
     }
 
     /// The file name without its last extension: what an image and its caption have in common.

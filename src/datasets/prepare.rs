@@ -2,17 +2,22 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::archive::{self, Unpacked};
+use super::archive::{self, Budget};
 use super::captions::{self, Caption};
-use super::layout::{self, FolderSubset, Place};
+use super::group::{Group, Member};
+use super::layout::Place;
 use super::limits::Limits;
-use super::pictures::{self, Picture, PictureError};
+use super::pictures::{self, Picture};
 use super::report::{FileKind, FileReport, Outcome, Remark};
+use super::trial::Trial;
+use crate::pictures::Background;
+
+pub use super::target::{DEFAULT_SUBSET, SubsetChoice, Target};
 
 /// One uploaded file, already on disk.
 #[derive(Debug)]
@@ -22,84 +27,11 @@ pub struct StagedFile {
     pub path: PathBuf,
 }
 
-/// Where files go whose folder says nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SubsetChoice {
-    pub name: Option<String>,
-    pub repeats: Option<u32>,
-    pub is_reg: Option<bool>,
-    pub instance_prompt: Option<String>,
-    pub class_prompt: Option<String>,
-}
-
-/// A subset that files go to. `None` leaves the value of an existing subset alone.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Target {
-    pub name: String,
-    pub repeats: Option<u32>,
-    pub is_reg: Option<bool>,
-    pub instance_prompt: Option<String>,
-    pub class_prompt: Option<String>,
-}
-
-/// The subset of loose files when the upload names none.
-pub const DEFAULT_SUBSET: &str = "default";
-
-impl SubsetChoice {
-    /// The subset of files in no folder. A name in kohya's form says repeats and concept, unless they are given.
-    fn target(&self) -> Target {
-        let name = self
-            .name
-            .clone()
-            .unwrap_or_else(|| DEFAULT_SUBSET.to_owned());
-        let named = match layout::kohya_folder(&name) {
-            Some(_) => layout::subset_of(std::slice::from_ref(&name)),
-            None => None,
-        };
-        let is_reg = self.is_reg.or(named.as_ref().map(|subset| subset.is_reg));
-        let tokens = named.as_ref().and_then(|subset| subset.tokens.clone());
-        self.with_tokens(
-            name,
-            named.as_ref().and_then(|subset| subset.repeats),
-            is_reg,
-            tokens,
-        )
-    }
-
-    /// The subset of files in a folder. What the folder's name says is more exact than what the upload says.
-    fn target_of(&self, folder: FolderSubset) -> Target {
-        let FolderSubset {
-            name,
-            repeats,
-            is_reg,
-            tokens,
-        } = folder;
-        match repeats {
-            Some(_) => Target {
-                repeats,
-                ..Self::default().with_tokens(name, repeats, Some(is_reg), tokens)
-            },
-            None => self.with_tokens(name, None, self.is_reg.or(is_reg.then_some(true)), tokens),
-        }
-    }
-
-    fn with_tokens(
-        &self,
-        name: String,
-        repeats: Option<u32>,
-        is_reg: Option<bool>,
-        tokens: Option<String>,
-    ) -> Target {
-        let reg = is_reg.unwrap_or(false);
-        let (instance, class) = if reg { (None, tokens) } else { (tokens, None) };
-        Target {
-            name,
-            repeats: self.repeats.or(repeats),
-            is_reg,
-            instance_prompt: self.instance_prompt.clone().or(instance),
-            class_prompt: self.class_prompt.clone().or(class),
-        }
-    }
+/// What files are checked with.
+#[derive(Clone, Copy, Debug)]
+pub struct Checks<'a> {
+    pub limits: &'a Limits,
+    pub trial: Option<&'a Trial>,
 }
 
 /// What the second half has to store.
@@ -120,7 +52,19 @@ pub struct PreparedImage {
     pub file_name: String,
     pub target: Target,
     pub picture: Picture,
+    pub background: Option<Background>,
+    /// Of a file of its own; it may be that of several images.
     pub caption: Option<PreparedCaption>,
+    /// Of a table, where there is no file.
+    pub listed_caption: Option<String>,
+}
+
+impl PreparedImage {
+    /// The caption's text, wherever it is from.
+    pub fn caption_text(&self) -> Option<String> {
+        let of_file = self.caption.as_ref().map(|caption| caption.text.clone());
+        of_file.or_else(|| self.listed_caption.clone())
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -140,14 +84,21 @@ pub fn prepare(
     uploaded: Vec<StagedFile>,
     choice: &SubsetChoice,
     scratch: &Path,
-    limits: &Limits,
-) -> std::io::Result<Prepared> {
+    checks: Checks<'_>,
+) -> io::Result<Prepared> {
     let mut files = Vec::new();
     let mut loose = Group::default();
     let mut groups = Vec::new();
     for file in uploaded {
-        if archive::is_zip(&head(&file.path)?) {
-            groups.push(unpack(file, scratch, limits, &mut files)?);
+        if let Some(kind) = archive::Kind::of(&head(&file.path)?) {
+            let mut unpacking = Unpacking {
+                scratch,
+                limits: checks.limits,
+                files: &mut files,
+                group: Group::default(),
+            };
+            unpacking.begin(file, kind)?;
+            groups.push(unpacking.group);
         } else {
             match Place::parse(&file.name) {
                 Ok(place) => loose.add(&mut files, file.name, place, file.path)?,
@@ -161,149 +112,179 @@ pub fn prepare(
         }
     }
     groups.push(loose);
-    let sorted = groups
-        .into_iter()
-        .flat_map(|group| group.assign(choice))
-        .collect();
-    Ok(check(sorted, files, limits))
-}
-
-fn unpack(
-    file: StagedFile,
-    scratch: &Path,
-    limits: &Limits,
-    files: &mut Vec<FileReport>,
-) -> std::io::Result<Group> {
-    let mut group = Group::default();
-    let folder = tempfile::Builder::new()
-        .prefix("zip-")
-        .tempdir_in(scratch)?
-        .keep(); // gone with `scratch`
-    let unpacked = match archive::unpack(&file.path, &folder, limits) {
-        Ok(unpacked) => unpacked,
-        Err(archive::ArchiveError::Io(error)) => return Err(error),
-        Err(error) => {
-            files.push(FileReport::refused(
-                file.name,
-                FileKind::Archive,
-                error.code(),
-                error,
-            ));
-            return Ok(group);
-        }
-    };
-    std::fs::remove_file(&file.path)?; // a large archive need not lie beside its content
-    let accepted = Outcome::Accepted {
-        image_id: None,
-        subset: None,
-    };
-    files.push(FileReport::new(file.name, FileKind::Archive, accepted));
-    let Unpacked { entries } = unpacked;
-    for entry in entries {
-        match entry.content {
-            Ok((place, path)) => group.add(files, entry.name, place, path)?,
-            Err(error) => files.push(FileReport::refused(
-                entry.name,
-                FileKind::Other,
-                error.code(),
-                error,
-            )),
-        }
+    let mut members = Vec::new();
+    for group in groups {
+        members.extend(group.assign(choice, checks.limits, &mut files));
     }
-    Ok(group)
+    Ok(check(members, files, choice, checks))
 }
 
-/// Files that share one root: the loose ones, or those of an archive.
-#[derive(Default)]
-struct Group {
-    members: Vec<Member>,
+/// An archive with those inside of it.
+struct Unpacking<'a> {
+    scratch: &'a Path,
+    limits: &'a Limits,
+    files: &'a mut Vec<FileReport>,
+    group: Group,
 }
 
-struct Member {
-    report: usize,
-    place: Place,
+/// An archive on its way.
+struct Found {
+    name: String,
     path: PathBuf,
-    kind: FileKind,
+    kind: archive::Kind,
+    /// The folder that it lies in.
+    folders: Vec<String>,
+    depth: usize,
 }
 
-impl Group {
-    /// Tells by its first bytes what a file is. Only what is no image may be a caption, by its extension.
-    fn add(
-        &mut self,
-        files: &mut Vec<FileReport>,
-        name: String,
-        place: Place,
-        path: PathBuf,
-    ) -> std::io::Result<()> {
-        if place.is_litter() {
-            files.push(FileReport::new(name, FileKind::Other, Outcome::Ignored));
-            return Ok(());
+impl Unpacking<'_> {
+    fn begin(&mut self, file: StagedFile, kind: archive::Kind) -> io::Result<()> {
+        let mut budget = match Budget::of(&file.path, self.limits) {
+            Ok(budget) => budget,
+            Err(error) => return self.refuse(file.name, error),
+        };
+        let found = Found {
+            name: file.name,
+            path: file.path,
+            kind,
+            folders: Vec::new(),
+            depth: 1,
+        };
+        self.unpack(found, "", &mut budget)
+    }
+
+    /// `prefix` is what the names of its entries are reported with.
+    fn unpack(&mut self, found: Found, prefix: &str, budget: &mut Budget) -> io::Result<()> {
+        if found.depth > self.limits.archive_depth {
+            let error = archive::ArchiveError::TooDeep(self.limits.archive_depth);
+            return self.refuse(found.name, error);
         }
-        let head = head(&path)?;
-        let is_caption = matches!(place.extension().as_str(), "txt" | "caption");
-        let kind = match pictures::format_of(&head) {
-            Some(_) => FileKind::Image,
-            None if is_caption => FileKind::Caption,
-            None => {
-                let found = if archive::is_zip(&head) {
-                    "an archive inside of an archive"
-                } else {
-                    "something else"
-                };
-                let message =
-                    format!("found {found}; {EXPECTED}, or a caption named *.txt or *.caption");
-                files.push(FileReport::refused(
-                    name,
-                    FileKind::Other,
-                    PictureError::NotAnImage.code(),
-                    message,
-                ));
-                return Ok(());
+        let folder = tempfile::Builder::new()
+            .prefix("archive-")
+            .tempdir_in(self.scratch)?
+            .keep(); // gone with `scratch`
+        let entries = match archive::unpack(found.kind, &found.path, &folder, budget) {
+            Ok(entries) => entries,
+            Err(error) => {
+                std::fs::remove_dir_all(&folder)?; // what was unpacked by then may be large
+                return self.refuse(found.name, error);
             }
         };
-        self.members.push(Member {
-            report: files.len(),
-            place,
-            path,
-            kind,
-        });
-        files.push(FileReport::new(name, kind, Outcome::Ignored)); // overwritten when its fate is known
+        std::fs::remove_file(&found.path)?; // a large archive need not lie beside its content
+        if found.kind == archive::Kind::Gzip {
+            return self.unpacked_gzip(found, entries, prefix, budget);
+        }
+        self.files
+            .push(FileReport::new(found.name, FileKind::Archive, TAKEN));
+        for entry in entries {
+            let name = format!("{prefix}{}", entry.name);
+            match entry.content {
+                Ok((place, path)) => {
+                    let place = place.within(&found.folders);
+                    self.take(name, place, path, found.depth, budget)?;
+                }
+                Err(error) => self.files.push(FileReport::refused(
+                    name,
+                    FileKind::Other,
+                    error.code(),
+                    error,
+                )),
+            }
+        }
         Ok(())
     }
 
-    fn assign(self, choice: &SubsetChoice) -> Vec<(Member, Target)> {
-        let skip = usize::from(
-            layout::common_folder(self.members.iter().map(|member| &member.place)).is_some(),
-        );
-        self.members
-            .into_iter()
-            .map(|member| {
-                let target =
-                    match layout::subset_of(member.place.folders.get(skip..).unwrap_or_default()) {
-                        Some(folder) => choice.target_of(folder),
-                        None => choice.target(),
-                    };
-                (member, target)
-            })
-            .collect()
+    /// One file of an archive, which may be an archive.
+    fn take(
+        &mut self,
+        name: String,
+        place: Place,
+        path: PathBuf,
+        depth: usize,
+        budget: &mut Budget,
+    ) -> io::Result<()> {
+        let kind = archive::Kind::of(&head(&path)?).filter(|_| !place.is_litter());
+        let Some(kind) = kind else {
+            return self.group.add(self.files, name, place, path);
+        };
+        let prefix = format!("{name}/");
+        let inner = Found {
+            name,
+            path,
+            kind,
+            folders: place.folders,
+            depth: depth + 1,
+        };
+        self.unpack(inner, &prefix, budget)
+    }
+
+    /// What a gzip file holds is that file: it has the name of the outer one.
+    fn unpacked_gzip(
+        &mut self,
+        found: Found,
+        entries: Vec<archive::Entry>,
+        prefix: &str,
+        budget: &mut Budget,
+    ) -> io::Result<()> {
+        for entry in entries {
+            let Ok((_, path)) = entry.content else {
+                continue; // the reader refuses the whole instead
+            };
+            let Some(kind) = archive::Kind::of(&head(&path)?) else {
+                let message = "found a gzip file that holds no archive, expected a tar in it";
+                self.files.push(FileReport::refused(
+                    &found.name,
+                    FileKind::Archive,
+                    "not_an_image",
+                    message,
+                ));
+                continue;
+            };
+            let inner = Found {
+                name: found.name.clone(),
+                path,
+                kind,
+                folders: found.folders.clone(),
+                depth: found.depth + 1,
+            };
+            self.unpack(inner, prefix, budget)?;
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, name: String, error: archive::ArchiveError) -> io::Result<()> {
+        match error {
+            archive::ArchiveError::Io(error) => Err(error),
+            error => {
+                let code = error.code();
+                self.files
+                    .push(FileReport::refused(name, FileKind::Archive, code, error));
+                Ok(())
+            }
+        }
     }
 }
 
-const EXPECTED: &str = "expected a PNG, JPEG, WebP, BMP, GIF or TIFF image";
+const TAKEN: Outcome = Outcome::Accepted {
+    image_id: None,
+    subset: None,
+};
 
 /// Decodes every image on all cores, reads every caption, and brings the two together by folder and stem.
-fn check(members: Vec<(Member, Target)>, mut files: Vec<FileReport>, limits: &Limits) -> Prepared {
+fn check(
+    members: Vec<Member>,
+    mut files: Vec<FileReport>,
+    choice: &SubsetChoice,
+    checks: Checks<'_>,
+) -> Prepared {
+    let limits = checks.limits;
     let (images, captions): (Vec<_>, Vec<_>) = members
         .into_iter()
-        .partition(|(m, _)| m.kind == FileKind::Image);
+        .partition(|member| member.kind == FileKind::Image);
     let mut by_stem = HashMap::new();
     let mut used_stems = HashMap::new();
-    for (member, target) in captions {
-        let key = (
-            target.name.clone(),
-            member.place.folders.clone(),
-            member.place.stem().to_owned(),
-        );
+    for member in captions {
+        let key = member.key();
         match read_caption(&member.path, limits) {
             Ok(caption) => {
                 if let Some(first) = used_stems.get(&key) {
@@ -323,7 +304,7 @@ fn check(members: Vec<(Member, Target)>, mut files: Vec<FileReport>, limits: &Li
                     PreparedCaption {
                         report: member.report,
                         stem,
-                        target,
+                        target: member.target,
                         text: caption.text,
                     },
                 );
@@ -333,26 +314,29 @@ fn check(members: Vec<(Member, Target)>, mut files: Vec<FileReport>, limits: &Li
     }
     let pictures: Vec<_> = images
         .par_iter()
-        .map(|(member, _)| pictures::check(&member.path, limits))
+        .map(|member| pictures::check(&member.path, limits, checks.trial))
         .collect();
     let mut prepared = Prepared::default();
     let mut used = HashSet::new();
-    for ((member, target), picture) in images.into_iter().zip(pictures) {
+    for (member, picture) in images.into_iter().zip(pictures) {
         match picture {
-            Ok(picture) => {
-                let key = (
-                    target.name.clone(),
-                    member.place.folders.clone(),
-                    member.place.stem().to_owned(),
-                );
+            Ok(mut picture) => {
+                let remarks = &mut files[member.report].remarks;
+                remarks.append(&mut picture.remarks);
+                if picture.has_alpha {
+                    remarks.push(transparent(choice.background));
+                }
+                let key = member.key();
                 let caption = by_stem.get(&key).cloned(); // `a.png` and `a.jpg` share `a.txt`, as in sd-scripts
                 used.extend(caption.as_ref().map(|caption| caption.report));
                 prepared.images.push(PreparedImage {
                     report: member.report,
                     path: member.path,
                     file_name: member.place.file_name,
-                    target,
+                    target: member.target,
+                    background: choice.background.filter(|_| picture.has_alpha),
                     picture,
+                    listed_caption: member.listed_caption.filter(|_| caption.is_none()),
                     caption,
                 });
             }
@@ -366,7 +350,7 @@ fn check(members: Vec<(Member, Target)>, mut files: Vec<FileReport>, limits: &Li
     prepared
 }
 
-fn refuse(file: &mut FileReport, code: &'static str, message: impl Into<String>) {
+pub(super) fn refuse(file: &mut FileReport, code: &'static str, message: impl Into<String>) {
     file.outcome = Outcome::Refused(Remark {
         code,
         message: message.into(),
@@ -385,10 +369,22 @@ fn read_caption(path: &Path, limits: &Limits) -> Result<Caption, Remark> {
     captions::read(&bytes).map_err(|error| Remark::new("not_text", error))
 }
 
-fn head(path: &Path) -> std::io::Result<Vec<u8>> {
+/// Enough of a file to tell what it is.
+pub(super) fn head(path: &Path) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
-    File::open(path)?.take(64).read_to_end(&mut head)?;
+    let bytes = archive::Kind::HEAD_BYTES as u64;
+    File::open(path)?.take(bytes).read_to_end(&mut head)?;
     Ok(head)
+}
+
+fn transparent(background: Option<Background>) -> Remark {
+    let message = match background {
+        Some(colour) => format!("parts are transparent; they are laid on {colour}"),
+        None => "parts are transparent; alpha is dropped, as sd-scripts does, and what colour lies under it is used \
+                 (give `background` to lay them on a colour)"
+            .to_owned(),
+    };
+    Remark::new("transparent", message)
 }
 
 #[cfg(test)]
@@ -413,8 +409,12 @@ mod tests {
                 path,
             }
         });
-        prepare(staged.collect(), choice, folder.path(), &Limits::default())
-            .expect("a working disk")
+        let limits = Limits::default();
+        let checks = Checks {
+            limits: &limits,
+            trial: None,
+        };
+        prepare(staged.collect(), choice, folder.path(), checks).expect("a working disk")
     }
 
     fn code(prepared: &Prepared, name: &str) -> &'static str {

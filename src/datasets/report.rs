@@ -18,6 +18,8 @@ pub enum FileKind {
     Image,
     Caption,
     Archive,
+    /// A table of captions, or settings of subsets.
+    Metadata,
     Other,
 }
 

@@ -12,6 +12,7 @@ use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
 use super::rules::{Checker, SubsetWords};
+use super::trial::Trial;
 use crate::store::datasets::{Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
 use crate::store::{Store, StoreError};
 
@@ -20,11 +21,29 @@ use crate::store::{Store, StoreError};
 pub struct DatasetService {
     store: Store,
     limits: Limits,
+    trial: Option<Trial>,
 }
 
 impl DatasetService {
     pub fn new(store: Store, limits: Limits) -> Self {
-        Self { store, limits }
+        Self {
+            store,
+            limits,
+            trial: None,
+        }
+    }
+
+    /// Decodes the pictures that are trusted least in processes of this program.
+    #[must_use]
+    pub fn trying_with(self, trial: Trial) -> Self {
+        Self {
+            trial: Some(trial),
+            ..self
+        }
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
     }
 
     /// What an upload may hold.
@@ -237,8 +256,8 @@ impl DatasetService {
         }
         ingest::check_choice(&choice)?;
         self.exists(dataset_id).await?;
-        let (store, limits) = (self.store.clone(), self.limits);
-        let work = ingest::ingest(store, limits, dataset_id, files, choice, scratch);
+        let (store, limits, trial) = (self.store.clone(), self.limits, self.trial.clone());
+        let work = ingest::ingest(store, limits, trial, dataset_id, files, choice, scratch);
         let reports = tokio::spawn(work).await??;
         let summary = Summary::of(&reports);
         Ok((reports, summary))

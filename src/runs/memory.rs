@@ -322,6 +322,7 @@ mod tests {
                 caption: String::new(),
                 repeats: 1,
                 regularization: false,
+                background: None,
             }],
             subsets: std::collections::HashMap::new(),
             buckets: BucketSettings::default(),

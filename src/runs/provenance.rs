@@ -85,6 +85,9 @@ pub struct PinnedImage {
     pub repeats: u32,
     /// Whether it shows the class in general.
     pub regularization: bool,
+    /// What it is laid on where it is transparent: `#rrggbb`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background: Option<String>,
 }
 
 /// One worker of a run.
@@ -165,6 +168,7 @@ impl Inputs {
             subset: image.subset.clone(),
             repeats: image.repeats,
             regularization: image.regularization,
+            background: image.background.clone(),
         });
         let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
             (Some(materials.base_model), materials.plugins)

@@ -51,4 +51,7 @@ pub struct SnapshotImage {
     pub repeats: u32,
     /// Whether it shows the class in general.
     pub regularization: bool,
+    /// What it is laid on where it is transparent: `#rrggbb`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background: Option<String>,
 }

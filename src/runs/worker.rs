@@ -530,6 +530,8 @@ pub(super) fn training_set(
             caption: image.caption,
             repeats: image.repeats,
             regularization: image.regularization,
+            // Checked when the picture was uploaded.
+            background: image.background.and_then(|colour| colour.parse().ok()),
         })
         .collect();
     TrainingSet {

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
-    ActiveModelTrait as _, ColumnTrait as _, ConnectionTrait, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _,
+    ActiveModelTrait as _, ColumnTrait as _, ConnectionTrait, DbBackend, EntityTrait as _,
+    QueryFilter as _, QueryOrder as _, QuerySelect as _,
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -250,6 +250,8 @@ impl Store {
         hints: &SubsetHints,
     ) -> Result<Subset, StoreError> {
         let write = self.begin().await?;
+        // Whoever else makes it at the same time waits here, or is waited for.
+        lock(&write, dataset_id).await?;
         let present = subset::Entity::find()
             .filter(subset::Column::DatasetId.eq(dataset_id))
             .filter(subset::Column::Name.eq(name))
@@ -298,8 +300,19 @@ impl Store {
     }
 }
 
+/// Keeps the row of a dataset to this transaction. SQLite has one writer anyway.
+async fn lock<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), StoreError> {
+    let row = dataset::Entity::find_by_id(dataset_id);
+    let row = match write.get_database_backend() {
+        DbBackend::Sqlite => row.one(write).await?,
+        _ => row.lock_exclusive().one(write).await?,
+    };
+    row.map(|_| ()).ok_or(StoreError::NotFound)
+}
+
 /// Counts a change of a dataset.
 async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), StoreError> {
+    lock(write, dataset_id).await?; // so that no change is counted once for two
     let row = dataset::Entity::find_by_id(dataset_id).one(write).await?;
     let row = row.ok_or(StoreError::NotFound)?;
     let revision = row.revision + 1;

@@ -14,6 +14,7 @@ pub mod runs;
 mod sweep;
 #[cfg(test)]
 pub mod testing;
+pub mod uploads;
 pub mod webhooks;
 
 use std::path::{Path, PathBuf};

@@ -121,6 +121,8 @@ mod tests {
             width_px: 64,
             height_px: 64,
             caption: None,
+            has_alpha: false,
+            background: None,
         }
     }
 

@@ -46,6 +46,7 @@ impl Place {
             caption: String::new(),
             repeats: 1,
             regularization: false,
+            background: None,
         }
     }
 

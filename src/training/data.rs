@@ -150,7 +150,10 @@ impl<'a> LatentEncoder<'a> {
         bucket: (u32, u32),
     ) -> Result<Latents, TrainError> {
         let resized = self.buckets.place(image.width_px, image.height_px).resized;
-        let place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
+        let mut place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
+        if let Some(background) = image.background {
+            place += &format!("/{background}");
+        }
         let moments = self.moments(image, bucket, &place)?; // both ways the same numbers, by way of the host
         let mut rng = generator(self.seed, Stream::Latents, place.as_bytes());
         let shape = moments.shape;
@@ -217,7 +220,7 @@ impl<'a> LatentEncoder<'a> {
         image: &TrainingImage,
         bucket: (u32, u32),
     ) -> Result<HostMoments, TrainError> {
-        let pixels = load_pixels(&image.path, bucket, &self.buckets)?;
+        let pixels = load_pixels(&image.path, bucket, &self.buckets, image.background)?;
         let shape = [1, 3, pixels.height as usize, pixels.width as usize];
         let data = TensorData::new(pixels.data, shape);
         let picture = Tensor::<4>::from_data(data, (&self.device, DType::F32));

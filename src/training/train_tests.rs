@@ -135,6 +135,7 @@ fn pictures(folder: &Path) -> TrainingSet {
             caption: format!("colour {index}"),
             repeats: 2,
             regularization: index == 4,
+            background: None,
         }
     });
     TrainingSet {

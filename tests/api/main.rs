@@ -15,5 +15,7 @@ mod provenance;
 mod queue;
 mod runs;
 mod support;
+mod upload_formats;
+mod upload_parts;
 mod uploads;
 mod webhooks;

@@ -135,6 +135,22 @@ impl Service {
         read(answer.expect("an answer"))
     }
 
+    /// Sends bytes as they are, ends its side of the line, and returns what comes back.
+    pub fn raw(&self, bytes: &[u8]) -> String {
+        let address = self.base.trim_start_matches("http://");
+        let mut line = std::net::TcpStream::connect(address).expect("a line");
+        line.write_all(bytes).expect("sent");
+        line.shutdown(std::net::Shutdown::Write).expect("shut");
+        let mut answer = Vec::new();
+        let _ = std::io::Read::read_to_end(&mut line, &mut answer); // it may be cut
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Where the service keeps everything.
+    pub fn data_dir(&self) -> std::path::PathBuf {
+        self.folder.path().join("data")
+    }
+
     pub fn get(&self, path: &str) -> Answer {
         self.send("GET", path, &[], &[])
     }

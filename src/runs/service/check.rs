@@ -160,6 +160,7 @@ impl RunService {
                     subset: subset.name,
                     repeats: subset.repeats,
                     regularization: subset.is_reg,
+                    background: image.background,
                 }
             })
             .collect())

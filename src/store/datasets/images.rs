@@ -31,6 +31,10 @@ pub struct Image {
     pub height_px: u32,
     /// `None` is no caption, which is not the same as an empty one.
     pub caption: Option<String>,
+    /// Whether any pixel is not wholly opaque.
+    pub has_alpha: bool,
+    /// What it is laid on where it is transparent: `#rrggbb`. `None` takes the colours that lie under it.
+    pub background: Option<String>,
     pub revision: i64,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
@@ -47,13 +51,15 @@ pub struct NewImage {
     pub width_px: u32,
     pub height_px: u32,
     pub caption: Option<String>,
+    pub has_alpha: bool,
+    pub background: Option<String>,
 }
 
 /// What became of a [`NewImage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddedImage {
     New(Uuid),
-    /// The subset has this content already; only a caption that came with it was taken over.
+    /// The subset has this content already; only a caption and a background that came with it were taken over.
     Present(Uuid),
 }
 
@@ -87,8 +93,12 @@ impl Store {
             added.push(match present {
                 Some(row) => {
                     let id = row.id;
-                    if new.caption.is_some() {
-                        write_caption(&write, row, new.caption).await?;
+                    let row = match new.caption {
+                        Some(caption) => write_caption(&write, row, Some(caption)).await?,
+                        None => row,
+                    };
+                    if new.background.is_some() && new.background != row.background {
+                        write_background(&write, row, new.background).await?;
                     }
                     AddedImage::Present(id)
                 }
@@ -283,6 +293,22 @@ async fn write_caption<C: ConnectionTrait>(
     Ok(row.update(write).await?)
 }
 
+async fn write_background<C: ConnectionTrait>(
+    write: &C,
+    row: image::Model,
+    background: Option<String>,
+) -> Result<(), StoreError> {
+    let revision = row.revision + 1;
+    let row = image::ActiveModel {
+        background: Set(background),
+        revision: Set(revision),
+        updated_at_ms: Set(now_ms()),
+        ..row.into()
+    };
+    row.update(write).await?;
+    Ok(())
+}
+
 impl NewImage {
     fn row(self, dataset_id: Uuid) -> image::ActiveModel {
         let now = now_ms();
@@ -297,6 +323,8 @@ impl NewImage {
             width_px: Set(row_int(self.width_px)),
             height_px: Set(row_int(self.height_px)),
             caption: Set(self.caption),
+            has_alpha: Set(self.has_alpha),
+            background: Set(self.background),
             revision: Set(1),
             created_at_ms: Set(now),
             updated_at_ms: Set(now),
@@ -318,6 +346,8 @@ impl Image {
             width_px: row_count(row.width_px),
             height_px: row_count(row.height_px),
             caption: row.caption,
+            has_alpha: row.has_alpha,
+            background: row.background,
             revision: row.revision,
             created_at: time_of(row.created_at_ms),
             updated_at: time_of(row.updated_at_ms),

@@ -19,6 +19,8 @@ fn picture(subset_id: Uuid, content: &str, caption: Option<&str>) -> NewImage {
         width_px: 64,
         height_px: 48,
         caption: caption.map(str::to_owned),
+        has_alpha: false,
+        background: None,
     }
 }
 

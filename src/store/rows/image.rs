@@ -16,6 +16,8 @@ pub struct Model {
     pub width_px: i32,
     pub height_px: i32,
     pub caption: Option<String>,
+    pub has_alpha: bool,
+    pub background: Option<String>,
     pub revision: i64,
     pub created_at_ms: i64,
     pub updated_at_ms: i64,

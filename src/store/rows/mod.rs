@@ -11,5 +11,6 @@ pub mod run_event;
 pub mod run_metric;
 pub mod run_sample;
 pub mod subset;
+pub mod upload;
 pub mod webhook;
 pub mod webhook_delivery;
