@@ -10,6 +10,7 @@ pub mod diffusion;
 pub mod networks;
 pub mod selfcheck;
 
+pub mod captioning;
 pub mod dataloader;
 pub mod training;
 
