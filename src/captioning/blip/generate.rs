@@ -81,9 +81,11 @@ pub fn generate(
             kept.push(place);
             still.push(open);
         }
-        cache.select_rows(&order);
-        cache.select_pictures(&kept);
         open = still;
+        if !open.is_empty() {
+            cache.select_rows(&order);
+            cache.select_pictures(&kept);
+        }
         first = false;
     }
     Ok(captions.into_iter().flatten().collect())
