@@ -44,7 +44,7 @@ pub const FILES: [&str; 4] = [
     "preprocessor_config.json",
 ];
 /// Where published ones are.
-const SOURCE: &str = "https://huggingface.co/Salesforce/blip-image-captioning-base (or -large)";
+pub const SOURCE: &str = "https://huggingface.co/Salesforce/blip-image-captioning-base (or -large)";
 /// Pictures that are captioned at once: together they read each weight once for a token.
 const AT_ONCE: usize = 8;
 
@@ -248,6 +248,49 @@ mod tests {
     fn every_golden_of_another_model_is_equal() {
         if let Some(folder) = std::env::var_os("LORASMITH_BLIP_FIXTURE") {
             every_golden(&device("cpu").unwrap(), Path::new(&folder));
+        }
+    }
+
+    /// `LORASMITH_BLIP_MODEL` names the folder; `LORASMITH_BLIP_DEVICE` the device, if not the CPU.
+    #[test]
+    #[ignore = "needs a full-size model"]
+    fn seconds_for_each_picture() {
+        let folder = std::env::var_os("LORASMITH_BLIP_MODEL").expect("a folder");
+        let name = std::env::var("LORASMITH_BLIP_DEVICE");
+        let device = device(name.as_deref().unwrap_or("cpu")).expect("the device");
+        let begin = std::time::Instant::now();
+        let blip = Blip::load(Path::new(&folder), &device).unwrap();
+        println!("loaded in {:.1} s", begin.elapsed().as_secs_f64());
+        let picture = |seed: u32| {
+            RgbImage::from_fn(640, 480, |x, y| {
+                image::Rgb([x, y, x * y + seed].map(|value| (value % 256) as u8))
+            })
+        };
+        for (count, beams) in [(1, 1), (1, 3), (4, 1), (4, 3)] {
+            let pictures: Vec<RgbImage> = (0..count).map(picture).collect();
+            let settings = BlipSettings {
+                decoding: Decoding::Beam {
+                    beams,
+                    length_penalty: 1.0,
+                    early_stopping: EarlyStopping::default(),
+                },
+                min_length: 20,
+                max_length: 20,
+                ..BlipSettings::default()
+            };
+            let (begin, mut parts) = (std::time::Instant::now(), Vec::new());
+            let mut note = || {
+                parts.push(begin.elapsed().as_secs_f64());
+                true
+            };
+            blip.caption(&pictures, &settings, &mut note).unwrap();
+            let total = begin.elapsed().as_secs_f64();
+            let seen = parts[count as usize];
+            println!(
+                "{count} pictures, {beams} beams: {:.2} s a picture, {:.2} s of it for 19 tokens",
+                total / f64::from(count),
+                (total - seen) / f64::from(count)
+            );
         }
     }
 
