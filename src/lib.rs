@@ -11,6 +11,7 @@ pub mod diffusion;
 pub mod networks;
 pub mod selfcheck;
 
+pub mod captioning;
 pub mod dataloader;
 pub mod training;
 

@@ -10,6 +10,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("lettering", &[]),
     ("pictures", &[]),
     ("diffusion", &["kernels"]),
+    ("captioning", &["diffusion", "kernels"]),
     ("networks", &["diffusion", "kernels"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
     ("dataloader", &["pictures"]),
@@ -77,6 +78,7 @@ const KNOWN_IN: [(&str, &[&str]); 10] = [
         "burn",
         &[
             "src/kernels/",
+            "src/captioning/",
             "src/diffusion/",
             "src/networks/",
             "src/selfcheck/",
