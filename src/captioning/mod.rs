@@ -2,5 +2,7 @@
 
 pub mod blip;
 pub mod error;
+pub mod picture;
+pub mod taggers;
 
 pub use error::{CaptionError, MissingModel};
