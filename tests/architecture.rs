@@ -22,7 +22,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("datasets", &["store"]),
     ("access", &["store"]),
     ("webhooks", &["store"]),
-    ("models", &["diffusion"]),
+    ("models", &["captioning", "diffusion"]),
     (
         "runs",
         &[
@@ -35,6 +35,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
             "models",
             "selfcheck",
             "lettering",
+            "captioning",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -42,6 +43,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
         "api",
         &[
             "access",
+            "captioning",
             "datasets",
             "runs",
             "models",

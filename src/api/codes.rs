@@ -67,6 +67,10 @@ codes! {
     SubsetExists = "subset_exists", 409, "The dataset has a subset of this name";
     NothingUploaded = "nothing_uploaded", 422, "The upload holds no files";
 
+    // captions by models
+    CaptionerModelMissing = "captioner_model_missing", 409, "Files of the captioner's model are missing";
+    CaptioningJobNotFound = "captioning_job_not_found", 404, "There is no such captioning job";
+
     // models
     ModelNotFound = "model_not_found", 404, "There is no such base model";
 

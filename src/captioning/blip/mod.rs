@@ -22,7 +22,7 @@ pub const FILES: [&str; 4] = [
     "preprocessor_config.json",
 ];
 /// Where published ones are.
-const SOURCE: &str = "https://huggingface.co/Salesforce/blip-image-captioning-base (or -large)";
+pub const SOURCE: &str = "https://huggingface.co/Salesforce/blip-image-captioning-base (or -large)";
 
 /// A captioner, ready to use.
 #[derive(Debug)]
