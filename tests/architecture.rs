@@ -23,7 +23,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("datasets", &["store", "pictures"]),
     ("access", &["store"]),
     ("webhooks", &["store"]),
-    ("models", &["diffusion"]),
+    ("models", &["captioning", "diffusion"]),
     (
         "runs",
         &[
@@ -36,6 +36,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
             "models",
             "selfcheck",
             "lettering",
+            "captioning",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -43,6 +44,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
         "api",
         &[
             "access",
+            "captioning",
             "datasets",
             "runs",
             "models",

@@ -12,6 +12,7 @@ mod m20261125_000008_provenance;
 mod m20261125_000009_grids;
 mod m20261125_000010_guard;
 mod m20261128_000001_ingest;
+mod m20261128_000004_captioning;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -34,6 +35,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000009_grids::Migration),
             Box::new(m20261125_000010_guard::Migration),
             Box::new(m20261128_000001_ingest::Migration),
+            Box::new(m20261128_000004_captioning::Migration),
         ]
     }
 }

@@ -74,6 +74,10 @@ codes! {
     LengthRequired = "length_required", 411, "The request has to tell the length of its body";
     NothingUploaded = "nothing_uploaded", 422, "The upload holds no files";
 
+    // captions by models
+    CaptionerModelMissing = "captioner_model_missing", 409, "Files of the captioner's model are missing";
+    CaptioningJobNotFound = "captioning_job_not_found", 404, "There is no such captioning job";
+
     // models
     ModelNotFound = "model_not_found", 404, "There is no such base model";
 

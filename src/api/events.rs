@@ -4,6 +4,7 @@
 //! as well as one on this.
 
 use std::collections::VecDeque;
+use std::future::Future;
 use std::time::{Duration, Instant};
 
 use actix_web::http::header;
@@ -26,7 +27,7 @@ use super::limits::Limits;
 use super::problem::{Problem, ProblemBody};
 use crate::runs::{RunError, RunService, state};
 use crate::store::Store;
-use crate::store::runs::Event;
+use crate::store::runs::{Event, Run};
 
 /// After so long without an event a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -137,8 +138,21 @@ pub async fn stream_events(
     id: web::Path<Uuid>,
     query: Query<EventQuery>,
 ) -> Result<HttpResponse, Problem> {
-    let EventQuery { after, wait } = query.into_inner();
-    let as_list = wants_json(&request, wait.is_some());
+    let run = runs.get(id.into_inner());
+    follow(&request, &store, &feed, &limits, query.into_inner(), run).await
+}
+
+/// The events of what `found` finds among the runs.
+pub(super) async fn follow(
+    request: &HttpRequest,
+    store: &Store,
+    feed: &EventFeed,
+    limits: &Limits,
+    query: EventQuery,
+    found: impl Future<Output = Result<Run, RunError>>,
+) -> Result<HttpResponse, Problem> {
+    let EventQuery { after, wait } = query;
+    let as_list = wants_json(request, wait.is_some());
     let wait = wait.unwrap_or(0);
     if wait > MAX_WAIT_S {
         let message = format!("found {wait}, expected 0 to {MAX_WAIT_S}");
@@ -149,24 +163,24 @@ pub async fn stream_events(
             message,
         ));
     }
-    let last = last_event_id(&request)?.or(after).unwrap_or(0);
+    let last = last_event_id(request)?.or(after).unwrap_or(0);
     let place = limits.stream()?;
-    let run = runs.get(id.into_inner()).await?;
+    let run = found.await?;
     if as_list {
         let wait = Duration::from_secs(wait);
         return Ok(HttpResponse::Ok()
             .insert_header((header::CACHE_CONTROL, "no-store"))
-            .json(list_events(&store, &feed, run.id, last, wait).await?));
+            .json(list_events(store, feed, run.id, last, wait).await?));
     }
-    let waiting = rows(&store, run.id, last).await?;
+    let waiting = rows(store, run.id, last).await?;
     if waiting.is_empty() && state::has_ended(run.state) {
         return Ok(HttpResponse::NoContent().finish());
     }
     let seen = waiting.back().map_or(last, |frame| frame.seq);
     let subscription = Subscription {
-        store: store.get_ref().clone(),
+        store: store.clone(),
         tail: feed.subscribe(run.id, seen),
-        feed: feed.get_ref().clone(),
+        feed: feed.clone(),
         run_id: run.id,
         last,
         waiting,

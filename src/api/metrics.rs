@@ -130,7 +130,7 @@ async fn of_runs(store: &Store) -> Result<Registry, Problem> {
     let deliveries = deliveries.map_err(Problem::internal)?;
     let active = store.runs_in(&state::HELD).await;
     let mut active = active.map_err(Problem::internal)?;
-    active.retain(|run| run.grid_of.is_none());
+    active.retain(Run::trains);
     gauges(&by_state, &deliveries, &active).map_err(Problem::internal)
 }
 

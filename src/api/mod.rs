@@ -1,6 +1,10 @@
 //! The REST API: the only module that knows HTTP. One file per resource; the rules are in `openapi/CONVENTIONS.md`.
 
 pub mod auth;
+mod captioners;
+mod captioning_jobs;
+mod captioning_results;
+mod captioning_settings;
 pub mod codes;
 mod cors;
 pub mod datasets;
@@ -79,7 +83,10 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
     config.service(scope::scope("/v1").configure(|config| {
         config
             .configure(models::routes)
+            .configure(captioners::routes)
             .configure(datasets::routes)
+            .configure(captioning_jobs::routes)
+            .configure(captioning_results::routes)
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(upload_parts::routes)

@@ -15,9 +15,11 @@ const MADE: &str = "$response.body#/id";
 const FIRST: &str = "$response.body#/data/0/id";
 
 /// Operations that answer with ids: operation, status, place of the id, the parameter that takes it.
-const SOURCES: [(&str, &str, &str, &str); 13] = [
+const SOURCES: [(&str, &str, &str, &str); 15] = [
     ("create_dataset", "201", MADE, "dataset_id"),
     ("create_upload", "201", MADE, "upload_id"),
+    ("create_captioning_job", "202", MADE, "captioning_job_id"),
+    ("list_captioning_jobs", "200", FIRST, "captioning_job_id"),
     ("create_run", "201", MADE, "run_id"),
     ("extend_run", "201", MADE, "run_id"),
     ("create_webhook", "201", MADE, "webhook_id"),

@@ -19,6 +19,7 @@ use super::problem::{FieldError, Problem, ProblemBody};
 use super::run_resource::{Run, RunState};
 use super::run_settings::CreateRun;
 use super::tagged::tagged;
+use crate::captioning::CaptionError;
 use crate::runs::{Mismatch, NewRunRequest, RunError, RunService};
 use crate::store::Store;
 use crate::store::runs as rows;
@@ -253,6 +254,10 @@ impl From<RunError> for Problem {
             RunError::StillNeeded(_) => Self::new(Code::StillNeeded, text),
             RunError::NoPrompts => Self::new(Code::NoPrompts, text),
             RunError::NotExtendable(_) => Self::new(Code::NotExtendable, text),
+            RunError::CaptioningJobNotFound(_) => Self::new(Code::CaptioningJobNotFound, text),
+            RunError::Captioner(CaptionError::Missing(_)) => {
+                Self::new(Code::CaptionerModelMissing, text)
+            }
             RunError::GridNotFound(_) => Self::new(Code::GridNotFound, text),
             RunError::NotReproducible(_) => Self::new(Code::NotReproducible, text),
             RunError::InputsChanged(found) => {
@@ -267,6 +272,7 @@ impl From<RunError> for Problem {
             RunError::Models(_)
             | RunError::Task(_)
             | RunError::Spec(_)
+            | RunError::Captioner(_)
             | RunError::Resume(_)
             | RunError::Store(_) => Self::internal(text),
         }

@@ -1,7 +1,7 @@
 //! What can go wrong while a captioner is read or used.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::diffusion::LoadError;
 
@@ -14,6 +14,17 @@ pub enum CaptionError {
     /// A file of the model is broken, or does not fit the others.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// A file of a tagger is broken, too large, or does not fit the others.
+    #[error("{}: {reason}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// A picture cannot be read.
+    #[error("the picture cannot be used: {0}")]
+    Picture(String),
     /// A setting is out of its range, or the prefix leaves no room for a caption.
     #[error("`{setting}` {reason}")]
     Setting {
@@ -25,6 +36,15 @@ pub enum CaptionError {
     /// The caller has said to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl CaptionError {
+    pub(super) fn model(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Model {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
+    }
 }
 
 /// A model of which files are missing; its message says what to put where.

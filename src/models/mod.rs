@@ -18,6 +18,8 @@ use crate::diffusion::{LoadError, StableDiffusion};
 
 /// How deep folders are searched.
 const MAX_DEPTH: usize = 4;
+/// The folder of the model folder that has models of another kind.
+const CAPTIONERS: &str = crate::captioning::catalog::FOLDER;
 /// The most models that are listed; a folder with more is not a model folder.
 const MAX_MODELS: usize = 10_000;
 
@@ -85,6 +87,11 @@ impl ModelCatalog {
         }
     }
 
+    /// The model folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What tells the model apart by content, if that is known; reads no weights.
     pub fn known_digest(&self, model: &BaseModel) -> Option<ModelDigest> {
         self.digests.known(&model.path)
@@ -125,6 +132,9 @@ impl ModelCatalog {
                 source,
             })?;
         }
+        // What lies there makes captions.
+        let captioners = self.folder.join(CAPTIONERS);
+        paths.retain(|path| !path.starts_with(&captioners));
         paths.sort();
         Ok(paths
             .into_iter()

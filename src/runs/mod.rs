@@ -1,6 +1,7 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
 mod attempt;
+pub mod captioning;
 mod crash;
 mod folders;
 mod grid;
@@ -25,6 +26,7 @@ pub mod worker;
 
 pub use crate::store::runs::Room;
 pub use crate::training::guard::RolledBack;
+pub use captioning::{BlipChoice, CaptioningRequest, CaptioningSpec, Sampling};
 pub use crash::STORAGE_FULL;
 pub use folders::sweep_folders;
 pub use grid::{GridRequest, GridSpec};

@@ -74,6 +74,7 @@ impl RunService {
             continued_from: None,
             reproduction_of: Some(id),
             grid_of: None,
+            captioner: None,
             api_key_id,
             wanted_device: self.wanted_device(&spec.device).await?,
             priority: run.priority,

@@ -18,7 +18,7 @@ use self::writer::{Message, Writer};
 use super::memory::{MemoryPlan, outgrown};
 use super::origin::Difference;
 use crate::diffusion::device_memory::MemoryGauge;
-use crate::store::runs::{Progress, Run, RunFailure, Told, Wish, WorkerReport};
+use crate::store::runs::{Progress, Run, RunFailure, RunState, Told, Wish, WorkerReport};
 use crate::store::{Store, StoreError};
 use crate::training::{Control, ProgressSink, Report, Wishes};
 
@@ -90,6 +90,29 @@ impl Reporter {
             progress: Some(self.progress.clone()),
             ..WorkerReport::default()
         });
+        self.control()
+    }
+
+    /// Tells that pictures are captioned from now on.
+    pub fn captioning(&mut self) -> Control {
+        self.send(Message::State(RunState::Running));
+        "captioning".clone_into(&mut self.phase);
+        self.write(WorkerReport {
+            phase: Some(self.phase.clone()),
+            events: event("phase", json!({"phase": self.phase})),
+            ..WorkerReport::default()
+        });
+        self.control()
+    }
+
+    /// Whether the work goes on.
+    pub fn go_on(&self) -> Control {
+        self.control()
+    }
+
+    /// Notes how many pictures have captions, which the rows know already.
+    pub fn captioned(&mut self, done: u64) -> Control {
+        self.progress.step = done;
         self.control()
     }
 

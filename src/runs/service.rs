@@ -86,6 +86,7 @@ impl RunService {
                 continued_from: None,
                 reproduction_of: None,
                 grid_of: None,
+                captioner: None,
                 total_steps,
                 name,
                 spec: serde_json::to_string(&spec)?,
@@ -113,6 +114,11 @@ impl RunService {
             Ok::<_, RunError>(id)
         };
         Ok(Some(self.auto.get_or_try_init(ask).await?.clone()))
+    }
+
+    /// The device of those who name none.
+    pub(super) fn default_device(&self) -> &str {
+        &self.default_device
     }
 
     pub(super) fn models(&self) -> &ModelCatalog {
@@ -146,13 +152,13 @@ impl RunService {
     /// [`RunError::NotFound`].
     pub async fn get(&self, id: Uuid) -> Result<Run, RunError> {
         let row = self.row(id).await?;
-        match row.grid_of {
-            None => Ok(row),
-            Some(_) => Err(RunError::NotFound(id)),
+        match row.trains() {
+            true => Ok(row),
+            false => Err(RunError::NotFound(id)),
         }
     }
 
-    /// One run, or one grid.
+    /// One run, one grid, or one captioning job.
     pub(super) async fn row(&self, id: Uuid) -> Result<Run, RunError> {
         self.store.run(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::NotFound(id),

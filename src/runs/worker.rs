@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::attempt::{self, BeginError, Begun};
+use super::captioning;
 use super::folders;
 use super::grid_drawing;
 use super::liveness::{self, Alive};
@@ -196,12 +197,15 @@ pub fn work(runtime: &Runtime, parts: &WorkerParts, id: Uuid) -> Result<WorkerEn
     );
     // A panic in a driver or a library must end as a failed run, with its message.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let trained = match run.grid_of {
-            None => run_training(runtime, parts, &run, &mut reporter).map(|_| ()),
-            Some(_) => grid_drawing::draw(runtime, parts, &run, &mut reporter),
+        let trained = if run.captioner.is_some() {
+            captioning::work(runtime, parts, &run, &owner, &mut reporter)
+        } else if run.grid_of.is_some() {
+            grid_drawing::draw(runtime, parts, &run, &mut reporter)
+        } else {
+            run_training(runtime, parts, &run, &mut reporter).map(|_| ())
         };
         match reporter.finish() {
-            Ok(()) if trained.is_ok() && run.grid_of.is_none() => {
+            Ok(()) if trained.is_ok() && run.trains() => {
                 let concluded = runtime.block_on(attempt::conclude(store, id));
                 concluded.map_err(store_failed)?;
             }

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::rows::{dataset, image, run, subset};
 use super::{Store, StoreError, now_ms, time_of};
 
+pub(super) use images::change_captions;
 pub use images::{AddedImage, Image, ImageName, NewImage};
 
 /// A named set of subsets.
@@ -196,6 +197,13 @@ impl Store {
         let write = self.begin().await?;
         let row = dataset::Entity::find_by_id(id).one(&write).await?;
         check_revision(expected_revision, row.ok_or(StoreError::NotFound)?.revision)?;
+        // Captioning jobs go with their dataset; one that has not ended keeps it.
+        run::Entity::delete_many()
+            .filter(run::Column::DatasetId.eq(id))
+            .filter(run::Column::Captioner.is_not_null())
+            .filter(run::Column::FinishedAtMs.is_not_null())
+            .exec(&write)
+            .await?;
         // SQLite reports a restricting key as a failed trigger, so it is asked beforehand; the write lock is ours.
         let used = run::Entity::find()
             .select_only()

@@ -1,8 +1,9 @@
 //! Counts for those who watch the service.
 
-use sea_orm::{EntityTrait as _, QueryFilter as _, QuerySelect as _};
+use sea_orm::{EntityTrait as _, QuerySelect as _};
 
 use super::rows::{run, webhook_delivery};
+use super::runs::trainings;
 use super::{Store, StoreError};
 
 impl Store {
@@ -11,11 +12,10 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn count_runs_by_state(&self) -> Result<Vec<(String, i64)>, StoreError> {
-        let counts = run::Entity::find()
+        let counts = trainings(run::Entity::find())
             .select_only()
             .column(run::Column::State)
             .column_as(sea_orm::ColumnTrait::count(&run::Column::Id), "count")
-            .filter(sea_orm::ColumnTrait::is_null(&run::Column::GridOf))
             .group_by(run::Column::State)
             .into_tuple()
             .all(&self.db)

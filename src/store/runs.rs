@@ -1,6 +1,7 @@
 //! Rows of runs: the state and its lease, events, metrics and samples. Which changes are allowed is `runs`' business;
 //! here every change of a state is conditional on the states it may come from.
 
+mod captioning;
 mod claims;
 mod deletion;
 mod provenance;
@@ -22,6 +23,7 @@ use uuid::Uuid;
 use super::rows::{run, run_event};
 use super::{Store, StoreError, now_ms, time_of, webhooks};
 
+pub use captioning::{CaptionCounts, CaptionOutcome, CaptionResult, JobProgress, JobResult};
 pub use claims::{Claim, Lease, NewLora, Progress, WorkerReport};
 pub use deletion::StillNeeded;
 pub use provenance::Attempt;
@@ -155,6 +157,8 @@ pub struct Run {
     pub reproduction: Option<String>,
     /// The run whose LoRA files it draws: then it is a grid, and no run to its users.
     pub grid_of: Option<Uuid>,
+    /// What captions its dataset's images: then it is a captioning job, and no run to its users.
+    pub captioner: Option<String>,
     /// What the worker does.
     pub phase: Option<String>,
     /// Optimizer steps done.
@@ -181,6 +185,13 @@ pub struct Run {
     pub started_at: Option<OffsetDateTime>,
     /// When it ended.
     pub finished_at: Option<OffsetDateTime>,
+}
+
+impl Run {
+    /// Whether it trains: it is neither a grid nor a captioning job.
+    pub fn trains(&self) -> bool {
+        self.grid_of.is_none() && self.captioner.is_none()
+    }
 }
 
 /// A worker, as the row of its run has it.
@@ -228,6 +239,8 @@ pub struct NewRun {
     pub reproduction_of: Option<Uuid>,
     /// See [`Run::grid_of`].
     pub grid_of: Option<Uuid>,
+    /// See [`Run::captioner`].
+    pub captioner: Option<String>,
     /// See [`Run::priority`].
     pub priority: i32,
     /// See [`Run::api_key_id`].
@@ -270,7 +283,7 @@ pub struct RunFilter {
 
 impl RunFilter {
     fn apply(self, query: Select<run::Entity>) -> Select<run::Entity> {
-        let mut query = query.filter(run::Column::GridOf.is_null());
+        let mut query = trainings(query);
         if let Some(state) = self.state {
             query = query.filter(run::Column::State.eq(state.as_str()));
         }
@@ -315,6 +328,7 @@ impl Store {
             continued_from: Set(new.continued_from),
             reproduction_of: Set(new.reproduction_of),
             grid_of: Set(new.grid_of),
+            captioner: Set(new.captioner),
             priority: Set(new.priority),
             total_steps: Set(new.total_steps.map(signed)),
             api_key_id: Set(new.api_key_id),
@@ -613,6 +627,13 @@ async fn append(
     webhooks::enqueue(transaction, run_id, seq, kind, data).await
 }
 
+/// Only what trains: neither grids nor captioning jobs.
+pub(super) fn trainings(query: Select<run::Entity>) -> Select<run::Entity> {
+    query
+        .filter(run::Column::GridOf.is_null())
+        .filter(run::Column::Captioner.is_null())
+}
+
 fn words(states: &[RunState]) -> Vec<&'static str> {
     states.iter().map(|state| state.as_str()).collect()
 }
@@ -673,6 +694,7 @@ fn read(row: run::Model) -> Result<Run, StoreError> {
         reproduction_of: row.reproduction_of,
         reproduction: row.reproduction,
         grid_of: row.grid_of,
+        captioner: row.captioner,
         phase: row.phase,
         step: unsigned(row.step),
         total_steps: row.total_steps.map(unsigned),

@@ -1,5 +1,7 @@
 //! The program as a whole, as a newcomer meets it: the demo, and what is left after processes are killed.
 
+#[cfg(unix)]
+mod captioning;
 mod crowd;
 mod demo;
 #[cfg(unix)]

@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use crate::captioning::CaptionError;
 use crate::models::ModelFolderError;
 use crate::runs::reproduction::Mismatch;
 use crate::store::StoreError;
@@ -77,6 +78,12 @@ pub enum RunError {
     /// There is no such grid.
     #[error("the run has no grid {0}")]
     GridNotFound(Uuid),
+    /// There is no such captioning job.
+    #[error("the dataset has no captioning job {0}")]
+    CaptioningJobNotFound(Uuid),
+    /// A captioner cannot be used.
+    #[error(transparent)]
+    Captioner(#[from] CaptionError),
     /// It cannot be deleted yet.
     #[error("{}", why(.0))]
     StillNeeded(StillNeeded),

@@ -69,6 +69,7 @@ impl RunService {
                 continued_from: Some(id),
                 reproduction_of: None,
                 grid_of: None,
+                captioner: None,
                 priority: run.priority,
                 api_key_id,
                 wanted_device: self.wanted_device(&spec.device).await?,

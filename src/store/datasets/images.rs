@@ -274,6 +274,34 @@ async fn named<C: ConnectionTrait>(db: &C, row: image::Model) -> Result<Image, S
     Ok(Image::of(row, subset.name))
 }
 
+/// Asks `decide` about each image by its place in `ids`, with the caption that it has at that moment or `None` when the
+/// image is gone, and writes the captions that it gives: the one way by which jobs change captions.
+pub(in crate::store) async fn change_captions<C: ConnectionTrait>(
+    write: &C,
+    dataset_id: Uuid,
+    ids: &[Uuid],
+    mut decide: impl FnMut(usize, Option<Option<&str>>) -> Option<String>,
+) -> Result<(), StoreError> {
+    let mut touched = false;
+    for (index, id) in ids.iter().enumerate() {
+        let row = image::Entity::find_by_id(*id)
+            .filter(image::Column::DatasetId.eq(dataset_id))
+            .lock_exclusive();
+        let row = row.one(write).await?;
+        let caption = decide(index, row.as_ref().map(|row| row.caption.as_deref()));
+        if let (Some(row), Some(caption)) = (row, caption)
+            && row.caption.as_deref() != Some(&caption)
+        {
+            if !touched {
+                touch(write, dataset_id).await?;
+                touched = true;
+            }
+            write_caption(write, row, Some(caption)).await?;
+        }
+    }
+    Ok(())
+}
+
 /// A caption that says the same is no change: the revision, and with it the ETag, stays.
 async fn write_caption<C: ConnectionTrait>(
     write: &C,

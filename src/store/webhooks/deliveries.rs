@@ -111,14 +111,14 @@ pub(in crate::store) async fn enqueue(
     if hooks.is_empty() {
         return Ok(());
     }
-    let grid: Option<Option<Uuid>> = run::Entity::find_by_id(run_id)
+    let aside: Option<(Option<Uuid>, Option<String>)> = run::Entity::find_by_id(run_id)
         .select_only()
-        .column(run::Column::GridOf)
+        .columns([run::Column::GridOf, run::Column::Captioner])
         .into_tuple()
         .one(transaction)
         .await?;
-    if grid.flatten().is_some() {
-        return Ok(()); // a grid is no run to those who listen
+    if aside.is_some_and(|(grid, captioner)| grid.is_some() || captioner.is_some()) {
+        return Ok(()); // neither a grid nor a captioning job is a run to those who listen
     }
     let event_type = match (kind, data["state"].as_str()) {
         ("state", Some(state)) => format!("run.{state}"),

@@ -1,0 +1,156 @@
+//! A picture as a tagger sees it: padded to a square and resized, as the taggers' own programs do it.
+
+use std::ops::Range;
+
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::{Rgb, RgbImage};
+
+/// Prepares a picture for a WD tagger: white on both sides until it is a square, averaged areas when it shrinks, Lanczos
+/// (Pillow's) when it grows; BGR, 0 to 255.
+///
+/// As `tag_images_by_wd14_tagger.py` of sd-scripts.
+///
+/// # Errors
+/// When the picture is empty.
+pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Result<Vec<f32>, String> {
+    let side = picture.width().max(picture.height());
+    let mut square = RgbImage::from_pixel(side, side, Rgb([255; 3]));
+    let left = (side - picture.width()) / 2;
+    let top = (side - picture.height()) / 2;
+    image::imageops::replace(&mut square, picture, left.into(), top.into());
+    let target = (pixels(width), pixels(height));
+    let bytes = if side > target.0.max(target.1) {
+        let values = area(&square, width, height);
+        values
+            .into_iter()
+            .map(|value| value.round_ties_even())
+            .collect()
+    } else {
+        lanczos(&square, target)?
+    };
+    Ok(bgr(bytes))
+}
+
+/// Prepares a picture for DeepDanbooru: as large as fits, by averaged areas also when it grows, in the middle, its edges
+/// repeated to the border; RGB, 0 to 1.
+///
+/// As `load_image_for_evaluate` and `transform_and_pad_image` of DeepDanbooru.
+pub fn for_deepdanbooru(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
+    let (own_width, own_height) = (f64::from(picture.width()), f64::from(picture.height()));
+    let scale = (width as f64 / own_width).min(height as f64 / own_height);
+    let fit = |side: f64| ((side * scale).round_ties_even() as usize).max(1);
+    let (inner_width, inner_height) = (fit(own_width), fit(own_height));
+    let resized = area(picture, inner_width, inner_height);
+    // An odd rest puts pixels between two of the resized picture.
+    let columns = placed(inner_width, width);
+    let rows = placed(inner_height, height);
+    let mut target = Vec::with_capacity(width * height * 3);
+    for row in &rows {
+        for column in &columns {
+            for channel in 0..3 {
+                let mut value = 0.0;
+                for (y, part_y) in row {
+                    for (x, part_x) in column {
+                        value += part_y * part_x * resized[(y * inner_width + x) * 3 + channel];
+                    }
+                }
+                target.push(value / 255.0);
+            }
+        }
+    }
+    target
+}
+
+/// For each of `outer` positions the two of `inner` that it lies between, and their shares, when `inner` is in the middle.
+fn placed(inner: usize, outer: usize) -> Vec<[(usize, f32); 2]> {
+    let before = (outer as f64 - inner as f64) / 2.0;
+    let last = inner - 1;
+    let within = |at: f64| (at.max(0.0) as usize).min(last);
+    (0..outer)
+        .map(|index| {
+            let at = index as f64 - before;
+            let share = (at - at.floor()) as f32;
+            [
+                (within(at.floor()), 1.0 - share),
+                (within(at.floor() + 1.0), share),
+            ]
+        })
+        .collect()
+}
+
+/// Each target pixel is the mean of the source area that it covers (OpenCV's and TensorFlow's `AREA`).
+fn area(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
+    let columns = covered(picture.width() as usize, width);
+    let rows = covered(picture.height() as usize, height);
+    let stride = picture.width() as usize * 3;
+    let source = picture.as_raw();
+    let mut target = Vec::with_capacity(width * height * 3);
+    let mut sums = vec![0.0_f32; width * 3];
+    for (first, shares) in &rows {
+        sums.fill(0.0);
+        for (line, share_y) in source[first * stride..].chunks(stride).zip(shares) {
+            for (sum, (first, shares)) in sums.chunks_exact_mut(3).zip(&columns) {
+                let mut pixel = [0.0_f32; 3];
+                for (bytes, share_x) in line[first * 3..].chunks_exact(3).zip(shares) {
+                    for (value, byte) in pixel.iter_mut().zip(bytes) {
+                        *value += f32::from(*byte) * share_x;
+                    }
+                }
+                for (total, value) in sum.iter_mut().zip(pixel) {
+                    *total += value * share_y;
+                }
+            }
+        }
+        target.extend_from_slice(&sums);
+    }
+    target
+}
+
+/// For each target position the first source position that it covers, and the shares of that and those after it.
+fn covered(source: usize, target: usize) -> Vec<(usize, Vec<f32>)> {
+    let scale = source as f64 / target as f64;
+    (0..target)
+        .map(|index| {
+            let start = index as f64 * scale;
+            let end = (start + scale).min(source as f64);
+            let positions: Range<usize> = start.floor() as usize..end.ceil() as usize;
+            let part = |at: usize| end.min(at as f64 + 1.0) - start.max(at as f64);
+            // A sliver is rounding, not coverage.
+            let kept: Vec<usize> = positions
+                .filter(|at| part(*at) > 1e-3 * scale.min(1.0))
+                .collect();
+            let whole: f64 = kept.iter().map(|at| part(*at)).sum();
+            let shares = kept.iter().map(|at| (part(*at) / whole) as f32);
+            (kept.first().copied().unwrap_or(0), shares.collect())
+        })
+        .collect()
+}
+
+fn lanczos(picture: &RgbImage, (width, height): (u32, u32)) -> Result<Vec<f32>, String> {
+    let (own_width, own_height) = picture.dimensions();
+    let source = ImageRef::new(own_width, own_height, picture.as_raw(), PixelType::U8x3)
+        .map_err(|error| error.to_string())?;
+    let mut target = Image::new(width, height, PixelType::U8x3);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
+    Resizer::new()
+        .resize(&source, &mut target, &options)
+        .map_err(|error| error.to_string())?;
+    Ok(target
+        .buffer()
+        .iter()
+        .map(|byte| f32::from(*byte))
+        .collect())
+}
+
+fn bgr(mut values: Vec<f32>) -> Vec<f32> {
+    for pixel in values.chunks_exact_mut(3) {
+        pixel.swap(0, 2);
+    }
+    values
+}
+
+/// Sides of networks are far below 2³².
+fn pixels(side: usize) -> u32 {
+    u32::try_from(side).unwrap_or(u32::MAX)
+}
