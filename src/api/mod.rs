@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod codes;
+mod colors;
 mod cors;
 pub mod datasets;
 pub mod decode;

@@ -5,17 +5,25 @@
 //! folder knows a model.
 
 mod area;
+mod augment;
 mod buckets;
+mod correction;
+mod crop;
 mod epoch;
 mod pixels;
 mod tensor_cache;
+mod tint;
 
 use std::path::PathBuf;
 
+pub use augment::Augment;
 pub use buckets::{BucketSettings, Placement};
+pub use correction::{ColorCorrection, Tables, Tones, set_median};
+pub use crop::{CropMode, Energy, Window};
 pub use epoch::{Batch, EpochPlan};
-pub use pixels::{Pixels, load_pixels};
+pub use pixels::{Look, Pixels, decode, frame, load_pixels, resize};
 pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};
+pub use tint::Tint;
 
 /// One picture to train on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +44,10 @@ pub struct TrainingImage {
     pub repeats: u32,
     /// Whether it shows the class in general (DreamBooth's prior preservation) instead of the subject.
     pub regularization: bool,
+    /// What may be changed about it each time it is shown.
+    pub augment: Augment,
+    /// What is done to its colours.
+    pub correction: Option<ColorCorrection>,
 }
 
 /// Data that cannot be trained on.

@@ -12,7 +12,7 @@ use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
 use super::rules::{Checker, SubsetWords};
-use crate::store::datasets::{Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
+use crate::store::datasets::{Correction, Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
 use crate::store::{Store, StoreError};
 
 /// Datasets, their subsets and images. Cloning is cheap.
@@ -72,6 +72,29 @@ impl DatasetService {
             (dataset, counts)
         });
         Ok(counted.collect())
+    }
+
+    /// Replaces a dataset's name and colour correction; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::InvalidDataset`], [`DatasetError::DatasetNotFound`], [`DatasetError::Changed`].
+    pub async fn update(
+        &self,
+        id: Uuid,
+        name: &str,
+        color_correction: Option<Correction>,
+        expected: Option<i64>,
+    ) -> Result<(Dataset, DatasetCounts), DatasetError> {
+        Checker::default()
+            .name("name", name)
+            .finish()
+            .map_err(DatasetError::InvalidDataset)?;
+        let updated = self
+            .store
+            .update_dataset(id, name, color_correction, expected);
+        let updated = updated.await;
+        updated.map_err(|error| missing(error, DatasetError::DatasetNotFound(id)))?;
+        self.get(id).await
     }
 
     /// Deletes a dataset with everything in it; with an expected revision only at that revision.
@@ -190,6 +213,23 @@ impl DatasetService {
         }
         let updated = self.store.set_caption(image_id, caption, expected).await;
         updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+    }
+
+    /// Says what is done to an image's colours; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
+    pub async fn set_color_correction(
+        &self,
+        image_id: Uuid,
+        color_correction: Option<Correction>,
+        expected: Option<i64>,
+    ) -> Result<Image, DatasetError> {
+        let set = self
+            .store
+            .set_color_correction(image_id, color_correction, expected);
+        let set = set.await;
+        set.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
     }
 
     /// Deletes an image; with an expected revision only at that revision.

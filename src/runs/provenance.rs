@@ -7,6 +7,7 @@ use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::dataloader::ColorCorrection;
 use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
 use super::spec::{RunSpec, SnapshotImage};
 use crate::store::runs::{Attempt, Metric, Run};
@@ -85,6 +86,9 @@ pub struct PinnedImage {
     pub repeats: u32,
     /// Whether it shows the class in general.
     pub regularization: bool,
+    /// What is done to its colours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub color_correction: Option<ColorCorrection>,
 }
 
 /// One worker of a run.
@@ -165,6 +169,7 @@ impl Inputs {
             subset: image.subset.clone(),
             repeats: image.repeats,
             regularization: image.regularization,
+            color_correction: image.color_correction,
         });
         let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
             (Some(materials.base_model), materials.plugins)

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use time::OffsetDateTime;
 
-use crate::dataloader::BucketSettings;
+use crate::dataloader::{BucketSettings, ColorCorrection};
 use crate::training::TrainSettings;
 
 /// The folder of a run's resume points, below its own.
@@ -51,4 +51,7 @@ pub struct SnapshotImage {
     pub repeats: u32,
     /// Whether it shows the class in general.
     pub regularization: bool,
+    /// What is done to its colours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub color_correction: Option<ColorCorrection>,
 }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use image::{Rgb, RgbImage};
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, TensorCache, TrainingImage};
 use crate::diffusion::StableDiffusion;
-use crate::training::data::{LatentEncoder, TrainingSet, read};
+use crate::training::data::{LatentEncoder, Looks, TrainingSet, read};
 use crate::training::goldens::{fixture, load_model};
 use crate::training::progress::Phase;
 use crate::training::text::Captions;
@@ -46,6 +46,8 @@ impl Place {
             caption: String::new(),
             repeats: 1,
             regularization: false,
+            augment: Augment::default(),
+            correction: None,
         }
     }
 
@@ -81,9 +83,12 @@ impl Place {
             cache: Some(self.cache()),
             base_model: fixture("diffusers"),
         };
-        let mut encoder = LatentEncoder::new(model, &Device::flex(), &set, seed);
+        let looks = Looks::new(&set).expect("pictures");
+        let mut encoder = LatentEncoder::new(model, &Device::flex(), &set, looks, seed);
         let latents = images.iter().map(|image| {
-            let latents = encoder.encode(image, (side_px, side_px)).expect("latents");
+            let latents = encoder
+                .encode(image, (side_px, side_px), false)
+                .expect("latents");
             bits(&latents.values)
         });
         Encoded {

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use image::{Rgb, RgbImage};
 use time::OffsetDateTime;
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, CropMode, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
@@ -135,6 +135,8 @@ fn pictures(folder: &Path) -> TrainingSet {
             caption: format!("colour {index}"),
             repeats: 2,
             regularization: index == 4,
+            augment: Augment::default(),
+            correction: None,
         }
     });
     TrainingSet {
@@ -148,6 +150,7 @@ fn pictures(folder: &Path) -> TrainingSet {
             max_px: 64,
             step_px: 64,
             no_upscale: false,
+            crop: CropMode::Centre,
         },
         cache: TensorCache::open(&folder.join("cache"), u64::MAX).ok(),
         base_model: fixture("tiny-sd15-ldm.safetensors"),

@@ -3,12 +3,13 @@
 use uuid::Uuid;
 
 use super::{RunError, RunProblem, RunService, recorded_at};
-use crate::dataloader::BucketSettings;
+use crate::dataloader::{BucketSettings, ColorCorrection};
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::BaseModel;
 use crate::plugin_host::SettingError;
 use crate::runs::spec::{RunSpec, SnapshotImage};
 use crate::store::StoreError;
+use crate::store::datasets::Correction;
 use crate::training::{PluginChoice, TrainSettings};
 
 /// Longest name of a run, in characters.
@@ -137,7 +138,7 @@ impl RunService {
     /// The images of the dataset as they are now.
     async fn snapshot(&self, request: &NewRunRequest) -> Result<Vec<SnapshotImage>, RunError> {
         let id = request.dataset_id;
-        self.store.dataset(id).await.map_err(|error| match error {
+        let dataset = self.store.dataset(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::DatasetNotFound(id),
             other => other.into(),
         })?;
@@ -160,9 +161,22 @@ impl RunService {
                     subset: subset.name,
                     repeats: subset.repeats,
                     regularization: subset.is_reg,
+                    color_correction: color_correction(
+                        image.color_correction.or(dataset.color_correction),
+                    ),
                 }
             })
             .collect())
+    }
+}
+
+/// What rows say of colours, for whoever decodes pictures.
+pub fn color_correction(said: Option<Correction>) -> Option<ColorCorrection> {
+    match said? {
+        Correction::Off => None,
+        Correction::AutoLevels => Some(ColorCorrection::AutoLevels),
+        Correction::GreyWorld => Some(ColorCorrection::GreyWorld),
+        Correction::MatchMedian => Some(ColorCorrection::MatchMedian),
     }
 }
 

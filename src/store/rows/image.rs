@@ -16,6 +16,7 @@ pub struct Model {
     pub width_px: i32,
     pub height_px: i32,
     pub caption: Option<String>,
+    pub color_correction: Option<String>,
     pub revision: i64,
     pub created_at_ms: i64,
     pub updated_at_ms: i64,
