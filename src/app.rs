@@ -23,6 +23,7 @@ use crate::datasets::DatasetService;
 use crate::datasets::limits::Limits;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
+use crate::preparation::PreparationService;
 use crate::runs::{
     self, CacheFolder, Room, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts,
 };
@@ -144,6 +145,8 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         wake.clone(),
     );
     let command = worker_command(&config)?;
+    let uploaded = Arc::new(Notify::new());
+    let preparation = PreparationService::new(store.clone(), uploaded.clone());
 
     let send = Arc::new(Notify::new());
     let services = Services {
@@ -161,7 +164,8 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         metrics: HttpMetrics::new()?,
         logs: LogFolder(command.log_dir.clone()),
         store: store.clone(),
-        datasets: DatasetService::new(store.clone(), Limits::default()),
+        datasets: DatasetService::new(store.clone(), Limits::default()).telling(uploaded),
+        preparation: preparation.clone(),
         models,
         runs,
         plugins,
@@ -175,12 +179,14 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let http = HttpService::listen(config.bind, config.http_workers, services)
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
+    let measurer = tokio::spawn(preparation.measure_in_background());
     let sender = tokio::spawn(message_sender(&config, &store, send).run());
     let extendable = Duration::from_secs(config.extendable_days.saturating_mul(24 * 60 * 60));
     let sweeper = tokio::spawn(sweep(store, extendable));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
+    measurer.abort();
     supervisor.stop().await;
     sender.abort(); // the last events of workers had their chance; what is left is sent after the next start
     Ok(ended?)
@@ -223,6 +229,9 @@ async fn sweep(store: Store, extendable: Duration) {
         period.tick().await; // the first one is now
         if let Err(error) = store.forget_deliveries(DELIVERIES_KEPT).await {
             tracing::error!(%error, "forgetting messages that were sent long ago");
+        }
+        if let Err(error) = store.forget_picture_measures().await {
+            tracing::error!(%error, "forgetting measures of pictures that are gone");
         }
         match store.sweep_blobs(NAMELESS).await {
             Ok(Swept { blobs: 0, .. }) => {}

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 21] = [
+const MAY_USE: [(&str, &[&str]); 22] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("lettering", &[]),
@@ -19,6 +19,8 @@ const MAY_USE: [(&str, &[&str]); 21] = [
     ("plugin_host", &["training"]),
     ("store", &[]),
     ("datasets", &["store"]),
+    // Of `diffusion` only the tokenizer.
+    ("preparation", &["store", "dataloader", "diffusion"]),
     ("access", &["store"]),
     ("webhooks", &["store"]),
     ("models", &["diffusion"]),
@@ -34,6 +36,7 @@ const MAY_USE: [(&str, &[&str]); 21] = [
             "models",
             "selfcheck",
             "lettering",
+            "preparation",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -49,6 +52,7 @@ const MAY_USE: [(&str, &[&str]); 21] = [
             "diffusion",
             "selfcheck",
             "webhooks",
+            "preparation",
         ],
     ),
     (

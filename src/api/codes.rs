@@ -65,6 +65,7 @@ codes! {
     InvalidSubset = "invalid_subset", 422, "The subset's description has a wrong value";
     InvalidCaption = "invalid_caption", 422, "The caption cannot be kept";
     SubsetExists = "subset_exists", 409, "The dataset has a subset of this name";
+    ImageUnreadable = "image_unreadable", 409, "The image cannot be decoded";
     NothingUploaded = "nothing_uploaded", 422, "The upload holds no files";
 
     // models

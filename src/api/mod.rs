@@ -10,6 +10,7 @@ pub mod download;
 pub mod event_feed;
 mod events;
 pub mod extract;
+mod framing;
 pub mod idempotency;
 pub mod images;
 pub mod limits;
@@ -28,7 +29,9 @@ pub mod origin;
 pub mod page;
 pub mod patch;
 pub mod plugins;
+mod previews;
 pub mod problem;
+mod reports;
 pub mod run_actions;
 pub mod run_grids;
 mod run_judging;
@@ -82,6 +85,8 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(datasets::routes)
             .configure(images::routes)
             .configure(uploads::routes)
+            .configure(previews::routes)
+            .configure(reports::routes)
             .configure(runs::routes)
             .configure(run_metrics::routes)
             .configure(run_samples::routes)

@@ -271,7 +271,12 @@ mod tests {
                     resized: pair(&select["resized"]),
                 };
                 assert_eq!(placement, expected, "{image:?} with {settings:?}");
-                let crop: Vec<f64> = select["crop_ltrb"].as_array().unwrap().iter().map(|side| side.as_f64().unwrap()).collect();
+                let crop: Vec<f64> = select["crop_ltrb"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|side| side.as_f64().unwrap())
+                    .collect();
                 let found = placement.crop_ltrb(image.0, image.1);
                 assert_eq!(found.as_slice(), crop, "{image:?} with {settings:?}");
                 compared += 1;

@@ -196,7 +196,10 @@ mod tests {
         let moved = full.pixels().zip(kept.pixels());
         assert!(moved.clone().all(|(a, b)| a.0[0].abs_diff(b.0[0]) <= 2));
         let single = RgbImage::from_pixel(4, 4, Rgb([90, 91, 92]));
-        assert_eq!(corrected(&single, ColorCorrection::AutoLevels, [0; 3]), single);
+        assert_eq!(
+            corrected(&single, ColorCorrection::AutoLevels, [0; 3]),
+            single
+        );
     }
 
     #[test]
@@ -212,7 +215,8 @@ mod tests {
         let target = set_median(&[[100, 120, 90], [10, 120, 200], [200, 130, 95]]);
         assert_eq!(target, [100, 120, 95]);
         let picture = ramp(60, 160, [0, 10, 20]);
-        let medians = Tones::of(&corrected(&picture, ColorCorrection::MatchMedian, target)).medians();
+        let medians =
+            Tones::of(&corrected(&picture, ColorCorrection::MatchMedian, target)).medians();
         for (found, wanted) in medians.into_iter().zip(target) {
             assert!(found.abs_diff(wanted) <= 1, "{medians:?}");
         }

@@ -209,7 +209,11 @@ mod tests {
     fn subject_at(left: u32) -> RgbImage {
         RgbImage::from_fn(1000, 500, |x, y| {
             let inside = (left..left + 200).contains(&x) && (150..350).contains(&y);
-            Rgb([if inside && (x / 10 + y / 10) % 2 == 0 { 220 } else { 90 }; 3])
+            Rgb([if inside && (x / 10 + y / 10) % 2 == 0 {
+                220
+            } else {
+                90
+            }; 3])
         })
     }
 

@@ -1,8 +1,10 @@
 //! What can be done with datasets: the rules between the API and the rows. Uploads are in `ingest`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tempfile::TempDir;
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::captions;
@@ -12,7 +14,9 @@ use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
 use super::rules::{Checker, SubsetWords};
-use crate::store::datasets::{Correction, Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
+use crate::store::datasets::{
+    Correction, Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings,
+};
 use crate::store::{Store, StoreError};
 
 /// Datasets, their subsets and images. Cloning is cheap.
@@ -20,11 +24,23 @@ use crate::store::{Store, StoreError};
 pub struct DatasetService {
     store: Store,
     limits: Limits,
+    /// Whoever looks at pictures that have come.
+    uploaded: Arc<Notify>,
 }
 
 impl DatasetService {
     pub fn new(store: Store, limits: Limits) -> Self {
-        Self { store, limits }
+        Self {
+            store,
+            limits,
+            uploaded: Arc::default(),
+        }
+    }
+
+    /// The same, telling somebody of every upload.
+    #[must_use]
+    pub fn telling(self, uploaded: Arc<Notify>) -> Self {
+        Self { uploaded, ..self }
     }
 
     /// What an upload may hold.
@@ -279,6 +295,12 @@ impl DatasetService {
         self.exists(dataset_id).await?;
         let (store, limits) = (self.store.clone(), self.limits);
         let work = ingest::ingest(store, limits, dataset_id, files, choice, scratch);
+        let uploaded = self.uploaded.clone();
+        let work = async move {
+            let reports = work.await;
+            uploaded.notify_one();
+            reports
+        };
         let reports = tokio::spawn(work).await??;
         let summary = Summary::of(&reports);
         Ok((reports, summary))

@@ -245,7 +245,10 @@ impl TrainingRecord {
         put("flip_aug", boolean(self.flip_aug));
         put("color_aug", boolean(self.color_aug));
         put("random_crop", boolean(self.random_crop));
-        put("cache_latents", boolean(!self.color_aug && !self.random_crop));
+        put(
+            "cache_latents",
+            boolean(!self.color_aug && !self.random_crop),
+        );
         put("dataset_dirs", dataset_dirs(&self.subsets));
         put("reg_dataset_dirs", dataset_dirs(&self.reg_subsets));
         let tags: Vec<_> = self.subsets.iter().chain(&self.reg_subsets).collect();

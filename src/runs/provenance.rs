@@ -7,9 +7,9 @@ use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::dataloader::ColorCorrection;
 use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
 use super::spec::{RunSpec, SnapshotImage};
+use crate::dataloader::ColorCorrection;
 use crate::store::runs::{Attempt, Metric, Run};
 use crate::store::{Store, StoreError};
 

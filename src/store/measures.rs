@@ -51,11 +51,13 @@ impl Store {
         measures: Vec<(String, String)>,
     ) -> Result<(), StoreError> {
         for part in measures.chunks(ROWS_AT_ONCE) {
-            let rows = part.iter().map(|(sha256, measures)| picture_measure::ActiveModel {
-                sha256: Set(sha256.clone()),
-                format: Set(format),
-                measures: Set(measures.clone()),
-            });
+            let rows = part
+                .iter()
+                .map(|(sha256, measures)| picture_measure::ActiveModel {
+                    sha256: Set(sha256.clone()),
+                    format: Set(format),
+                    measures: Set(measures.clone()),
+                });
             let replace = OnConflict::column(picture_measure::Column::Sha256)
                 .update_columns([
                     picture_measure::Column::Format,

@@ -10,8 +10,8 @@ use rand_chacha::ChaCha12Rng;
 use rayon::prelude::*;
 
 use crate::dataloader::{
-    Augment, Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode, EpochPlan,
-    Look, TensorCache, Tones, TrainingImage, Window, decode, load_pixels, set_median,
+    Augment, Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode,
+    EpochPlan, Look, TensorCache, Tones, TrainingImage, Window, decode, load_pixels, set_median,
 };
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
@@ -191,7 +191,9 @@ impl<'a> LatentEncoder<'a> {
     ) -> Result<HostMoments, TrainError> {
         let Some((cache, encoder)) = &self.cache else {
             self.encoded += 1;
-            return self.looks.run_vae(self.model, &self.device, image, bucket, look);
+            return self
+                .looks
+                .run_vae(self.model, &self.device, image, bucket, look);
         };
         let config = self.model.vae_config();
         let [width, height] = [bucket.0, bucket.1].map(|side| side as usize / config.factor());
@@ -206,7 +208,9 @@ impl<'a> LatentEncoder<'a> {
                 logvar,
             });
         }
-        let moments = self.looks.run_vae(self.model, &self.device, image, bucket, look)?;
+        let moments = self
+            .looks
+            .run_vae(self.model, &self.device, image, bucket, look)?;
         let tensor = |name, values| CachedTensor {
             name,
             shape: &moments.shape,
@@ -222,7 +226,6 @@ impl<'a> LatentEncoder<'a> {
         self.encoded += 1;
         Ok(moments)
     }
-
 }
 
 /// How the images of a set look when nothing is drawn.

@@ -37,7 +37,11 @@ impl Augment {
         let tint = Tint::draw(&mut rng);
         Look {
             flipped: self.flip && flipped,
-            window: if self.random_crop { window } else { usual.window },
+            window: if self.random_crop {
+                window
+            } else {
+                usual.window
+            },
             tint: tint.filter(|_| self.color),
             correction: usual.correction,
         }
@@ -72,7 +76,14 @@ mod tests {
     #[test]
     fn one_setting_does_not_change_what_another_gets() {
         for number in 0..50 {
-            let (all, flips) = (draw(ALL, 1, number), Augment { color: false, random_crop: false, ..ALL });
+            let (all, flips) = (
+                draw(ALL, 1, number),
+                Augment {
+                    color: false,
+                    random_crop: false,
+                    ..ALL
+                },
+            );
             let alone = draw(flips, 1, number);
             assert_eq!(alone.flipped, all.flipped);
             assert_eq!((alone.window, alone.tint), (Window::Centre, None));

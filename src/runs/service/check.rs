@@ -3,13 +3,13 @@
 use uuid::Uuid;
 
 use super::{RunError, RunProblem, RunService, recorded_at};
-use crate::dataloader::{BucketSettings, ColorCorrection};
+use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::BaseModel;
 use crate::plugin_host::SettingError;
+use crate::preparation::color_correction;
 use crate::runs::spec::{RunSpec, SnapshotImage};
 use crate::store::StoreError;
-use crate::store::datasets::Correction;
 use crate::training::{PluginChoice, TrainSettings};
 
 /// Longest name of a run, in characters.
@@ -167,16 +167,6 @@ impl RunService {
                 }
             })
             .collect())
-    }
-}
-
-/// What rows say of colours, for whoever decodes pictures.
-pub fn color_correction(said: Option<Correction>) -> Option<ColorCorrection> {
-    match said? {
-        Correction::Off => None,
-        Correction::AutoLevels => Some(ColorCorrection::AutoLevels),
-        Correction::GreyWorld => Some(ColorCorrection::GreyWorld),
-        Correction::MatchMedian => Some(ColorCorrection::MatchMedian),
     }
 }
 
