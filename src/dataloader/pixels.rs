@@ -289,7 +289,8 @@ mod tests {
         assert_eq!(cases.len(), 6);
         for case in cases {
             let pair = |name: &str| {
-                let side = |index: usize| u32::try_from(case[name][index].as_u64().unwrap()).unwrap();
+                let side =
+                    |index: usize| u32::try_from(case[name][index].as_u64().unwrap()).unwrap();
                 (side(0), side(1))
             };
             let placement = Placement {

@@ -11,6 +11,7 @@ mod limits;
 mod openapi;
 mod operations;
 mod plugins;
+mod preparation;
 mod provenance;
 mod queue;
 mod runs;
