@@ -23,6 +23,7 @@ use crate::datasets::limits::Limits;
 use crate::datasets::{DatasetService, Trial};
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
+use crate::preparation::PreparationService;
 use crate::runs::{
     self, CacheFolder, Room, RunService, Supervisor, WorkerCommand, WorkerEnd, WorkerParts,
 };
@@ -145,10 +146,14 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         wake.clone(),
     );
     let command = worker_command(&config)?;
+    let uploaded = Arc::new(Notify::new());
+    let preparation = PreparationService::new(store.clone(), uploaded.clone());
 
-    let datasets = DatasetService::new(store.clone(), Limits::default()).trying_with(Trial {
-        program: command.program.clone(),
-    });
+    let datasets = DatasetService::new(store.clone(), Limits::default())
+        .trying_with(Trial {
+            program: command.program.clone(),
+        })
+        .telling(uploaded);
     let send = Arc::new(Notify::new());
     let services = Services {
         access,
@@ -166,6 +171,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         logs: LogFolder(command.log_dir.clone()),
         store: store.clone(),
         datasets: datasets.clone(),
+        preparation: preparation.clone(),
         models,
         runs,
         plugins,
@@ -179,12 +185,14 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     let http = HttpService::listen(config.bind, config.http_workers, services)
         .with_context(|| format!("listening on {}", config.bind))?;
     let supervisor = Supervisor::start(store.clone(), command, wake);
+    let measurer = tokio::spawn(preparation.measure_in_background());
     let sender = tokio::spawn(message_sender(&config, &store, send).run());
     let extendable = Duration::from_secs(config.extendable_days.saturating_mul(24 * 60 * 60));
     let sweeper = tokio::spawn(sweep(store, datasets, extendable));
     ready(http.address(), http.stop_handle());
     let ended = http.run().await;
     sweeper.abort();
+    measurer.abort();
     supervisor.stop().await;
     sender.abort(); // the last events of workers had their chance; what is left is sent after the next start
     Ok(ended?)
@@ -230,6 +238,9 @@ async fn sweep(store: Store, datasets: DatasetService, extendable: Duration) {
         }
         if let Err(error) = datasets.sweep_uploads().await {
             tracing::error!(%error, "removing uploads that were given up");
+        }
+        if let Err(error) = store.forget_picture_measures().await {
+            tracing::error!(%error, "forgetting measures of pictures that are gone");
         }
         match store.sweep_blobs(NAMELESS).await {
             Ok(Swept { blobs: 0, .. }) => {}

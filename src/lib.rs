@@ -16,6 +16,7 @@ pub mod dataloader;
 pub mod training;
 
 pub mod plugin_host;
+pub mod preparation;
 pub mod store;
 
 pub mod access;

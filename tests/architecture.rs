@@ -21,6 +21,8 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("plugin_host", &["training"]),
     ("store", &[]),
     ("datasets", &["store", "pictures"]),
+    // Of `diffusion` only the tokenizer.
+    ("preparation", &["store", "dataloader", "diffusion"]),
     ("access", &["store"]),
     ("webhooks", &["store"]),
     ("models", &["captioning", "diffusion"]),
@@ -37,6 +39,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
             "selfcheck",
             "lettering",
             "captioning",
+            "preparation",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -53,6 +56,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
             "diffusion",
             "selfcheck",
             "webhooks",
+            "preparation",
         ],
     ),
     (

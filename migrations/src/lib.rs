@@ -13,6 +13,7 @@ mod m20261125_000009_grids;
 mod m20261125_000010_guard;
 mod m20261128_000001_ingest;
 mod m20261128_000004_captioning;
+mod m20261128_000005_preparation;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -36,6 +37,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000010_guard::Migration),
             Box::new(m20261128_000001_ingest::Migration),
             Box::new(m20261128_000004_captioning::Migration),
+            Box::new(m20261128_000005_preparation::Migration),
         ]
     }
 }

@@ -72,6 +72,7 @@ codes! {
     TooManyUploads = "too_many_uploads", 409, "Too many uploads have parts";
     ChecksumMismatch = "checksum_mismatch", 422, "The content is not what it should be";
     LengthRequired = "length_required", 411, "The request has to tell the length of its body";
+    ImageUnreadable = "image_unreadable", 409, "The image cannot be decoded";
     NothingUploaded = "nothing_uploaded", 422, "The upload holds no files";
 
     // captions by models

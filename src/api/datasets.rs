@@ -10,6 +10,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::codes::Code;
+use super::colors::ColorCorrection;
 use super::extract::{Json, Query};
 use super::idempotency::{self, Created};
 use super::page::{Page, PageQuery, PageRequest};
@@ -25,6 +26,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
         .service(create_dataset)
         .service(list_datasets)
         .service(get_dataset)
+        .service(update_dataset)
         .service(delete_dataset)
         .service(list_subsets)
         .service(get_subset)
@@ -45,7 +47,7 @@ pub struct CreateDataset {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11", "name": "lumo", "subsets": 2, "images": 40, "reg_images": 20,
-    "captioned_images": 40, "created_at": "2026-11-25T06:40:00Z", "updated_at": "2026-11-25T06:41:12.5Z"
+    "captioned_images": 40, "color_correction": null, "created_at": "2026-11-25T06:40:00Z", "updated_at": "2026-11-25T06:41:12.5Z"
 }))]
 pub struct Dataset {
     pub id: Uuid,
@@ -58,11 +60,25 @@ pub struct Dataset {
     pub reg_images: u64,
     /// How many images have a caption.
     pub captioned_images: u64,
+    /// What is done to the colours of images that say nothing themselves.
+    pub color_correction: Option<ColorCorrection>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     /// When the dataset, a subset or an image last changed.
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
+}
+
+/// The part of a dataset that PATCH changes.
+#[derive(Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"color_correction": "grey_world"}))]
+pub struct DatasetPatch {
+    /// 1 to 128 characters; need not be unique.
+    #[schema(required = false, min_length = 1, max_length = 128)]
+    pub name: String,
+    /// What is done to the colours of images that say nothing themselves; `null` leaves them as they are.
+    pub color_correction: Option<ColorCorrection>,
 }
 
 /// A concept, or the regularization of one.
@@ -179,6 +195,53 @@ pub async fn get_dataset(
     dataset_id: web::Path<Uuid>,
 ) -> Result<HttpResponse, Problem> {
     let (dataset, counts) = datasets.get(*dataset_id).await?;
+    Ok(HttpResponse::Ok()
+        .insert_header((header::ETAG, etag(dataset.revision)))
+        .json(Dataset::of(dataset, counts)))
+}
+
+/// Change a dataset.
+///
+/// A JSON merge-patch: its name, and what is done to the colours of its images before they are trained on. No file is
+/// changed, and a run that was made keeps what it was made with.
+#[utoipa::path(
+    tag = "datasets",
+    params(
+        ("dataset_id" = Uuid, Path, description = "The dataset's id"),
+        ("If-Match" = Option<String>, Header, description = "The ETag that the change is based on"),
+    ),
+    request_body(content = DatasetPatch, content_type = "application/merge-patch+json"),
+    responses(
+        (status = 200, description = "The dataset", body = Dataset, headers(("ETag" = String))),
+        (status = 404, description = "`dataset_not_found`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 422, description = "`invalid_dataset`, `invalid_body`", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+#[patch("/datasets/{dataset_id}")]
+pub async fn update_dataset(
+    request: HttpRequest,
+    datasets: Data<DatasetService>,
+    dataset_id: web::Path<Uuid>,
+    patch: MergePatch,
+) -> Result<HttpResponse, Problem> {
+    let (dataset, _) = datasets.get(*dataset_id).await?;
+    let expected = insisted_revision(&request, dataset.revision)?;
+    let DatasetPatch {
+        name,
+        color_correction,
+    } = patch.apply_to(&DatasetPatch {
+        name: dataset.name,
+        color_correction: dataset.color_correction.map(Into::into),
+    })?;
+    let (dataset, counts) = datasets
+        .update(
+            *dataset_id,
+            &name,
+            color_correction.map(Into::into),
+            expected,
+        )
+        .await?;
     Ok(HttpResponse::Ok()
         .insert_header((header::ETAG, etag(dataset.revision)))
         .json(Dataset::of(dataset, counts)))
@@ -313,6 +376,7 @@ impl Dataset {
             images: counts.images,
             reg_images: counts.reg_images,
             captioned_images: counts.captioned_images,
+            color_correction: dataset.color_correction.map(Into::into),
             created_at: dataset.created_at,
             updated_at: dataset.updated_at,
         }

@@ -9,6 +9,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::colors::ColorCorrection;
 use super::download::{self, Download};
 use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
@@ -32,7 +33,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[schema(example = json!({
     "id": "019a9c1e-8a01-7f12-9b34-1a2b3c4d5e6f", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11",
     "subset_id": "019a9c1e-7b5f-7d21-8c43-5e6f7a8b9c0d", "subset": "10_lumo", "file_name": "lumo_00.png",
-    "caption": "lumo, a small robot", "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "caption": "lumo, a small robot", "color_correction": null, "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "media_type": "image/png", "size_bytes": 5120, "width_px": 64, "height_px": 64,
     "has_alpha": false, "background": null, "created_at": "2026-11-25T06:40:02Z", "updated_at": "2026-11-25T06:40:02Z"
 }))]
@@ -45,6 +46,8 @@ pub struct Image {
     pub file_name: String,
     /// `null` without a caption; the subset's prompt is used then.
     pub caption: Option<String>,
+    /// What is done to its colours; `null` leaves it to the dataset.
+    pub color_correction: Option<ColorCorrection>,
     /// Of the content, in lower-case hex.
     pub sha256: String,
     pub media_type: String,
@@ -69,6 +72,8 @@ pub struct Image {
 pub struct ImagePatch {
     /// One line of at most 256 KiB; `null` removes the caption.
     pub caption: Option<String>,
+    /// What is done to its colours before it is trained on; `null` leaves it to the dataset. The file stays as it is.
+    pub color_correction: Option<ColorCorrection>,
 }
 
 /// Which images.
@@ -138,9 +143,10 @@ pub async fn get_image(
     Ok(image_answer(datasets.image(dataset_id, image_id).await?))
 }
 
-/// Change an image's caption.
+/// Change an image's caption or colour correction.
 ///
-/// A JSON merge-patch; `null` removes the caption. A run that has begun keeps the caption it began with.
+/// A JSON merge-patch; `null` removes either. A run that has begun keeps what it began with. How a colour correction
+/// looks is told beforehand by `…/preview?color_correction=…`.
 #[utoipa::path(
     tag = "images",
     params(
@@ -166,11 +172,22 @@ pub async fn update_image(
     let (dataset_id, image_id) = path.into_inner();
     let image = datasets.image(dataset_id, image_id).await?;
     check_if_match(&request, &etag(image.revision))?;
-    let ImagePatch { caption } = patch.apply_to(&ImagePatch {
+    let ImagePatch {
+        caption,
+        color_correction,
+    } = patch.apply_to(&ImagePatch {
         caption: image.caption,
+        color_correction: image.color_correction.map(Into::into),
     })?;
     let image = datasets
         .set_caption(image_id, caption, Some(image.revision))
+        .await?;
+    let image = datasets
+        .set_color_correction(
+            image_id,
+            color_correction.map(Into::into),
+            Some(image.revision),
+        )
         .await?;
     Ok(image_answer(image))
 }
@@ -261,6 +278,7 @@ impl From<rows::Image> for Image {
             subset: image.subset_name,
             file_name: image.file_name,
             caption: image.caption,
+            color_correction: image.color_correction.map(Into::into),
             sha256: image.sha256,
             media_type: image.media_type,
             size_bytes: image.size_bytes,

@@ -6,6 +6,7 @@ mod captioning_jobs;
 mod captioning_results;
 mod captioning_settings;
 pub mod codes;
+mod colors;
 mod cors;
 pub mod datasets;
 pub mod decode;
@@ -13,6 +14,7 @@ pub mod download;
 pub mod event_feed;
 mod events;
 pub mod extract;
+mod framing;
 pub mod idempotency;
 pub mod images;
 pub mod limits;
@@ -31,7 +33,9 @@ pub mod origin;
 pub mod page;
 pub mod patch;
 pub mod plugins;
+mod previews;
 pub mod problem;
+mod reports;
 pub mod run_actions;
 pub mod run_grids;
 mod run_judging;
@@ -90,6 +94,8 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(images::routes)
             .configure(uploads::routes)
             .configure(upload_parts::routes)
+            .configure(previews::routes)
+            .configure(reports::routes)
             .configure(runs::routes)
             .configure(run_metrics::routes)
             .configure(run_samples::routes)

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::codes::Code;
 use super::extract::Json;
+use super::framing::query_string;
 use super::problem::{Problem, ProblemBody};
 use super::run_resource::RunFailure;
 use super::run_settings::CreateRun;
@@ -38,6 +39,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
                      "saved_bytes": 2300000000u64}]
     },
     "refusal": null,
+    "report_url": "/v1/datasets/019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11/report?width_px=512&height_px=512&buckets=true&min_px=256&max_px=1024&step_px=64&no_upscale=false&crop=centre&batch_size=2&max_token_length=75",
     "duration": {"expected_s": 4545.0, "step_time_s": 4.5, "run_id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11"}
 }))]
 pub struct RunPlan {
@@ -60,6 +62,8 @@ pub struct RunPlan {
     pub memory: Option<PlannedMemory>,
     /// Why a worker would refuse the run now, such as `memory_budget`; `null` when nothing is known against it.
     pub refusal: Option<RunFailure>,
+    /// The report on the dataset with these settings: what speaks against training on it as it is.
+    pub report_url: String,
     /// `null` as long as no run of the same base model, device and resolution has told its step time.
     pub duration: Option<PlannedDuration>,
 }
@@ -133,12 +137,24 @@ pub async fn plan_run(
         .map_err(|error| Problem::fields(Code::InvalidSettings, vec![error]))?;
     let batch_size = asked.settings.batch_size as u64;
     let accumulated = asked.settings.gradient_accumulation_steps as u64;
+    let report_url = format!(
+        "/v1/datasets/{}/report?{}&batch_size={batch_size}&max_token_length={}",
+        asked.dataset_id,
+        query_string(&asked.buckets),
+        asked.settings.max_token_length,
+    );
     let plan = runs.plan(asked).await?;
-    Ok(web::Json(RunPlan::of(plan, batch_size, accumulated)))
+    let plan = RunPlan::of(plan, batch_size, accumulated, report_url);
+    Ok(web::Json(plan))
 }
 
 impl RunPlan {
-    fn of(plan: domain::RunPlan, batch_size: u64, gradient_accumulation_steps: u64) -> Self {
+    fn of(
+        plan: domain::RunPlan,
+        batch_size: u64,
+        gradient_accumulation_steps: u64,
+        report_url: String,
+    ) -> Self {
         Self {
             device: plan.device,
             images: plan.images,
@@ -155,6 +171,7 @@ impl RunPlan {
                 code: failure.code,
                 message: failure.message,
             }),
+            report_url,
             duration: plan.pace.map(|pace| PlannedDuration {
                 expected_s: pace.step_time_s * plan.total_steps as f64,
                 step_time_s: pace.step_time_s,

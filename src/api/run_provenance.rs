@@ -11,6 +11,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::auth;
+use super::colors::ColorCorrection;
 use super::idempotency::{self, Created};
 use super::problem::{Problem, ProblemBody};
 use super::run_resource::Run;
@@ -127,6 +128,9 @@ pub struct ProvenanceImage {
     /// What it was laid on where it is transparent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// What was done to its colours; absent where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub color_correction: Option<ColorCorrection>,
 }
 
 /// The base model of a run.

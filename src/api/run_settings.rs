@@ -8,7 +8,7 @@ use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
 use super::run_outputs::{Resume, Samples, Save};
 use super::run_training::{
-    Buckets, ComputePrecision, GradientCheckpointing, Network, Plugin, Prediction, Resolution,
+    Buckets, ComputePrecision, Crop, GradientCheckpointing, Network, Plugin, Prediction, Resolution,
 };
 use crate::runs::settings as domain;
 use crate::runs::{NewRunRequest, RunSpec};
@@ -111,6 +111,15 @@ pub struct CreateRun {
     /// Sizes for other aspect ratios.
     #[serde(default)]
     pub buckets: Buckets,
+    /// Where pictures are cut to the size of their bucket.
+    #[serde(default)]
+    pub crop: Crop,
+    /// Flips each picture left to right every other time it is shown; wrong for what is not symmetric, and for letters.
+    #[serde(default)]
+    pub flip_aug: bool,
+    /// Shifts the hue (±16°) or the gamma of one picture in three; latents are then not cached.
+    #[serde(default)]
+    pub color_aug: bool,
     /// Seed of everything random: the same seed trains the same LoRA.
     #[serde(default)]
     pub seed: u64,
@@ -182,7 +191,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
             device: wire.device,
             priority: wire.priority,
             api_key_id: None, // the request's, not the body's
-            buckets: wire.buckets.around(wire.resolution),
+            buckets: wire.buckets.around(wire.resolution, wire.crop),
             settings: domain::TrainSettings {
                 output_name: file_stem(&wire.name),
                 network: wire.network.into(),
@@ -200,6 +209,11 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 prior_loss_weight: wire.prior_loss_weight,
                 clip_skip: wire.clip_skip,
                 max_token_length: wire.max_token_length,
+                augment: domain::Augment {
+                    flip: wire.flip_aug,
+                    color: wire.color_aug,
+                    random_crop: false, // `crop` says that
+                },
                 seed: wire.seed,
                 save: wire.save.into(),
                 resume: wire.resume.into(),
@@ -253,6 +267,9 @@ impl CreateRun {
             clip_skip: settings.clip_skip,
             max_token_length: settings.max_token_length,
             resolution: Resolution::of(&buckets),
+            crop: buckets.crop.into(),
+            flip_aug: settings.augment.flip,
+            color_aug: settings.augment.color,
             buckets: buckets.into(),
             seed: settings.seed,
             save: settings.save.into(),

@@ -165,7 +165,7 @@ impl Default for Buckets {
 
 impl Buckets {
     /// With the size that they are around: the domain has both in one.
-    pub(super) fn around(self, resolution: Resolution) -> BucketSettings {
+    pub(super) fn around(self, resolution: Resolution, crop: Crop) -> BucketSettings {
         let Resolution {
             width_px,
             height_px,
@@ -185,6 +185,7 @@ impl Buckets {
             max_px,
             step_px,
             no_upscale,
+            crop: crop.into(),
         }
     }
 }
@@ -207,6 +208,19 @@ impl From<BucketSettings> for Buckets {
             no_upscale,
         }
     }
+}
+
+/// Where pictures are cut to the size of their bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Crop {
+    /// Evenly on both sides.
+    #[default]
+    Centre,
+    /// Anywhere, each time elsewhere; latents are then not cached.
+    Random,
+    /// So that most edges stay in the picture; needs no model and gives the same crop each time.
+    Smart,
 }
 
 /// Targets of the UNet.
@@ -243,6 +257,7 @@ pub enum GradientCheckpointing {
     Blocks,
 }
 
+same_variants!(Crop, domain::CropMode: Centre, Random, Smart);
 same_variants!(Prediction, PredictionType: Epsilon, VPrediction);
 same_variants!(ComputePrecision, domain::ComputePrecision: Fp32, Fp16, Bf16);
 same_variants!(GradientCheckpointing, domain::GradientCheckpointing: None, Blocks);

@@ -18,6 +18,7 @@ use crate::access::Access;
 use crate::datasets::DatasetService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::PluginHost;
+use crate::preparation::PreparationService;
 use crate::runs::RunService;
 use crate::selfcheck::Remembered;
 use crate::store::Store;
@@ -43,6 +44,8 @@ pub struct Services {
     pub store: Store,
     /// Datasets.
     pub datasets: DatasetService,
+    /// Previews and reports of datasets.
+    pub preparation: PreparationService,
     /// Base models.
     pub models: ModelCatalog,
     /// Runs.
@@ -93,6 +96,7 @@ impl HttpService {
                     .app_data(Data::new(services.store))
                     .app_data(Data::new(feed))
                     .app_data(Data::new(services.datasets))
+                    .app_data(Data::new(services.preparation))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))
                     .app_data(Data::from(services.plugins))

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::DataError;
+use super::{CropMode, DataError};
 
 /// The longest side that a picture is trained at.
 const MAX_SIDE_PX: u32 = 8192;
@@ -28,6 +28,8 @@ pub struct BucketSettings {
     pub step_px: u32,
     /// Leave pictures that are smaller than the area as they are.
     pub no_upscale: bool,
+    /// Where pictures are cut to the size of their bucket.
+    pub crop: CropMode,
 }
 
 impl Default for BucketSettings {
@@ -41,11 +43,12 @@ impl Default for BucketSettings {
             max_px: 1024,
             step_px: 64,
             no_upscale: false,
+            crop: CropMode::Centre,
         }
     }
 }
 
-/// How one picture is brought to its training size: resized, then cropped around its centre.
+/// How one picture is brought to its training size: resized, then cropped; [`Placement::origin`] says where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Placement {
     /// Width and height to train at.
@@ -254,6 +257,7 @@ mod tests {
                 max_px: number("max", 1024),
                 step_px: number("steps", 64),
                 no_upscale: case["no_upscale"].as_bool().unwrap(),
+                crop: CropMode::Centre,
             };
             if let Some(expected) = case["buckets"].as_array() {
                 let expected: Vec<_> = expected.iter().map(pair).collect();
@@ -267,6 +271,14 @@ mod tests {
                     resized: pair(&select["resized"]),
                 };
                 assert_eq!(placement, expected, "{image:?} with {settings:?}");
+                let crop: Vec<f64> = select["crop_ltrb"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|side| side.as_f64().unwrap())
+                    .collect();
+                let found = placement.crop_ltrb(image.0, image.1);
+                assert_eq!(found.as_slice(), crop, "{image:?} with {settings:?}");
                 compared += 1;
             }
         }

@@ -149,6 +149,7 @@ fn repeats(images: &[TrainingImage]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataloader::Augment;
 
     fn image(id: &str, size: (u32, u32), repeats: u32, regularization: bool) -> TrainingImage {
         TrainingImage {
@@ -161,6 +162,8 @@ mod tests {
             repeats,
             regularization,
             background: None,
+            augment: Augment::default(),
+            correction: None,
         }
     }
 

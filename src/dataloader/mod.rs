@@ -5,19 +5,27 @@
 //! folder knows a model.
 
 mod area;
+mod augment;
 mod buckets;
+mod correction;
+mod crop;
 mod epoch;
 mod pixels;
 mod tensor_cache;
+mod tint;
 
 use std::path::PathBuf;
 
 use crate::pictures::Background;
 
+pub use augment::Augment;
 pub use buckets::{BucketSettings, Placement};
+pub use correction::{ColorCorrection, Tables, Tones, set_median};
+pub use crop::{CropMode, Energy, Window};
 pub use epoch::{Batch, EpochPlan};
-pub use pixels::{Pixels, load_pixels};
+pub use pixels::{Look, Pixels, decode, frame, load_pixels, resize};
 pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};
+pub use tint::Tint;
 
 /// One picture to train on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +48,10 @@ pub struct TrainingImage {
     pub regularization: bool,
     /// What it is laid on where it is transparent; without it the file's colours are taken.
     pub background: Option<Background>,
+    /// What may be changed about it each time it is shown.
+    pub augment: Augment,
+    /// What is done to its colours.
+    pub correction: Option<ColorCorrection>,
 }
 
 /// Data that cannot be trained on.

@@ -1,8 +1,10 @@
 //! What can be done with datasets: the rules between the API and the rows. Uploads are in `ingest`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tempfile::TempDir;
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::captions;
@@ -13,7 +15,9 @@ use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
 use super::rules::{Checker, SubsetWords};
 use super::trial::Trial;
-use crate::store::datasets::{Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings};
+use crate::store::datasets::{
+    Correction, Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings,
+};
 use crate::store::{Store, StoreError};
 
 /// Datasets, their subsets and images. Cloning is cheap.
@@ -22,6 +26,8 @@ pub struct DatasetService {
     store: Store,
     limits: Limits,
     trial: Option<Trial>,
+    /// Whoever looks at pictures that have come.
+    uploaded: Arc<Notify>,
 }
 
 impl DatasetService {
@@ -30,6 +36,7 @@ impl DatasetService {
             store,
             limits,
             trial: None,
+            uploaded: Arc::default(),
         }
     }
 
@@ -40,6 +47,12 @@ impl DatasetService {
             trial: Some(trial),
             ..self
         }
+    }
+
+    /// The same, telling somebody of every upload.
+    #[must_use]
+    pub fn telling(self, uploaded: Arc<Notify>) -> Self {
+        Self { uploaded, ..self }
     }
 
     pub(super) fn store(&self) -> &Store {
@@ -91,6 +104,29 @@ impl DatasetService {
             (dataset, counts)
         });
         Ok(counted.collect())
+    }
+
+    /// Replaces a dataset's name and colour correction; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::InvalidDataset`], [`DatasetError::DatasetNotFound`], [`DatasetError::Changed`].
+    pub async fn update(
+        &self,
+        id: Uuid,
+        name: &str,
+        color_correction: Option<Correction>,
+        expected: Option<i64>,
+    ) -> Result<(Dataset, DatasetCounts), DatasetError> {
+        Checker::default()
+            .name("name", name)
+            .finish()
+            .map_err(DatasetError::InvalidDataset)?;
+        let updated = self
+            .store
+            .update_dataset(id, name, color_correction, expected);
+        let updated = updated.await;
+        updated.map_err(|error| missing(error, DatasetError::DatasetNotFound(id)))?;
+        self.get(id).await
     }
 
     /// Deletes a dataset with everything in it; with an expected revision only at that revision.
@@ -211,6 +247,23 @@ impl DatasetService {
         updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
     }
 
+    /// Says what is done to an image's colours; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
+    pub async fn set_color_correction(
+        &self,
+        image_id: Uuid,
+        color_correction: Option<Correction>,
+        expected: Option<i64>,
+    ) -> Result<Image, DatasetError> {
+        let set = self
+            .store
+            .set_color_correction(image_id, color_correction, expected);
+        let set = set.await;
+        set.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+    }
+
     /// Deletes an image; with an expected revision only at that revision.
     ///
     /// # Errors
@@ -258,6 +311,12 @@ impl DatasetService {
         self.exists(dataset_id).await?;
         let (store, limits, trial) = (self.store.clone(), self.limits, self.trial.clone());
         let work = ingest::ingest(store, limits, trial, dataset_id, files, choice, scratch);
+        let uploaded = self.uploaded.clone();
+        let work = async move {
+            let reports = work.await;
+            uploaded.notify_one();
+            reports
+        };
         let reports = tokio::spawn(work).await??;
         let summary = Summary::of(&reports);
         Ok((reports, summary))

@@ -52,6 +52,10 @@ pub struct TrainingRecord {
     pub gradient_accumulation_steps: usize,
     /// Whether blocks run again in the backward.
     pub gradient_checkpointing: bool,
+    /// Whether pictures are flipped, their colours changed, or cut anywhere; any of them.
+    pub flip_aug: bool,
+    pub color_aug: bool,
+    pub random_crop: bool,
     /// `no`, `fp16` or `bf16`.
     pub mixed_precision: &'static str,
     /// Limit of the gradient's norm; 0 when there is none.
@@ -238,6 +242,13 @@ impl TrainingRecord {
         put("total_batch_size", self.batch_size.to_string());
         let (width, height) = self.resolution_px;
         put("resolution", format!("({width}, {height})"));
+        put("flip_aug", boolean(self.flip_aug));
+        put("color_aug", boolean(self.color_aug));
+        put("random_crop", boolean(self.random_crop));
+        put(
+            "cache_latents",
+            boolean(!self.color_aug && !self.random_crop),
+        );
         put("dataset_dirs", dataset_dirs(&self.subsets));
         put("reg_dataset_dirs", dataset_dirs(&self.reg_subsets));
         let tags: Vec<_> = self.subsets.iter().chain(&self.reg_subsets).collect();
@@ -390,14 +401,11 @@ pub fn tag_frequency<'a>(captions: impl IntoIterator<Item = &'a str>) -> Vec<(St
 /// Options that have no counterpart here, with the value that sd-scripts writes when they are off.
 const OFF: &[(&str, &str)] = &[
     ("adaptive_noise_scale", "None"),
-    ("cache_latents", "True"),
     ("caption_dropout_every_n_epochs", "0"),
     ("caption_dropout_rate", "0.0"),
     ("caption_tag_dropout_rate", "0.0"),
-    ("color_aug", "False"),
     ("debiased_estimation", "False"),
     ("face_crop_aug_range", "None"),
-    ("flip_aug", "False"),
     ("fp8_base", "False"),
     ("fp8_base_unet", "False"),
     ("full_fp16", "False"),
@@ -415,7 +423,6 @@ const OFF: &[(&str, &str)] = &[
     ("network_dropout", "None"),
     ("noise_offset", "None"),
     ("noise_offset_random_strength", "False"),
-    ("random_crop", "False"),
     ("resize_interpolation", "None"),
     ("scale_weight_norms", "None"),
     ("sd_scripts_commit_hash", "None"),
@@ -549,6 +556,9 @@ mod tests {
             batch_size: 1,
             gradient_accumulation_steps: 1,
             gradient_checkpointing: false,
+            flip_aug: false,
+            color_aug: false,
+            random_crop: false,
             mixed_precision: "no",
             max_grad_norm: 1.0,
             v_prediction: false,

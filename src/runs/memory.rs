@@ -302,7 +302,7 @@ fn kib_line(meminfo: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataloader::{BucketSettings, TrainingImage};
+    use crate::dataloader::{Augment, BucketSettings, TrainingImage};
 
     fn cpu() -> DeviceInfo {
         let mut known = devices::list();
@@ -323,6 +323,8 @@ mod tests {
                 repeats: 1,
                 regularization: false,
                 background: None,
+                augment: Augment::default(),
+                correction: None,
             }],
             subsets: std::collections::HashMap::new(),
             buckets: BucketSettings::default(),

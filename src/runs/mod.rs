@@ -42,7 +42,7 @@ pub use worker::{CacheFolder, WorkerEnd, WorkerParts, work};
 
 /// The settings of a run as the domain has them, for those who speak to this module.
 pub mod settings {
-    pub use crate::dataloader::BucketSettings;
+    pub use crate::dataloader::{Augment, BucketSettings, ColorCorrection, CropMode};
     pub use crate::diffusion::PredictionType;
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};

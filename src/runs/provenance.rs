@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
 use super::spec::{RunSpec, SnapshotImage};
+use crate::dataloader::ColorCorrection;
 use crate::store::runs::{Attempt, Metric, Run};
 use crate::store::{Store, StoreError};
 
@@ -88,6 +89,9 @@ pub struct PinnedImage {
     /// What it is laid on where it is transparent: `#rrggbb`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// What is done to its colours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub color_correction: Option<ColorCorrection>,
 }
 
 /// One worker of a run.
@@ -169,6 +173,7 @@ impl Inputs {
             repeats: image.repeats,
             regularization: image.regularization,
             background: image.background.clone(),
+            color_correction: image.color_correction,
         });
         let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
             (Some(materials.base_model), materials.plugins)

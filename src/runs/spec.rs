@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use time::OffsetDateTime;
 
-use crate::dataloader::BucketSettings;
+use crate::dataloader::{BucketSettings, ColorCorrection};
 use crate::training::TrainSettings;
 
 /// The folder of a run's resume points, below its own.
@@ -54,4 +54,7 @@ pub struct SnapshotImage {
     /// What it is laid on where it is transparent: `#rrggbb`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// What is done to its colours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub color_correction: Option<ColorCorrection>,
 }

@@ -22,7 +22,7 @@ use super::origin::Facts;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
-use crate::dataloader::{TensorCache, TrainingImage};
+use crate::dataloader::{Augment, TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
@@ -536,6 +536,8 @@ pub(super) fn training_set(
             regularization: image.regularization,
             // Checked when the picture was uploaded.
             background: image.background.and_then(|colour| colour.parse().ok()),
+            augment: Augment::default(),
+            correction: image.color_correction,
         })
         .collect();
     TrainingSet {

@@ -1,5 +1,6 @@
 //! Rows of datasets and their subsets; those of images are in `datasets/images.rs`.
 
+mod correction;
 mod images;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use uuid::Uuid;
 use super::rows::{dataset, image, run, subset};
 use super::{Store, StoreError, now_ms, time_of};
 
+pub use correction::Correction;
 pub(super) use images::change_captions;
 pub use images::{AddedImage, Image, ImageName, NewImage};
 
@@ -25,6 +27,8 @@ pub use images::{AddedImage, Image, ImageName, NewImage};
 pub struct Dataset {
     pub id: Uuid,
     pub name: String,
+    /// What is done to the colours of images that say nothing themselves.
+    pub color_correction: Option<Correction>,
     /// Counts every change of the dataset, its subsets and its images.
     pub revision: i64,
     pub created_at: OffsetDateTime,
@@ -92,11 +96,43 @@ impl Store {
         let row = dataset::ActiveModel {
             id: Set(Uuid::now_v7()),
             name: Set(name.to_owned()),
+            color_correction: Set(None),
             revision: Set(1),
             created_at_ms: Set(now),
             updated_at_ms: Set(now),
         };
         Ok(row.insert(&self.db).await?.into())
+    }
+
+    /// Replaces a dataset's name and colour correction; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
+    pub async fn update_dataset(
+        &self,
+        id: Uuid,
+        name: &str,
+        color_correction: Option<Correction>,
+        expected: Option<i64>,
+    ) -> Result<Dataset, StoreError> {
+        let write = self.begin().await?;
+        let row = dataset::Entity::find_by_id(id).one(&write).await?;
+        let row = row.ok_or(StoreError::NotFound)?;
+        check_revision(expected, row.revision)?;
+        let word = color_correction.map(Correction::to_row);
+        if row.name == name && row.color_correction == word {
+            return Ok(row.into());
+        }
+        let row = dataset::ActiveModel {
+            name: Set(name.to_owned()),
+            color_correction: Set(word),
+            revision: Set(row.revision + 1),
+            updated_at_ms: Set(now_ms()),
+            ..row.into()
+        };
+        let row = row.update(&write).await?;
+        write.commit().await?;
+        Ok(row.into())
     }
 
     /// # Errors
@@ -404,6 +440,7 @@ impl From<dataset::Model> for Dataset {
         Self {
             id: row.id,
             name: row.name,
+            color_correction: Correction::of_row(row.color_correction.as_deref()),
             revision: row.revision,
             created_at: time_of(row.created_at_ms),
             updated_at: time_of(row.updated_at_ms),

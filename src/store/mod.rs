@@ -9,6 +9,7 @@ pub mod datasets;
 mod gauges;
 pub mod idempotency;
 pub mod loras;
+mod measures;
 mod rows;
 pub mod runs;
 mod sweep;

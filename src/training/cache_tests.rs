@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use image::{Rgb, RgbImage};
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{
+    Augment, BucketSettings, ColorCorrection, CropMode, TensorCache, TrainingImage,
+};
 use crate::diffusion::StableDiffusion;
-use crate::training::data::{LatentEncoder, TrainingSet, read};
+use crate::training::data::{LatentEncoder, Looks, TrainingSet, read};
 use crate::training::goldens::{fixture, load_model};
 use crate::training::progress::Phase;
 use crate::training::text::Captions;
@@ -47,6 +49,8 @@ impl Place {
             repeats: 1,
             regularization: false,
             background: None,
+            augment: Augment::default(),
+            correction: None,
         }
     }
 
@@ -82,9 +86,12 @@ impl Place {
             cache: Some(self.cache()),
             base_model: fixture("diffusers"),
         };
-        let mut encoder = LatentEncoder::new(model, &Device::flex(), &set, seed);
+        let looks = Looks::new(&set).expect("pictures");
+        let mut encoder = LatentEncoder::new(model, &Device::flex(), &set, looks, seed);
         let latents = images.iter().map(|image| {
-            let latents = encoder.encode(image, (side_px, side_px)).expect("latents");
+            let latents = encoder
+                .encode(image, (side_px, side_px), false)
+                .expect("latents");
             bits(&latents.values)
         });
         Encoded {
@@ -214,6 +221,55 @@ fn another_picture_size_or_vae_is_a_miss() {
     let other = changed_model(folder.path(), "unet");
     let found = place.latents_by(&other, std::slice::from_ref(&image), 64, 1);
     assert_eq!(found.counts(), (1, 0));
+}
+
+#[test]
+fn a_flip_a_smart_crop_and_a_correction_are_entries_of_their_own() {
+    let place = Place::new();
+    let plain = place.picture(10);
+    let levelled = TrainingImage {
+        correction: Some(ColorCorrection::AutoLevels),
+        ..plain.clone()
+    };
+    let matched = TrainingImage {
+        correction: Some(ColorCorrection::MatchMedian),
+        ..plain.clone()
+    };
+    let encode = |image: &TrainingImage, crop: CropMode, flipped: bool, others: &[u8]| {
+        let others = others.iter().map(|shade| place.picture(*shade));
+        let set = TrainingSet {
+            images: others.chain([image.clone()]).collect(),
+            subsets: std::collections::HashMap::new(),
+            buckets: BucketSettings {
+                width_px: 64,
+                height_px: 64,
+                enabled: false,
+                crop,
+                ..BucketSettings::default()
+            },
+            cache: Some(place.cache()),
+            base_model: fixture("diffusers"),
+        };
+        let looks = Looks::new(&set).expect("pictures");
+        let mut encoder = LatentEncoder::new(&place.model, &Device::flex(), &set, looks, 1);
+        let latents = encoder.encode(image, (64, 64), flipped).expect("latents");
+        (bits(&latents.values), encoder.encoded)
+    };
+    let mut seen = Vec::new();
+    for (image, crop, flipped, others) in [
+        (&plain, CropMode::Centre, false, &[][..]),
+        (&plain, CropMode::Centre, true, &[]),
+        (&plain, CropMode::Smart, false, &[]),
+        (&levelled, CropMode::Centre, false, &[]),
+        (&matched, CropMode::Centre, false, &[200, 220]),
+        (&matched, CropMode::Centre, false, &[90, 100]), // another set has another median
+    ] {
+        let (first, encoded) = encode(image, crop, flipped, others);
+        assert_eq!(encoded, 1, "{crop:?} {flipped}");
+        assert_eq!(encode(image, crop, flipped, others), (first.clone(), 0));
+        assert!(!seen.contains(&first));
+        seen.push(first);
+    }
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! The images of a run as latents: encoded once for many runs, sampled once for this one and frozen, as sd-scripts'
-//! `cache_latents` does.
+//! `cache_latents` does. Images that look different each time are encoded as they are shown.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand::RngExt as _;
+use rand_chacha::ChaCha12Rng;
+use rayon::prelude::*;
 
 use crate::dataloader::{
-    Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, EpochPlan, TensorCache,
-    TrainingImage, load_pixels,
+    Augment, Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode,
+    EpochPlan, Look, TensorCache, Tones, TrainingImage, Window, decode, load_pixels, set_median,
 };
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
@@ -63,6 +65,25 @@ pub fn stack(batch: &[&Latents], device: &Device) -> Tensor<4> {
 }
 
 impl TrainingSet {
+    /// The median of the set's colours, where an image is to be brought to it: of all images but those for
+    /// regularization, held-out ones among them, so that it does not depend on the run's seed.
+    pub fn median(&self) -> Result<[u8; 3], TrainError> {
+        let matched = Some(ColorCorrection::MatchMedian);
+        if !self.images.iter().any(|image| image.correction == matched) {
+            return Ok([0; 3]);
+        }
+        let images: Vec<_> = (self.images.iter())
+            .filter(|image| !image.regularization)
+            .collect();
+        let medians: Result<Vec<_>, _> = images
+            .par_iter()
+            .map(|image| Ok(Tones::of(&decode(&image.path)?).medians()))
+            .collect();
+        medians
+            .map(|medians| set_median(&medians))
+            .map_err(TrainError::Data)
+    }
+
     /// The images to train on and the held-out ones, as the settings name or draw them.
     pub fn split(
         &self,
@@ -114,7 +135,7 @@ pub struct LatentEncoder<'a> {
     model: &'a StableDiffusion,
     device: Device,
     cache: Option<(&'a TensorCache, String)>,
-    buckets: BucketSettings,
+    looks: Looks,
     seed: u64,
     /// Images whose latents were in the cache.
     pub cached: usize,
@@ -128,6 +149,7 @@ impl<'a> LatentEncoder<'a> {
         model: &'a StableDiffusion,
         device: &Device,
         set: &'a TrainingSet,
+        looks: Looks,
         seed: u64,
     ) -> Self {
         let encoder = || format!("{} {}", model.vae_digest(), computed_by(device));
@@ -135,55 +157,43 @@ impl<'a> LatentEncoder<'a> {
             model,
             device: device.clone(),
             cache: set.cache.as_ref().map(|cache| (cache, encoder())),
-            buckets: set.buckets.clone(),
+            looks,
             seed,
             cached: 0,
             encoded: 0,
         }
     }
 
-    /// The latents of one image at one size: a sample of the VAE's posterior, its noise decided by seed, content and
-    /// size.
+    /// The latents of one image at one size, as it is or flipped: a sample of the VAE's posterior, its noise decided by
+    /// seed, content and size.
     pub fn encode(
         &mut self,
         image: &TrainingImage,
         bucket: (u32, u32),
+        flipped: bool,
     ) -> Result<Latents, TrainError> {
-        let resized = self.buckets.place(image.width_px, image.height_px).resized;
-        let mut place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
-        if let Some(background) = image.background {
-            place += &format!("/{background}");
-        }
-        let moments = self.moments(image, bucket, &place)?; // both ways the same numbers, by way of the host
-        let mut rng = generator(self.seed, Stream::Latents, place.as_bytes());
-        let shape = moments.shape;
-        let noise = normal_tensor(&mut rng, shape, &self.device);
-        let tensor = |values| {
-            let data = TensorData::new(values, shape);
-            Tensor::<4>::from_data(data, (&self.device, DType::F32))
+        let look = Look {
+            flipped,
+            ..self.looks.usual(image)
         };
-        let moments = Moments {
-            mean: tensor(moments.mean),
-            logvar: tensor(moments.logvar),
-        };
-        let scale = self.model.vae_config().scaling_factor as f32;
-        let sample = read(moments.sample(noise))?;
-        let [_, channels, height, width] = shape;
-        Ok(Latents {
-            shape: [channels, height, width],
-            values: sample.iter().map(|value| value * scale).collect(),
-        })
+        let place = self.looks.place(image, bucket, look);
+        let moments = self.moments(image, bucket, look, &place)?; // both ways the same numbers, by way of the host
+        let rng = generator(self.seed, Stream::Latents, place.as_bytes());
+        sample(self.model, &self.device, moments, rng)
     }
 
     fn moments(
         &mut self,
         image: &TrainingImage,
         bucket: (u32, u32),
+        look: Look,
         place: &str,
     ) -> Result<HostMoments, TrainError> {
         let Some((cache, encoder)) = &self.cache else {
             self.encoded += 1;
-            return self.run_vae(image, bucket);
+            return self
+                .looks
+                .run_vae(self.model, &self.device, image, bucket, look);
         };
         let config = self.model.vae_config();
         let [width, height] = [bucket.0, bucket.1].map(|side| side as usize / config.factor());
@@ -198,7 +208,9 @@ impl<'a> LatentEncoder<'a> {
                 logvar,
             });
         }
-        let moments = self.run_vae(image, bucket)?;
+        let moments = self
+            .looks
+            .run_vae(self.model, &self.device, image, bucket, look)?;
         let tensor = |name, values| CachedTensor {
             name,
             shape: &moments.shape,
@@ -214,17 +226,87 @@ impl<'a> LatentEncoder<'a> {
         self.encoded += 1;
         Ok(moments)
     }
+}
+
+/// How the images of a set look when nothing is drawn.
+#[derive(Debug, Clone)]
+pub struct Looks {
+    buckets: BucketSettings,
+    median: [u8; 3],
+}
+
+impl Looks {
+    /// Reads the whole set where its median is wanted.
+    pub fn new(set: &TrainingSet) -> Result<Self, TrainError> {
+        Ok(Self {
+            buckets: set.buckets.clone(),
+            median: set.median()?,
+        })
+    }
+
+    /// A window that is drawn is the centre as long as nothing is.
+    pub fn usual(&self, image: &TrainingImage) -> Look {
+        Look {
+            window: match self.buckets.crop {
+                CropMode::Centre | CropMode::Random => Window::Centre,
+                CropMode::Smart => Window::Smart,
+            },
+            background: image.background,
+            correction: image.correction.map(|recipe| (recipe, self.median)),
+            ..Look::default()
+        }
+    }
+
+    /// All that decides the pixels of a look that can be kept.
+    fn place(&self, image: &TrainingImage, bucket: (u32, u32), look: Look) -> String {
+        let resized = self.buckets.place(image.width_px, image.height_px).resized;
+        let mut place = format!("{}/{resized:?}/{bucket:?}", image.sha256);
+        if let Some(background) = look.background {
+            place += &format!("/{background}");
+        }
+        if look.window == Window::Smart {
+            place += "/smart 1";
+        }
+        match look.correction {
+            Some((ColorCorrection::MatchMedian, median)) => {
+                place += &format!("/match_median {median:?}");
+            }
+            Some((recipe, _)) => place += &format!("/{}", recipe.name()),
+            None => {}
+        }
+        if look.flipped {
+            place += "/flipped";
+        }
+        place
+    }
+
+    /// Latents of a look that is not kept; `rng` draws the sample of the posterior.
+    pub fn encode_fresh(
+        &self,
+        model: &StableDiffusion,
+        device: &Device,
+        image: &TrainingImage,
+        bucket: (u32, u32),
+        look: Look,
+        rng: ChaCha12Rng,
+    ) -> Result<Latents, TrainError> {
+        let moments = self.run_vae(model, device, image, bucket, look)?;
+        sample(model, device, moments, rng)
+    }
 
     fn run_vae(
         &self,
+        model: &StableDiffusion,
+        device: &Device,
         image: &TrainingImage,
         bucket: (u32, u32),
+        look: Look,
     ) -> Result<HostMoments, TrainError> {
-        let pixels = load_pixels(&image.path, bucket, &self.buckets, image.background)?;
+        let pixels = load_pixels(&image.path, bucket, &self.buckets, look)?;
         let shape = [1, 3, pixels.height as usize, pixels.width as usize];
         let data = TensorData::new(pixels.data, shape);
-        let picture = Tensor::<4>::from_data(data, (&self.device, DType::F32));
-        let moments = self.model.vae()?.encode(picture);
+        let picture = Tensor::<4>::from_data(data, (device, DType::F32));
+        let moments = model.vae()?.encode(picture);
         let host = HostMoments {
             shape: moments.mean.dims(),
             mean: read(moments.mean)?,
@@ -237,6 +319,32 @@ impl<'a> LatentEncoder<'a> {
         }
         Ok(host)
     }
+}
+
+/// A sample of the posterior, scaled as the UNet expects it.
+fn sample(
+    model: &StableDiffusion,
+    device: &Device,
+    moments: HostMoments,
+    mut rng: ChaCha12Rng,
+) -> Result<Latents, TrainError> {
+    let shape = moments.shape;
+    let noise = normal_tensor(&mut rng, shape, device);
+    let tensor = |values| {
+        let data = TensorData::new(values, shape);
+        Tensor::<4>::from_data(data, (device, DType::F32))
+    };
+    let moments = Moments {
+        mean: tensor(moments.mean),
+        logvar: tensor(moments.logvar),
+    };
+    let scale = model.vae_config().scaling_factor as f32;
+    let sample = read(moments.sample(noise))?;
+    let [_, channels, height, width] = shape;
+    Ok(Latents {
+        shape: [channels, height, width],
+        values: sample.iter().map(|value| value * scale).collect(),
+    })
 }
 
 /// What the VAE makes of a picture, on the host: `[1, channels, height, width]` each.
@@ -253,13 +361,30 @@ pub(super) fn computed_by(device: &Device) -> String {
     format!("{} {device:?} {instructions}", env!("CARGO_PKG_VERSION"))
 }
 
-/// Encodes every training image at the size of its bucket, in the order of `images`.
+/// The latents of an image, as far as they can be had before it is shown.
+#[derive(Debug, Clone)]
+pub enum Prepared {
+    /// An image that the plan leaves out: a surplus one for regularization.
+    Unused,
+    /// As it is, and flipped where that may be drawn.
+    Kept {
+        /// Not flipped.
+        plain: Latents,
+        /// Flipped.
+        flipped: Option<Latents>,
+    },
+    /// It looks different each time.
+    Fresh,
+}
+
+/// Encodes every training image at the size of its bucket, in the order of `images`; `augment` says how one may change.
 pub fn encode_all(
     encoder: &mut LatentEncoder<'_>,
     images: &[TrainingImage],
     plan: &EpochPlan,
+    augment: impl Fn(&TrainingImage) -> Augment,
     mut report: impl FnMut(Phase) -> Result<(), TrainError>,
-) -> Result<Vec<Latents>, TrainError> {
+) -> Result<Vec<Prepared>, TrainError> {
     let buckets = buckets_of(plan, images.len());
     let total = images.len();
     let mut latents = Vec::with_capacity(total);
@@ -272,12 +397,15 @@ pub fn encode_all(
     };
     for (done, (image, bucket)) in images.iter().zip(buckets).enumerate() {
         tell(done, encoder.cached)?;
-        // An image that the plan leaves out (a surplus regularization image) needs none.
+        let Augment { flip, .. } = augment(image);
         latents.push(match bucket {
-            Some(bucket) => encoder.encode(image, bucket)?,
-            None => Latents {
-                shape: [0; 3],
-                values: Vec::new(),
+            None => Prepared::Unused,
+            Some(_) if augment(image).is_fresh() => Prepared::Fresh,
+            Some(bucket) => Prepared::Kept {
+                plain: encoder.encode(image, bucket, false)?,
+                flipped: flip
+                    .then(|| encoder.encode(image, bucket, true))
+                    .transpose()?,
             },
         });
     }
@@ -297,7 +425,7 @@ pub fn encode_held_out(
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
             caption: image.caption.clone(),
-            latents: encoder.encode(image, bucket)?,
+            latents: encoder.encode(image, bucket, false)?,
         });
     }
     Ok(held_out)

@@ -8,6 +8,7 @@ use crate::diffusion::{Footprint, Part, StoredTensor};
 use crate::networks::parameter_count;
 use crate::training::TrainingSet;
 use crate::training::settings::{ComputePrecision, GradientCheckpointing, TrainSettings};
+use crate::training::variation::augment;
 
 /// What was measured, on Stable Diffusion 1.5 stored in f16 with AdamW, as `peak_rss_bytes` of
 ///
@@ -124,6 +125,8 @@ pub struct Workload {
     picture_px: f64,
     /// Area of the largest preview, in pixels; 0 without previews.
     preview_px: f64,
+    /// Whether pictures are encoded between the steps.
+    encodes: bool,
     /// Chunks of 75 tokens of each caption.
     chunks: f64,
     place: Place,
@@ -190,6 +193,8 @@ impl Workload {
             gradient_checkpointing: settings.gradient_checkpointing,
             picture_px: largest(pictures),
             preview_px: largest(previews),
+            encodes: (data.images.iter())
+                .any(|image| augment(settings.augment, &data.buckets, image).is_fresh()),
             chunks: settings.max_token_length.div_ceil(75).max(1) as f64,
             place,
             // On the CPU values stay f32 in memory, whatever is computed in.
@@ -241,16 +246,19 @@ impl Workload {
         // The old state stays until the new one is there.
         let updated_bytes = m.updated_bytes + 2.0 * self.state_bytes + self.ema_bytes;
         let updating = self.parameters * updated_bytes;
-        let (vae, drawing) = if self.preview_px > 0.0 {
-            let tensors = self.preview_px * vae_tensor * m.vae_decoder_tensors;
-            (self.vae_bytes, between_steps + tensors)
-        } else {
-            (0.0, 0.0)
+        let drawing = self.preview_px * vae_tensor * m.vae_decoder_tensors;
+        let encoding_anew = match self.encodes {
+            true => self.picture_px * vae_tensor * m.vae_encoder_tensors,
+            false => 0.0,
+        };
+        let vae = match self.preview_px > 0.0 || self.encodes {
+            true => self.vae_bytes,
+            false => 0.0,
         };
         let peak = encoding
             .max(vae + training)
             .max(vae + updating)
-            .max(vae + drawing);
+            .max(vae + between_steps + drawing.max(encoding_anew));
         (m.process_bytes + self.weights_bytes + peak) as u64
     }
 
@@ -353,6 +361,7 @@ mod tests {
             gradient_checkpointing: checkpointing,
             picture_px: f64::from(side_px).powi(2),
             preview_px: 0.0,
+            encodes: false,
             chunks: 1.0,
             place: Place::Process,
             width_of_values: 1.0,

@@ -31,6 +31,7 @@ pub mod train;
 #[cfg(test)]
 mod train_tests;
 pub mod validation;
+pub mod variation;
 
 pub use data::TrainingSet;
 pub use memory::Workload;

@@ -20,6 +20,8 @@ pub enum Stream {
     Validation,
     /// Which images are held out; the place is the image's content and id.
     HeldOut,
+    /// How a picture is changed this time; the place is the batch's number, the picture's place in it and its content.
+    Augment,
     /// Noise of preview pictures.
     Preview,
 }
@@ -32,6 +34,7 @@ impl Stream {
             Self::Latents => b"latents",
             Self::Validation => b"validation",
             Self::HeldOut => b"held out",
+            Self::Augment => b"augment",
             Self::Preview => b"preview",
         }
     }

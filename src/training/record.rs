@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use time::OffsetDateTime;
 
-use crate::dataloader::{EpochPlan, TrainingImage};
+use crate::dataloader::{Augment, EpochPlan, TrainingImage};
 use crate::diffusion::PredictionType;
 use crate::networks::metadata::{
     BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
@@ -14,6 +14,7 @@ use crate::training::data::TrainingSet;
 use crate::training::settings::{
     ComputePrecision, GradientCheckpointing, PluginChoice, TrainSettings,
 };
+use crate::training::variation::augment;
 
 /// What the loop knows besides its settings.
 pub struct RunFacts<'a> {
@@ -46,6 +47,10 @@ pub struct RunFacts<'a> {
 pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> TrainingRecord {
     let trained = |lr: f64| (lr != 0.0).then_some(lr);
     let buckets = &facts.set.buckets;
+    let any = |changed: fn(Augment) -> bool| {
+        let mut images = facts.train.iter();
+        images.any(|image| changed(augment(settings.augment, buckets, image)))
+    };
     TrainingRecord {
         output_name: settings.output_name.clone(),
         session_id: facts.session_id,
@@ -65,6 +70,9 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         batch_size: settings.batch_size,
         gradient_accumulation_steps: settings.gradient_accumulation_steps,
         gradient_checkpointing: settings.gradient_checkpointing == GradientCheckpointing::Blocks,
+        flip_aug: any(|augment| augment.flip),
+        color_aug: any(|augment| augment.color),
+        random_crop: any(|augment| augment.random_crop),
         mixed_precision: match settings.precision {
             ComputePrecision::Fp32 => "no",
             ComputePrecision::Fp16 => "fp16",

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::dataloader::Augment;
 use crate::diffusion::samplers::SamplerKind;
 use crate::diffusion::{Keep, Precision, PredictionType};
 use crate::networks::{NetworkSettings, SavePrecision};
@@ -43,6 +44,8 @@ pub struct TrainSettings {
     pub clip_skip: usize,
     /// Caption length in tokens, without begin and end: 75, 150 or 225.
     pub max_token_length: usize,
+    /// What may be changed about every picture each time it is shown, beside what its own subset allows.
+    pub augment: Augment,
     /// Seed of everything random: adapters, order, noise, timesteps, latents.
     pub seed: u64,
     /// When to save, and in which number format.
@@ -282,6 +285,7 @@ impl Default for TrainSettings {
             prior_loss_weight: 1.0,
             clip_skip: 1,
             max_token_length: 75,
+            augment: Augment::default(),
             seed: 0,
             save: SaveSettings::default(),
             resume: ResumeSettings::default(),

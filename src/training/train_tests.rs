@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use image::{Rgb, RgbImage};
 use time::OffsetDateTime;
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, CropMode, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
@@ -136,6 +136,8 @@ fn pictures(folder: &Path) -> TrainingSet {
             repeats: 2,
             regularization: index == 4,
             background: None,
+            augment: Augment::default(),
+            correction: None,
         }
     });
     TrainingSet {
@@ -149,6 +151,7 @@ fn pictures(folder: &Path) -> TrainingSet {
             max_px: 64,
             step_px: 64,
             no_upscale: false,
+            crop: CropMode::Centre,
         },
         cache: TensorCache::open(&folder.join("cache"), u64::MAX).ok(),
         base_model: fixture("tiny-sd15-ldm.safetensors"),
@@ -540,4 +543,50 @@ fn unusable_settings_are_refused_before_any_work() {
     let error = run(folder.path(), &settings, &mut log).expect_err("no such image");
     assert!(matches!(error, TrainError::UnknownImage { .. }), "{error}");
     assert!(log.lines.is_empty());
+}
+
+/// What is drawn for a picture depends on its place in the run alone: a run that was stopped sees what it would have
+/// seen, with latents that are kept (flips) and with those that are made each time.
+#[test]
+fn pictures_change_alike_after_a_stop() {
+    let temporary = tempfile::tempdir().expect("a folder");
+    let place = |name: &str| {
+        let folder = temporary.path().join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        folder
+    };
+    let mut settings = settings();
+    settings.length = TrainLength::Steps(4);
+    settings.samples.prompts.clear(); // the VAE is kept nevertheless
+    let bytes = |outcome: &TrainOutcome| std::fs::read(&outcome.path).expect("a file");
+    let mut results = Vec::new();
+    for (name, color) in [("flips", false), ("colours", true)] {
+        settings.augment = Augment {
+            flip: true,
+            color,
+            random_crop: color,
+        };
+        let whole = run(&place(name), &settings, &mut Log::default()).expect("a result");
+        let folder = place(&format!("{name} stopped"));
+        let mut first = Log {
+            stop_after: Some(2),
+            leave: true,
+            ..Log::default()
+        };
+        let stopped = run_kept(&folder, &settings, &mut first, true);
+        assert!(matches!(stopped, Err(TrainError::Stopped { .. })));
+        let rest = run_kept(&folder, &settings, &mut Log::default(), true).expect("a result");
+        assert!(bytes(&whole) == bytes(&rest), "{name}");
+        let file = LoraFile::read(&whole.path).expect("a LoRA");
+        let entry = |key: &str| file.metadata.get(key).map(String::as_str);
+        let told = if color { "True" } else { "False" };
+        assert_eq!(entry("ss_flip_aug"), Some("True"));
+        assert_eq!(
+            (entry("ss_color_aug"), entry("ss_random_crop")),
+            (Some(told), Some(told))
+        );
+        assert_ne!(entry("ss_cache_latents"), Some(told));
+        results.push(bytes(&whole));
+    }
+    assert!(results[0] != results[1]);
 }

@@ -12,6 +12,7 @@ mod limits;
 mod openapi;
 mod operations;
 mod plugins;
+mod preparation;
 mod provenance;
 mod queue;
 mod runs;

@@ -7,6 +7,7 @@ use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::BaseModel;
 use crate::plugin_host::SettingError;
+use crate::preparation::color_correction;
 use crate::runs::spec::{RunSpec, SnapshotImage};
 use crate::store::StoreError;
 use crate::training::{PluginChoice, TrainSettings};
@@ -137,7 +138,7 @@ impl RunService {
     /// The images of the dataset as they are now.
     async fn snapshot(&self, request: &NewRunRequest) -> Result<Vec<SnapshotImage>, RunError> {
         let id = request.dataset_id;
-        self.store.dataset(id).await.map_err(|error| match error {
+        let dataset = self.store.dataset(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::DatasetNotFound(id),
             other => other.into(),
         })?;
@@ -161,6 +162,9 @@ impl RunService {
                     repeats: subset.repeats,
                     regularization: subset.is_reg,
                     background: image.background,
+                    color_correction: color_correction(
+                        image.color_correction.or(dataset.color_correction),
+                    ),
                 }
             })
             .collect())

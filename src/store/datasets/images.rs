@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
-use super::{Subset, check_revision, row_count, row_int, touch};
+use super::{Correction, Subset, check_revision, row_count, row_int, touch};
 use crate::store::rows::{image, subset};
 use crate::store::{Store, StoreError, now_ms, time_of};
 
@@ -35,6 +35,8 @@ pub struct Image {
     pub has_alpha: bool,
     /// What it is laid on where it is transparent: `#rrggbb`. `None` takes the colours that lie under it.
     pub background: Option<String>,
+    /// What is done to its colours; `None` leaves it to the dataset.
+    pub color_correction: Option<Correction>,
     pub revision: i64,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
@@ -222,6 +224,37 @@ impl Store {
         Ok(image)
     }
 
+    /// Says what is done to an image's colours; with an expected revision only at that revision.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
+    pub async fn set_color_correction(
+        &self,
+        image_id: Uuid,
+        color_correction: Option<Correction>,
+        expected_revision: Option<i64>,
+    ) -> Result<Image, StoreError> {
+        let write = self.begin().await?;
+        let row = image::Entity::find_by_id(image_id).one(&write).await?;
+        let row = row.ok_or(StoreError::NotFound)?;
+        check_revision(expected_revision, row.revision)?;
+        let word = color_correction.map(Correction::to_row);
+        if row.color_correction == word {
+            return named(&write, row).await;
+        }
+        touch(&write, row.dataset_id).await?;
+        let row = image::ActiveModel {
+            color_correction: Set(word),
+            revision: Set(row.revision + 1),
+            updated_at_ms: Set(now_ms()),
+            ..row.into()
+        };
+        let row = row.update(&write).await?;
+        let image = named(&write, row).await?;
+        write.commit().await?;
+        Ok(image)
+    }
+
     /// Sets the captions of many images of one dataset in one transaction. Images that are gone are left out.
     ///
     /// # Errors
@@ -353,6 +386,7 @@ impl NewImage {
             caption: Set(self.caption),
             has_alpha: Set(self.has_alpha),
             background: Set(self.background),
+            color_correction: Set(None),
             revision: Set(1),
             created_at_ms: Set(now),
             updated_at_ms: Set(now),
@@ -376,6 +410,7 @@ impl Image {
             caption: row.caption,
             has_alpha: row.has_alpha,
             background: row.background,
+            color_correction: Correction::of_row(row.color_correction.as_deref()),
             revision: row.revision,
             created_at: time_of(row.created_at_ms),
             updated_at: time_of(row.updated_at_ms),

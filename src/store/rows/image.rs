@@ -18,6 +18,7 @@ pub struct Model {
     pub caption: Option<String>,
     pub has_alpha: bool,
     pub background: Option<String>,
+    pub color_correction: Option<String>,
     pub revision: i64,
     pub created_at_ms: i64,
     pub updated_at_ms: i64,

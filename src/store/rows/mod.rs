@@ -6,6 +6,7 @@ pub mod dataset;
 pub mod idempotency_key;
 pub mod image;
 pub mod lora;
+pub mod picture_measure;
 pub mod run;
 pub mod run_attempt;
 pub mod run_event;

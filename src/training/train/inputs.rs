@@ -1,15 +1,17 @@
 //! What goes into the steps: which images and how many steps, their latents and captions, and the batches of them.
 
+use std::borrow::Cow;
+
 use burn::tensor::Device;
 
 use super::RunPlace;
 use super::output::Reporter;
-use crate::dataloader::{Batch, EpochPlan, TrainingImage};
+use crate::dataloader::{Augment, Batch, BucketSettings, EpochPlan, TrainingImage};
 use crate::diffusion::{PredictionType, StableDiffusion};
 use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
-    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
+    LatentEncoder, Latents, Looks, Prepared, TrainingSet, encode_all, encode_held_out, stack,
 };
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::RunFacts;
@@ -17,6 +19,7 @@ use crate::training::settings::{TrainLength, TrainSettings};
 use crate::training::step::MicroBatch;
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
+use crate::training::variation::augment;
 
 /// Optimizer steps that [`train`](super::train) will do.
 ///
@@ -122,7 +125,8 @@ impl Selection {
 
 /// What the frozen parts of the model have made of images and captions.
 pub(super) struct Inputs {
-    latents: Vec<Latents>,
+    latents: Vec<Prepared>,
+    looks: Looks,
     pub(super) held_out: Vec<HeldOut>,
     pub(super) captions: Captions,
 }
@@ -138,15 +142,20 @@ impl Inputs {
         reporter: &mut Reporter<'_>,
     ) -> Result<Self, TrainError> {
         let Selection { images, plan, .. } = selection;
-        let mut encoder = LatentEncoder::new(model, device, data, settings.seed);
-        let latents = encode_all(&mut encoder, images, plan, |phase| reporter.phase(phase))?;
+        let looks = Looks::new(data)?;
+        let mut encoder = LatentEncoder::new(model, device, data, looks.clone(), settings.seed);
+        let change = |image: &TrainingImage| augment(settings.augment, &data.buckets, image);
+        let latents = encode_all(&mut encoder, images, plan, change, |phase| {
+            reporter.phase(phase)
+        })?;
         let held_out = encode_held_out(&mut encoder, &selection.held_out, &data.buckets)?;
         tracing::info!(
             cached = encoder.cached,
             encoded = encoder.encoded,
             "pictures are encoded"
         );
-        if settings.samples.prompts.is_empty() {
+        let fresh = latents.iter().any(|found| matches!(found, Prepared::Fresh));
+        if settings.samples.prompts.is_empty() && !fresh {
             model.unload_vae();
         }
         let captions = data.images.iter().map(|image| image.caption.as_str());
@@ -156,6 +165,7 @@ impl Inputs {
         })?;
         Ok(Self {
             latents,
+            looks,
             held_out,
             captions,
         })
@@ -166,7 +176,8 @@ impl Inputs {
 pub(super) struct BatchSource<'a> {
     settings: &'a TrainSettings,
     images: &'a [TrainingImage],
-    latents: &'a [Latents],
+    buckets: &'a BucketSettings,
+    inputs: &'a Inputs,
     captions: &'a Captions,
     schedule_steps: usize,
     device: &'a Device,
@@ -175,6 +186,7 @@ pub(super) struct BatchSource<'a> {
 impl<'a> BatchSource<'a> {
     pub(super) fn new(
         settings: &'a TrainSettings,
+        data: &'a TrainingSet,
         selection: &'a Selection,
         inputs: &'a Inputs,
         schedule_steps: usize,
@@ -183,24 +195,34 @@ impl<'a> BatchSource<'a> {
         Self {
             settings,
             images: &selection.images,
-            latents: &inputs.latents,
+            buckets: &data.buckets,
+            inputs,
             captions: &inputs.captions,
             schedule_steps,
             device,
         }
     }
 
-    pub(super) fn micro_batch(&self, batch: &Batch, number: u64) -> MicroBatch {
+    /// The batch of this number. The model's VAE encodes what looks different each time.
+    pub(super) fn micro_batch(
+        &self,
+        batch: &Batch,
+        number: u64,
+        model: &StableDiffusion,
+    ) -> Result<MicroBatch, TrainError> {
         let place = number.to_le_bytes();
         let seed = self.settings.seed;
         let images = || batch.images.iter().map(|&index| &self.images[index]);
-        let latents: Vec<_> = batch.images.iter().map(|&i| &self.latents[i]).collect();
+        let latents: Vec<_> = (0..batch.images.len())
+            .map(|slot| self.latents(batch, number, slot, model))
+            .collect::<Result<_, _>>()?;
+        let latents: Vec<&Latents> = latents.iter().map(AsRef::as_ref).collect();
         let latents = stack(&latents, self.device); // [batch, channels, height, width]
         let mut noise_rng = generator(seed, Stream::Noise, &place);
         let mut timestep_rng = generator(seed, Stream::Timesteps, &place);
         let captions: Vec<&str> = images().map(|image| image.caption.as_str()).collect();
         let prior = self.settings.prior_loss_weight;
-        MicroBatch {
+        Ok(MicroBatch {
             noise: normal_tensor(&mut noise_rng, latents.dims(), self.device),
             latents,
             timesteps: timesteps(&mut timestep_rng, captions.len(), self.schedule_steps),
@@ -208,6 +230,29 @@ impl<'a> BatchSource<'a> {
             loss_weights: images()
                 .map(|image| if image.regularization { prior } else { 1.0 })
                 .collect(),
+        })
+    }
+
+    /// The latents of one image of a batch, as it looks this time.
+    fn latents(
+        &self,
+        batch: &Batch,
+        number: u64,
+        slot: usize,
+        model: &StableDiffusion,
+    ) -> Result<Cow<'a, Latents>, TrainError> {
+        let index = batch.images[slot];
+        let (image, seed) = (&self.images[index], self.settings.seed);
+        let looks = &self.inputs.looks;
+        let augment: Augment = augment(self.settings.augment, self.buckets, image);
+        let look = augment.draw(seed, number, slot, &image.sha256, looks.usual(image));
+        if let Prepared::Kept { plain, flipped } = &self.inputs.latents[index] {
+            let chosen = flipped.as_ref().filter(|_| look.flipped);
+            return Ok(Cow::Borrowed(chosen.unwrap_or(plain)));
         }
+        let place = format!("{number}/{slot}/{}", image.sha256);
+        let rng = generator(seed, Stream::Latents, place.as_bytes());
+        let made = looks.encode_fresh(model, self.device, image, batch.bucket, look, rng);
+        made.map(Cow::Owned)
     }
 }

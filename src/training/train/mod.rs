@@ -94,7 +94,7 @@ pub fn train(
     network.detach(model);
     let inputs = Inputs::prepare(model, data, settings, &selection, &device, &mut reporter)?;
     let schedule_steps = model.schedule.len();
-    let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
+    let source = BatchSource::new(settings, data, &selection, &inputs, schedule_steps, &device);
 
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
     let base_model = base_model_record(&data.base_model).map_err(|source| {
@@ -210,8 +210,8 @@ impl Run<'_> {
                 let micro: Vec<MicroBatch> = group
                     .iter()
                     .zip(batches_done..)
-                    .map(|(batch, number)| source.micro_batch(batch, number))
-                    .collect();
+                    .map(|(batch, number)| source.micro_batch(batch, number, self.trainer.model))
+                    .collect::<Result<_, _>>()?;
                 let output = self.trainer.optimizer_step(&micro)?;
                 if let (Some(ema), false) = (&mut self.state.ema, output.skipped) {
                     ema.update(self.trainer.network);
