@@ -11,6 +11,7 @@ mod m20261125_000005_queue;
 mod m20261125_000008_provenance;
 mod m20261125_000009_grids;
 mod m20261125_000010_guard;
+mod m20261128_000007_captions;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -32,6 +33,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000008_provenance::Migration),
             Box::new(m20261125_000009_grids::Migration),
             Box::new(m20261125_000010_guard::Migration),
+            Box::new(m20261128_000007_captions::Migration),
         ]
     }
 }

@@ -1,6 +1,7 @@
 //! The REST API: the only module that knows HTTP. One file per resource; the rules are in `openapi/CONVENTIONS.md`.
 
 pub mod auth;
+mod captioning;
 pub mod codes;
 mod cors;
 pub mod datasets;

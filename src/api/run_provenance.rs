@@ -11,6 +11,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::auth;
+use super::captioning::SubsetTraining;
 use super::idempotency::{self, Created};
 use super::problem::{Problem, ProblemBody};
 use super::run_resource::Run;
@@ -124,6 +125,10 @@ pub struct ProvenanceImage {
     pub subset: String,
     pub repeats: u32,
     pub regularization: bool,
+    /// Where its subset differs from `settings`; absent where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub training: Option<SubsetTraining>,
 }
 
 /// The base model of a run.

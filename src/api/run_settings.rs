@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::captioning::{Augment, CaptionSettings};
 use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
 use super::run_outputs::{Resume, Samples, Save};
@@ -105,6 +106,12 @@ pub struct CreateRun {
     #[serde(default = "defaults::max_token_length")]
     #[schema(default = 75)]
     pub max_token_length: usize,
+    /// What becomes of captions in training.
+    #[serde(default)]
+    pub captions: CaptionSettings,
+    /// Random changes of pictures.
+    #[serde(default)]
+    pub augment: Augment,
     /// Size of the pictures; with buckets their area.
     #[serde(default)]
     pub resolution: Resolution,
@@ -200,6 +207,8 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 prior_loss_weight: wire.prior_loss_weight,
                 clip_skip: wire.clip_skip,
                 max_token_length: wire.max_token_length,
+                captions: wire.captions.into(),
+                augment: wire.augment.into(),
                 seed: wire.seed,
                 save: wire.save.into(),
                 resume: wire.resume.into(),
@@ -252,6 +261,8 @@ impl CreateRun {
             prior_loss_weight: settings.prior_loss_weight,
             clip_skip: settings.clip_skip,
             max_token_length: settings.max_token_length,
+            captions: settings.captions.into(),
+            augment: settings.augment.into(),
             resolution: Resolution::of(&buckets),
             buckets: buckets.into(),
             seed: settings.seed,

@@ -149,6 +149,7 @@ fn repeats(images: &[TrainingImage]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataloader::{Augment, CaptionSettings};
 
     fn image(id: &str, size: (u32, u32), repeats: u32, regularization: bool) -> TrainingImage {
         TrainingImage {
@@ -160,6 +161,8 @@ mod tests {
             caption: String::new(),
             repeats,
             regularization,
+            captioning: CaptionSettings::default(),
+            augment: Augment::default(),
         }
     }
 

@@ -5,20 +5,24 @@
 //! folder knows a model.
 
 mod area;
+mod augment;
 mod buckets;
+mod captioning;
 mod epoch;
 mod pixels;
 mod tensor_cache;
 
 use std::path::PathBuf;
 
+pub use augment::Augment;
 pub use buckets::{BucketSettings, Placement};
+pub use captioning::{CaptionSettings, Moment};
 pub use epoch::{Batch, EpochPlan};
 pub use pixels::{Pixels, load_pixels};
 pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};
 
 /// One picture to train on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TrainingImage {
     /// Stable name of the picture.
     pub id: String,
@@ -30,12 +34,16 @@ pub struct TrainingImage {
     pub width_px: u32,
     /// Height as shown, after the EXIF orientation.
     pub height_px: u32,
-    /// What is in it.
+    /// What is in it, as its owner has written it: [`captioning`](Self::captioning) says what a step sees of it.
     pub caption: String,
     /// How often it appears in an epoch.
     pub repeats: u32,
     /// Whether it shows the class in general (DreamBooth's prior preservation) instead of the subject.
     pub regularization: bool,
+    /// What becomes of its caption.
+    pub captioning: CaptionSettings,
+    /// What becomes of its pixels.
+    pub augment: Augment,
 }
 
 /// Data that cannot be trained on.

@@ -289,7 +289,7 @@ fn kib_line(meminfo: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataloader::{BucketSettings, TrainingImage};
+    use crate::dataloader::{Augment, BucketSettings, CaptionSettings, TrainingImage};
 
     fn cpu() -> DeviceInfo {
         let mut known = devices::list();
@@ -309,6 +309,8 @@ mod tests {
                 caption: String::new(),
                 repeats: 1,
                 regularization: false,
+                captioning: CaptionSettings::default(),
+                augment: Augment::default(),
             }],
             subsets: std::collections::HashMap::new(),
             buckets: BucketSettings::default(),

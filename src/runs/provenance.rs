@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
 use super::spec::{RunSpec, SnapshotImage};
+use crate::store::datasets::SubsetTraining;
 use crate::store::runs::{Attempt, Metric, Run};
 use crate::store::{Store, StoreError};
 
@@ -68,7 +69,7 @@ pub struct Inputs {
 }
 
 /// An image as it was when the run was made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PinnedImage {
     /// Digest of its file.
@@ -85,6 +86,9 @@ pub struct PinnedImage {
     pub repeats: u32,
     /// Whether it shows the class in general.
     pub regularization: bool,
+    /// Where its subset differs from the settings.
+    #[serde(default, skip_serializing_if = "SubsetTraining::is_default")]
+    pub training: SubsetTraining,
 }
 
 /// One worker of a run.
@@ -165,6 +169,7 @@ impl Inputs {
             subset: image.subset.clone(),
             repeats: image.repeats,
             regularization: image.regularization,
+            training: image.training.clone(),
         });
         let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
             (Some(materials.base_model), materials.plugins)

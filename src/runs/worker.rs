@@ -19,7 +19,7 @@ use super::liveness::{self, Alive};
 use super::memory::MemoryPlan;
 use super::origin::Facts;
 use super::reporter::{Reporter, Stop};
-use super::spec::{RESUME, RunSpec, SnapshotImage};
+use super::spec::{RESUME, RunSpec, SnapshotImage, augment_of, captions_of};
 use super::state;
 use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, ComputeDevice};
@@ -523,6 +523,8 @@ pub(super) fn training_set(
             caption: image.caption,
             repeats: image.repeats,
             regularization: image.regularization,
+            captioning: captions_of(&spec.settings.captions, &image.training.captions),
+            augment: augment_of(spec.settings.augment, image.training.augment),
         })
         .collect();
     TrainingSet {

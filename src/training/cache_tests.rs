@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use image::{Rgb, RgbImage};
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, CaptionSettings, TensorCache, TrainingImage};
 use crate::diffusion::StableDiffusion;
 use crate::training::data::{LatentEncoder, TrainingSet, read};
 use crate::training::goldens::{fixture, load_model};
@@ -46,6 +46,8 @@ impl Place {
             caption: String::new(),
             repeats: 1,
             regularization: false,
+            captioning: CaptionSettings::default(),
+            augment: Augment::default(),
         }
     }
 

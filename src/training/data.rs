@@ -293,11 +293,17 @@ pub fn encode_held_out(
         let bucket = settings.place(image.width_px, image.height_px).bucket;
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
-            caption: image.caption.clone(),
+            caption: measured_caption(image),
             latents: encoder.encode(image, bucket)?,
         });
     }
     Ok(held_out)
+}
+
+/// An image's caption as it is measured with: whole, and the same in every run.
+pub(super) fn measured_caption(image: &TrainingImage) -> String {
+    let mut rng = generator(0, Stream::Captions, image.sha256.as_bytes());
+    image.captioning.whole(&image.caption, &mut rng)
 }
 
 /// The bucket of each image, where the plan uses it.

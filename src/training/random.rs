@@ -22,6 +22,8 @@ pub enum Stream {
     HeldOut,
     /// Noise of preview pictures.
     Preview,
+    /// What a step sees of a caption; the place is the batch's number, the image's place in it and its content.
+    Captions,
 }
 
 impl Stream {
@@ -33,6 +35,7 @@ impl Stream {
             Self::Validation => b"validation",
             Self::HeldOut => b"held out",
             Self::Preview => b"preview",
+            Self::Captions => b"captions",
         }
     }
 }

@@ -49,6 +49,7 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     TrainingRecord {
         output_name: settings.output_name.clone(),
         session_id: facts.session_id,
+        data_options: data_options(settings),
         recorded_at: facts.recorded_at,
         inputs_sha256: facts.inputs_sha256,
         network: settings.network.clone(),
@@ -97,6 +98,28 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     }
 }
 
+/// The run's own; what a subset has instead is in the run's record.
+fn data_options(settings: &TrainSettings) -> Vec<(&'static str, String)> {
+    let boolean = |value| if value { "True" } else { "False" }.to_owned();
+    let (captions, augment) = (&settings.captions, settings.augment);
+    vec![
+        ("shuffle_caption", boolean(captions.shuffle_captions)),
+        ("keep_tokens", captions.keep_tokens.to_string()),
+        ("caption_dropout_rate", float(captions.caption_dropout_rate)),
+        (
+            "caption_dropout_every_n_epochs",
+            captions.caption_dropout_every_n_epochs.to_string(),
+        ),
+        (
+            "caption_tag_dropout_rate",
+            float(captions.caption_tag_dropout_rate),
+        ),
+        ("flip_aug", boolean(augment.flip)),
+        ("color_aug", boolean(augment.color)),
+        ("random_crop", boolean(augment.random_crop)),
+    ]
+}
+
 /// `id(name=value,name=value)`, the way in which sd-scripts writes an optimizer.
 fn describe(plugin: &PluginChoice) -> String {
     let settings: Vec<String> = match &plugin.settings {
@@ -139,7 +162,7 @@ fn subsets(set: &TrainingSet, images: &[TrainingImage], regularization: bool) ->
             name,
             repeats: images[0].repeats,
             images: images.len(),
-            tags: tag_frequency(images.iter().map(|image| image.caption.as_str())),
+            tags: tag_frequency(images.iter().flat_map(|image| image.caption.lines())),
         })
         .collect()
 }

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use image::{Rgb, RgbImage};
 use time::OffsetDateTime;
 
-use crate::dataloader::{BucketSettings, TensorCache, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, CaptionSettings, TensorCache, TrainingImage};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
@@ -135,6 +135,8 @@ fn pictures(folder: &Path) -> TrainingSet {
             caption: format!("colour {index}"),
             repeats: 2,
             regularization: index == 4,
+            captioning: CaptionSettings::default(),
+            augment: Augment::default(),
         }
     });
     TrainingSet {

@@ -61,6 +61,7 @@ pub struct Model {
     pub reproduction_of: Option<Uuid>,
     pub reproduction: Option<String>,
     pub grid_of: Option<Uuid>,
+    pub dataset: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

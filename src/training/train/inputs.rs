@@ -4,12 +4,12 @@ use burn::tensor::Device;
 
 use super::RunPlace;
 use super::output::Reporter;
-use crate::dataloader::{Batch, EpochPlan, TrainingImage};
+use crate::dataloader::{Batch, EpochPlan, Moment, TrainingImage};
 use crate::diffusion::{PredictionType, StableDiffusion};
 use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
-    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
+    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, measured_caption, stack,
 };
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::RunFacts;
@@ -149,9 +149,15 @@ impl Inputs {
         if settings.samples.prompts.is_empty() {
             model.unload_vae();
         }
-        let captions = data.images.iter().map(|image| image.caption.as_str());
+        let mut fixed: Vec<String> = images
+            .iter()
+            .filter(|image| !image.captioning.varies(&image.caption))
+            .map(measured_caption)
+            .collect();
+        fixed.extend(held_out.iter().map(|image| image.caption.clone()));
+        let fixed = fixed.iter().map(String::as_str);
         let cache = data.cache.as_ref();
-        let captions = Captions::prepare(model, captions, settings, cache, device, |phase| {
+        let captions = Captions::prepare(model, fixed, settings, cache, device, |phase| {
             reporter.phase(phase)
         })?;
         Ok(Self {
@@ -162,12 +168,13 @@ impl Inputs {
     }
 }
 
-/// Makes batches: latents and captions of the images, noise and timesteps of the batch's number.
+/// Makes batches: latents of the images, their captions at this moment, noise and timesteps of the batch's number.
 pub(super) struct BatchSource<'a> {
     settings: &'a TrainSettings,
     images: &'a [TrainingImage],
     latents: &'a [Latents],
     captions: &'a Captions,
+    total_steps: u64,
     schedule_steps: usize,
     device: &'a Device,
 }
@@ -185,12 +192,20 @@ impl<'a> BatchSource<'a> {
             images: &selection.images,
             latents: &inputs.latents,
             captions: &inputs.captions,
+            total_steps: selection.length.steps,
             schedule_steps,
             device,
         }
     }
 
-    pub(super) fn micro_batch(&self, batch: &Batch, number: u64) -> MicroBatch {
+    /// The batch of a number, counted over the whole run, in an epoch (from 1) after so many optimizer steps.
+    pub(super) fn micro_batch(
+        &self,
+        batch: &Batch,
+        number: u64,
+        epoch: u64,
+        step: u64,
+    ) -> MicroBatch {
         let place = number.to_le_bytes();
         let seed = self.settings.seed;
         let images = || batch.images.iter().map(|&index| &self.images[index]);
@@ -198,7 +213,15 @@ impl<'a> BatchSource<'a> {
         let latents = stack(&latents, self.device); // [batch, channels, height, width]
         let mut noise_rng = generator(seed, Stream::Noise, &place);
         let mut timestep_rng = generator(seed, Stream::Timesteps, &place);
-        let captions: Vec<&str> = images().map(|image| image.caption.as_str()).collect();
+        let moment = Moment {
+            epoch,
+            step,
+            total_steps: self.total_steps,
+        };
+        let captions: Vec<String> = images()
+            .enumerate()
+            .map(|(index, image)| self.caption(image, moment, number, index))
+            .collect();
         let prior = self.settings.prior_loss_weight;
         MicroBatch {
             noise: normal_tensor(&mut noise_rng, latents.dims(), self.device),
@@ -209,5 +232,16 @@ impl<'a> BatchSource<'a> {
                 .map(|image| if image.regularization { prior } else { 1.0 })
                 .collect(),
         }
+    }
+
+    /// What a step sees of an image's caption. Its chances are those of its place in the run, so that a run that is taken
+    /// up again sees the same.
+    fn caption(&self, image: &TrainingImage, moment: Moment, number: u64, index: usize) -> String {
+        if !image.captioning.varies(&image.caption) {
+            return measured_caption(image);
+        }
+        let place = format!("{number}/{index}/{}", image.sha256);
+        let mut rng = generator(self.settings.seed, Stream::Captions, place.as_bytes());
+        image.captioning.at(&image.caption, moment, &mut rng)
     }
 }
