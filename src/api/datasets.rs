@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::captioning::{SubsetAugment, SubsetCaptions};
 use super::codes::Code;
 use super::colors::ColorCorrection;
 use super::extract::{Json, Query};
@@ -86,6 +87,13 @@ pub struct DatasetPatch {
 #[schema(example = json!({
     "id": "019a9c1e-7b5f-7d21-8c43-5e6f7a8b9c0d", "dataset_id": "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11",
     "name": "10_lumo", "repeats": 10, "is_reg": false, "instance_prompt": "lumo", "class_prompt": null,
+    "captions": {
+        "shuffle_captions": true, "caption_separator": null, "keep_tokens": 1, "keep_tokens_separator": null,
+        "secondary_separator": null, "caption_dropout_rate": null, "caption_dropout_every_n_epochs": null,
+        "caption_tag_dropout_rate": null, "caption_prefix": null, "caption_suffix": null, "enable_wildcards": null,
+        "token_warmup_min": null, "token_warmup_step": null
+    },
+    "augment": {"flip_aug": true, "color_aug": null, "random_crop": null},
     "images": 20, "captioned_images": 20, "created_at": "2026-11-25T06:40:02Z"
 }))]
 pub struct Subset {
@@ -100,6 +108,10 @@ pub struct Subset {
     pub instance_prompt: Option<String>,
     /// The caption of regularization images that have none.
     pub class_prompt: Option<String>,
+    /// What becomes of its captions in training, where that differs from the run's `captions`.
+    pub captions: SubsetCaptions,
+    /// What becomes of its pictures in training, where that differs from the run's `augment`.
+    pub augment: SubsetAugment,
     pub images: u64,
     pub captioned_images: u64,
     #[serde(with = "time::serde::rfc3339")]
@@ -109,7 +121,9 @@ pub struct Subset {
 /// The part of a subset that PATCH changes.
 #[derive(Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"repeats": 5, "class_prompt": null}))]
+#[schema(example = json!({
+    "repeats": 5, "class_prompt": null, "captions": {"shuffle_captions": true, "keep_tokens": 1}, "augment": {"flip_aug": false}
+}))]
 pub struct SubsetPatch {
     /// 1 to 128 characters, unique in its dataset, usable as a folder's name.
     #[schema(required = false, min_length = 1, max_length = 128)]
@@ -123,6 +137,12 @@ pub struct SubsetPatch {
     pub instance_prompt: Option<String>,
     /// At most 1000 characters in one line; `null` removes it.
     pub class_prompt: Option<String>,
+    /// Only what is given changes; `null` is as the run has it.
+    #[serde(default)]
+    pub captions: SubsetCaptions,
+    /// Only what is given changes; `null` is as the run has it.
+    #[serde(default)]
+    pub augment: SubsetAugment,
 }
 
 /// Make a dataset.
@@ -327,7 +347,8 @@ pub async fn get_subset(
 
 /// Change a subset.
 ///
-/// A JSON merge-patch: repeats, regularization, prompts, name. `null` removes a prompt.
+/// A JSON merge-patch: repeats, regularization, prompts, name, and what training does with captions and pictures. `null`
+/// removes a prompt, or leaves a setting to the run. Runs that were made before keep what they were made with.
 #[utoipa::path(
     tag = "datasets",
     params(
@@ -393,6 +414,8 @@ impl Subset {
             is_reg: subset.is_reg,
             instance_prompt: subset.instance_prompt,
             class_prompt: subset.class_prompt,
+            captions: subset.training.captions.into(),
+            augment: subset.training.augment.into(),
             images: counts.images,
             captioned_images: counts.captioned_images,
             created_at: subset.created_at,
@@ -408,6 +431,8 @@ impl SubsetPatch {
             is_reg: subset.is_reg,
             instance_prompt: subset.instance_prompt.clone(),
             class_prompt: subset.class_prompt.clone(),
+            captions: subset.training.captions.clone().into(),
+            augment: subset.training.augment.into(),
         }
     }
 }
@@ -420,6 +445,10 @@ impl From<SubsetPatch> for rows::SubsetSettings {
             is_reg: patch.is_reg,
             instance_prompt: patch.instance_prompt,
             class_prompt: patch.class_prompt,
+            training: rows::SubsetTraining {
+                captions: patch.captions.into(),
+                augment: patch.augment.into(),
+            },
         }
     }
 }

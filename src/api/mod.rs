@@ -2,6 +2,7 @@
 
 pub mod auth;
 mod captioners;
+mod captioning;
 mod captioning_jobs;
 mod captioning_results;
 mod captioning_settings;

@@ -11,6 +11,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
 use super::auth;
+use super::captioning::SubsetTraining;
 use super::colors::ColorCorrection;
 use super::idempotency::{self, Created};
 use super::problem::{Problem, ProblemBody};
@@ -131,6 +132,10 @@ pub struct ProvenanceImage {
     /// What was done to its colours; absent where nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub color_correction: Option<ColorCorrection>,
+    /// Where its subset differs from `settings`; absent where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub training: Option<SubsetTraining>,
 }
 
 /// The base model of a run.

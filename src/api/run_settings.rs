@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::captioning::{Augment, CaptionSettings};
 use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
 use super::run_outputs::{Resume, Samples, Save};
@@ -105,6 +106,12 @@ pub struct CreateRun {
     #[serde(default = "defaults::max_token_length")]
     #[schema(default = 75)]
     pub max_token_length: usize,
+    /// What becomes of captions in training.
+    #[serde(default)]
+    pub captions: CaptionSettings,
+    /// Random changes of pictures.
+    #[serde(default)]
+    pub augment: Augment,
     /// Size of the pictures; with buckets their area.
     #[serde(default)]
     pub resolution: Resolution,
@@ -114,12 +121,6 @@ pub struct CreateRun {
     /// Where pictures are cut to the size of their bucket.
     #[serde(default)]
     pub crop: Crop,
-    /// Flips each picture left to right every other time it is shown; wrong for what is not symmetric, and for letters.
-    #[serde(default)]
-    pub flip_aug: bool,
-    /// Shifts the hue (±16°) or the gamma of one picture in three; latents are then not cached.
-    #[serde(default)]
-    pub color_aug: bool,
     /// Seed of everything random: the same seed trains the same LoRA.
     #[serde(default)]
     pub seed: u64,
@@ -209,11 +210,8 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 prior_loss_weight: wire.prior_loss_weight,
                 clip_skip: wire.clip_skip,
                 max_token_length: wire.max_token_length,
-                augment: domain::Augment {
-                    flip: wire.flip_aug,
-                    color: wire.color_aug,
-                    random_crop: false, // `crop` says that
-                },
+                captions: wire.captions.into(),
+                augment: wire.augment.with(wire.crop == Crop::Random),
                 seed: wire.seed,
                 save: wire.save.into(),
                 resume: wire.resume.into(),
@@ -266,10 +264,10 @@ impl CreateRun {
             prior_loss_weight: settings.prior_loss_weight,
             clip_skip: settings.clip_skip,
             max_token_length: settings.max_token_length,
+            captions: settings.captions.into(),
+            augment: settings.augment.into(),
             resolution: Resolution::of(&buckets),
             crop: buckets.crop.into(),
-            flip_aug: settings.augment.flip,
-            color_aug: settings.augment.color,
             buckets: buckets.into(),
             seed: settings.seed,
             save: settings.save.into(),

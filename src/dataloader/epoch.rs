@@ -149,7 +149,7 @@ fn repeats(images: &[TrainingImage]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataloader::Augment;
+    use crate::dataloader::{Augment, CaptionSettings};
 
     fn image(id: &str, size: (u32, u32), repeats: u32, regularization: bool) -> TrainingImage {
         TrainingImage {
@@ -164,6 +164,7 @@ mod tests {
             background: None,
             augment: Augment::default(),
             correction: None,
+            captioning: CaptionSettings::default(),
         }
     }
 

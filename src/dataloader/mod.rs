@@ -7,6 +7,7 @@
 mod area;
 mod augment;
 mod buckets;
+mod captioning;
 mod correction;
 mod crop;
 mod epoch;
@@ -20,6 +21,7 @@ use crate::pictures::Background;
 
 pub use augment::Augment;
 pub use buckets::{BucketSettings, Placement};
+pub use captioning::{CaptionSettings, Moment};
 pub use correction::{ColorCorrection, Tables, Tones, set_median};
 pub use crop::{CropMode, Energy, Window};
 pub use epoch::{Batch, EpochPlan};
@@ -28,7 +30,7 @@ pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};
 pub use tint::Tint;
 
 /// One picture to train on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TrainingImage {
     /// Stable name of the picture.
     pub id: String,
@@ -40,7 +42,7 @@ pub struct TrainingImage {
     pub width_px: u32,
     /// Height as shown, after the EXIF orientation.
     pub height_px: u32,
-    /// What is in it.
+    /// What is in it, as its owner has written it: [`captioning`](Self::captioning) says what a step sees of it.
     pub caption: String,
     /// How often it appears in an epoch.
     pub repeats: u32,
@@ -52,6 +54,8 @@ pub struct TrainingImage {
     pub augment: Augment,
     /// What is done to its colours.
     pub correction: Option<ColorCorrection>,
+    /// What becomes of its caption.
+    pub captioning: CaptionSettings,
 }
 
 /// Data that cannot be trained on.

@@ -1,10 +1,14 @@
 //! Which names, prompts and repeats are possible.
 
 use super::error::InvalidField;
+use crate::store::datasets::{SubsetCaptions, SubsetTraining};
 
 pub const MAX_NAME_CHARS: usize = 128;
 pub const MAX_PROMPT_CHARS: usize = 1000;
 pub const MAX_REPEATS: u32 = 10_000;
+pub const MAX_SEPARATOR_CHARS: usize = 32;
+const MAX_TAGS: f64 = 1000.0;
+const MAX_STEPS: f64 = 10_000_000.0;
 
 /// What somebody says about a subset. What is absent is not checked.
 #[derive(Clone, Copy, Debug)]
@@ -81,13 +85,17 @@ impl Checker {
 
     /// An instance or class prompt: one line.
     pub fn prompt(&mut self, field: &'static str, prompt: Option<&str>) -> &mut Self {
-        let Some(prompt) = prompt else { return self };
+        self.line(field, prompt, MAX_PROMPT_CHARS)
+    }
+
+    fn line(&mut self, field: &'static str, text: Option<&str>, most: usize) -> &mut Self {
+        let Some(prompt) = text else { return self };
         let length = prompt.chars().count();
-        if length > MAX_PROMPT_CHARS {
+        if length > most {
             self.push(
                 field,
                 "out_of_range",
-                format!("found {length} characters, expected at most {MAX_PROMPT_CHARS}"),
+                format!("found {length} characters, expected at most {most}"),
             );
         } else if prompt.chars().any(char::is_control) {
             self.push(
@@ -105,6 +113,79 @@ impl Checker {
             code,
             message: message.into(),
         });
+    }
+
+    /// What a subset says of its training; the ranges are those of a run's settings.
+    pub fn training(&mut self, training: &SubsetTraining) -> &mut Self {
+        let SubsetCaptions {
+            shuffle_captions: _,
+            caption_separator,
+            keep_tokens,
+            keep_tokens_separator,
+            secondary_separator,
+            caption_dropout_rate,
+            caption_dropout_every_n_epochs,
+            caption_tag_dropout_rate,
+            caption_prefix,
+            caption_suffix,
+            enable_wildcards: _,
+            token_warmup_min,
+            token_warmup_step,
+        } = &training.captions;
+        if caption_separator.as_deref() == Some("") {
+            let message = "is empty, expected what is between tags, such as `,`";
+            self.push("captions/caption_separator", "invalid_value", message);
+        }
+        for (field, text, most) in [
+            (
+                "captions/caption_separator",
+                caption_separator,
+                MAX_SEPARATOR_CHARS,
+            ),
+            (
+                "captions/keep_tokens_separator",
+                keep_tokens_separator,
+                MAX_SEPARATOR_CHARS,
+            ),
+            (
+                "captions/secondary_separator",
+                secondary_separator,
+                MAX_SEPARATOR_CHARS,
+            ),
+            ("captions/caption_prefix", caption_prefix, MAX_PROMPT_CHARS),
+            ("captions/caption_suffix", caption_suffix, MAX_PROMPT_CHARS),
+        ] {
+            self.line(field, text.as_deref(), most);
+        }
+        let count = |count: &Option<u32>| count.map(f64::from);
+        for (field, number, most) in [
+            ("captions/caption_dropout_rate", *caption_dropout_rate, 1.0),
+            (
+                "captions/caption_tag_dropout_rate",
+                *caption_tag_dropout_rate,
+                1.0,
+            ),
+            ("captions/keep_tokens", count(keep_tokens), MAX_TAGS),
+            (
+                "captions/token_warmup_min",
+                count(token_warmup_min),
+                MAX_TAGS,
+            ),
+            (
+                "captions/caption_dropout_every_n_epochs",
+                count(caption_dropout_every_n_epochs),
+                MAX_STEPS,
+            ),
+            ("captions/token_warmup_step", *token_warmup_step, MAX_STEPS),
+        ] {
+            if let Some(number) = number
+                && !(0.0..=most).contains(&number)
+            {
+                let message = format!("found {number}, expected 0 to {most}");
+                self.push(field, "out_of_range", message);
+            }
+        }
+        self
     }
 
     /// # Errors

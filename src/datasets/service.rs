@@ -190,6 +190,10 @@ impl DatasetService {
             class_prompt: settings.class_prompt.as_deref(),
         };
         words.check().map_err(DatasetError::InvalidSubset)?;
+        Checker::default()
+            .training(&settings.training)
+            .finish()
+            .map_err(DatasetError::InvalidSubset)?;
         let updated = self
             .store
             .update_subset(subset_id, settings, expected)

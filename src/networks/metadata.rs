@@ -20,6 +20,8 @@ pub struct TrainingRecord {
     pub output_name: String,
     /// A number that tells runs apart.
     pub session_id: u32,
+    /// Options of sd-scripts about captions and pixels, by its names and as it writes them.
+    pub data_options: Vec<(&'static str, String)>,
     /// When the run was made: the only time in a file, so that its bytes do not depend on how long anything took.
     pub recorded_at: OffsetDateTime,
     /// Digest of all that decides the result, by which the run's record is found; told as `lorasmith_inputs_sha256`.
@@ -153,6 +155,9 @@ impl TrainingRecord {
         let mut put = |key: &str, value: String| entries.insert(format!("ss_{key}"), value);
         for (key, value) in OFF {
             put(key, (*value).to_owned());
+        }
+        for (key, value) in &self.data_options {
+            put(key, value.clone());
         }
         self.put_run(&mut put);
         self.put_training(&mut put);
@@ -536,6 +541,7 @@ mod tests {
         TrainingRecord {
             output_name: "k256_fp32".to_owned(),
             session_id: 3_572_901_700,
+            data_options: Vec::new(),
             recorded_at: OffsetDateTime::UNIX_EPOCH,
             inputs_sha256: None,
             network: NetworkSettings {

@@ -113,6 +113,7 @@ impl RunService {
             name: run.name,
             spec: serde_json::to_string(&grid)?,
             images: "[]".to_owned(),
+            dataset: None,
             dataset_id: run.dataset_id,
             base_model_id: run.base_model_id,
             grid_of: Some(id),

@@ -302,7 +302,7 @@ fn kib_line(meminfo: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataloader::{Augment, BucketSettings, TrainingImage};
+    use crate::dataloader::{Augment, BucketSettings, CaptionSettings, TrainingImage};
 
     fn cpu() -> DeviceInfo {
         let mut known = devices::list();
@@ -325,6 +325,7 @@ mod tests {
                 background: None,
                 augment: Augment::default(),
                 correction: None,
+                captioning: CaptionSettings::default(),
             }],
             subsets: std::collections::HashMap::new(),
             buckets: BucketSettings::default(),

@@ -36,13 +36,15 @@ pub use plan::{PlannedBucket, PlannedMemory, RunPlan};
 pub use queue::{Place, room};
 pub use reproduction::{Mismatch, Reproduction};
 pub use service::{Extension, NewRunRequest, RunError, RunProblem, RunService};
-pub use spec::{RunSpec, SnapshotImage};
+pub use spec::{RunSpec, SnapshotDataset, SnapshotImage, SnapshotSubset};
 pub use supervisor::{Supervisor, WorkerCommand};
 pub use worker::{CacheFolder, WorkerEnd, WorkerParts, work};
 
 /// The settings of a run as the domain has them, for those who speak to this module.
 pub mod settings {
-    pub use crate::dataloader::{Augment, BucketSettings, ColorCorrection, CropMode};
+    pub use crate::dataloader::{
+        Augment, BucketSettings, CaptionSettings, ColorCorrection, CropMode,
+    };
     pub use crate::diffusion::PredictionType;
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
 use super::spec::{RunSpec, SnapshotImage};
 use crate::dataloader::ColorCorrection;
+use crate::store::datasets::SubsetTraining;
 use crate::store::runs::{Attempt, Metric, Run};
 use crate::store::{Store, StoreError};
 
@@ -69,7 +70,7 @@ pub struct Inputs {
 }
 
 /// An image as it was when the run was made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PinnedImage {
     /// Digest of its file.
@@ -92,6 +93,9 @@ pub struct PinnedImage {
     /// What is done to its colours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub color_correction: Option<ColorCorrection>,
+    /// Where its subset differs from the settings.
+    #[serde(default, skip_serializing_if = "SubsetTraining::is_default")]
+    pub training: SubsetTraining,
 }
 
 /// One worker of a run.
@@ -174,6 +178,7 @@ impl Inputs {
             regularization: image.regularization,
             background: image.background.clone(),
             color_correction: image.color_correction,
+            training: image.training.clone(),
         });
         let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
             (Some(materials.base_model), materials.plugins)

@@ -69,6 +69,7 @@ impl RunService {
             // Word for word: the files name a digest of it.
             spec: run.spec,
             images,
+            dataset: self.store().run_dataset(id).await?,
             dataset_id: run.dataset_id,
             base_model_id: run.base_model_id,
             continued_from: None,

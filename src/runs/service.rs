@@ -72,6 +72,7 @@ impl RunService {
         let Checked {
             spec,
             images,
+            dataset,
             dataset_id,
             base,
         } = self.check(request).await?;
@@ -91,6 +92,7 @@ impl RunService {
                 name,
                 spec: serde_json::to_string(&spec)?,
                 images: serde_json::to_string(&images)?,
+                dataset: Some(serde_json::to_string(&dataset)?),
                 dataset_id,
                 base_model_id: base.id,
             })

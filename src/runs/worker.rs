@@ -20,9 +20,9 @@ use super::liveness::{self, Alive};
 use super::memory::MemoryPlan;
 use super::origin::Facts;
 use super::reporter::{Reporter, Stop};
-use super::spec::{RESUME, RunSpec, SnapshotImage};
+use super::spec::{RESUME, RunSpec, SnapshotImage, augment_of, captions_of};
 use super::state;
-use crate::dataloader::{Augment, TensorCache, TrainingImage};
+use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
@@ -536,8 +536,9 @@ pub(super) fn training_set(
             regularization: image.regularization,
             // Checked when the picture was uploaded.
             background: image.background.and_then(|colour| colour.parse().ok()),
-            augment: Augment::default(),
             correction: image.color_correction,
+            captioning: captions_of(&spec.settings.captions, &image.training.captions),
+            augment: augment_of(spec.settings.augment, image.training.augment),
         })
         .collect();
     TrainingSet {

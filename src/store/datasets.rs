@@ -4,6 +4,7 @@ mod correction;
 mod images;
 #[cfg(test)]
 mod tests;
+mod training;
 
 use std::collections::HashMap;
 
@@ -21,6 +22,7 @@ use super::{Store, StoreError, now_ms, time_of};
 pub use correction::Correction;
 pub(super) use images::change_captions;
 pub use images::{AddedImage, Image, ImageName, NewImage};
+pub use training::{SubsetAugment, SubsetCaptions, SubsetTraining};
 
 /// A named set of subsets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +48,7 @@ pub struct DatasetCounts {
 }
 
 /// A concept, or the regularization of one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Subset {
     pub id: Uuid,
     pub dataset_id: Uuid,
@@ -56,6 +58,7 @@ pub struct Subset {
     pub is_reg: bool,
     pub instance_prompt: Option<String>,
     pub class_prompt: Option<String>,
+    pub training: SubsetTraining,
     pub revision: i64,
     pub created_at: OffsetDateTime,
 }
@@ -68,13 +71,14 @@ pub struct SubsetCounts {
 }
 
 /// Everything about a subset that can be changed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SubsetSettings {
     pub name: String,
     pub repeats: u32,
     pub is_reg: bool,
     pub instance_prompt: Option<String>,
     pub class_prompt: Option<String>,
+    pub training: SubsetTraining,
 }
 
 /// What an upload says about a subset. `None` leaves the value of an existing subset alone.
@@ -385,6 +389,7 @@ fn new_subset(dataset_id: Uuid, name: &str, hints: &SubsetHints) -> subset::Acti
         class_prompt: Set(hints.class_prompt.clone()),
         revision: Set(1),
         created_at_ms: Set(now_ms()),
+        training: Set(None),
     }
 }
 
@@ -397,6 +402,7 @@ impl SubsetHints {
             is_reg: self.is_reg.unwrap_or(present.is_reg),
             instance_prompt: self.instance_prompt.clone().or(present.instance_prompt),
             class_prompt: self.class_prompt.clone().or(present.class_prompt),
+            training: present.training,
         }
     }
 }
@@ -409,6 +415,7 @@ impl SubsetSettings {
             is_reg: row.is_reg,
             instance_prompt: row.instance_prompt.clone(),
             class_prompt: row.class_prompt.clone(),
+            training: SubsetTraining::of_row(row.training.as_deref()),
         }
     }
 
@@ -420,6 +427,7 @@ impl SubsetSettings {
             is_reg: Set(self.is_reg),
             instance_prompt: Set(self.instance_prompt.clone()),
             class_prompt: Set(self.class_prompt.clone()),
+            training: Set(self.training.to_row()),
             revision: Set(revision),
             ..row.into()
         }
@@ -458,6 +466,7 @@ impl From<subset::Model> for Subset {
             is_reg: row.is_reg,
             instance_prompt: row.instance_prompt,
             class_prompt: row.class_prompt,
+            training: SubsetTraining::of_row(row.training.as_deref()),
             revision: row.revision,
             created_at: time_of(row.created_at_ms),
         }

@@ -229,6 +229,8 @@ pub struct NewRun {
     pub spec: String,
     /// The images as they are now; JSON that `runs` wrote.
     pub images: String,
+    /// The dataset and its subsets as they are now; JSON that `runs` wrote.
+    pub dataset: Option<String>,
     /// See [`Run::dataset_id`].
     pub dataset_id: Uuid,
     /// See [`Run::base_model_id`].
@@ -310,6 +312,7 @@ impl Store {
             state: Set(RunState::Queued.as_str().to_owned()),
             spec: Set(new.spec),
             images: Set(new.images),
+            dataset: Set(new.dataset),
             dataset_id: Set(new.dataset_id),
             base_model_id: Set(new.base_model_id),
             cancel_requested: Set(false),
@@ -368,6 +371,21 @@ impl Store {
             .one(&self.db)
             .await?;
         state_of(id, &word.ok_or(StoreError::NotFound)?)
+    }
+
+    /// The dataset and its subsets as they were when the run was made; JSON that `runs` wrote. `None` of a run that was
+    /// made before that was kept, and of a grid.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or when the database fails.
+    pub async fn run_dataset(&self, id: Uuid) -> Result<Option<String>, StoreError> {
+        let dataset: Option<Option<String>> = run::Entity::find_by_id(id)
+            .select_only()
+            .column(run::Column::Dataset)
+            .into_tuple()
+            .one(&self.db)
+            .await?;
+        dataset.ok_or(StoreError::NotFound)
     }
 
     /// The images as they were when the run was made; JSON that `runs` wrote.
@@ -640,11 +658,13 @@ fn words(states: &[RunState]) -> Vec<&'static str> {
 
 /// Rows for [`read`]: the images stay in the database.
 fn find() -> Select<run::Entity> {
-    let columns = run::Column::iter().filter(|column| !matches!(column, run::Column::Images));
+    let large = |column: &run::Column| matches!(column, run::Column::Images | run::Column::Dataset);
+    let columns = run::Column::iter().filter(|column| !large(column));
     run::Entity::find()
         .select_only()
         .columns(columns)
         .expr_as(Expr::cust("''"), run::Column::Images.as_str())
+        .expr_as(Expr::cust("NULL"), run::Column::Dataset.as_str())
 }
 
 fn state_of(id: Uuid, word: &str) -> Result<RunState, StoreError> {

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use image::{Rgb, RgbImage};
 
 use crate::dataloader::{
-    Augment, BucketSettings, ColorCorrection, CropMode, TensorCache, TrainingImage,
+    Augment, BucketSettings, CaptionSettings, ColorCorrection, CropMode, TensorCache, TrainingImage,
 };
 use crate::diffusion::StableDiffusion;
 use crate::training::data::{LatentEncoder, Looks, TrainingSet, read};
@@ -51,6 +51,7 @@ impl Place {
             background: None,
             augment: Augment::default(),
             correction: None,
+            captioning: CaptionSettings::default(),
         }
     }
 

@@ -377,12 +377,11 @@ pub enum Prepared {
     Fresh,
 }
 
-/// Encodes every training image at the size of its bucket, in the order of `images`; `augment` says how one may change.
+/// Encodes every training image at the size of its bucket, in the order of `images`.
 pub fn encode_all(
     encoder: &mut LatentEncoder<'_>,
     images: &[TrainingImage],
     plan: &EpochPlan,
-    augment: impl Fn(&TrainingImage) -> Augment,
     mut report: impl FnMut(Phase) -> Result<(), TrainError>,
 ) -> Result<Vec<Prepared>, TrainError> {
     let buckets = buckets_of(plan, images.len());
@@ -397,13 +396,14 @@ pub fn encode_all(
     };
     for (done, (image, bucket)) in images.iter().zip(buckets).enumerate() {
         tell(done, encoder.cached)?;
-        let Augment { flip, .. } = augment(image);
         latents.push(match bucket {
             None => Prepared::Unused,
-            Some(_) if augment(image).is_fresh() => Prepared::Fresh,
+            Some(_) if image.augment.is_fresh() => Prepared::Fresh,
             Some(bucket) => Prepared::Kept {
                 plain: encoder.encode(image, bucket, false)?,
-                flipped: flip
+                flipped: image
+                    .augment
+                    .flip
                     .then(|| encoder.encode(image, bucket, true))
                     .transpose()?,
             },
@@ -424,11 +424,17 @@ pub fn encode_held_out(
         let bucket = settings.place(image.width_px, image.height_px).bucket;
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
-            caption: image.caption.clone(),
+            caption: measured_caption(image),
             latents: encoder.encode(image, bucket, false)?,
         });
     }
     Ok(held_out)
+}
+
+/// An image's caption as it is measured with: whole, and the same in every run.
+pub(super) fn measured_caption(image: &TrainingImage) -> String {
+    let mut rng = generator(0, Stream::Captions, image.sha256.as_bytes());
+    image.captioning.whole(&image.caption, &mut rng)
 }
 
 /// The bucket of each image, where the plan uses it.

@@ -24,6 +24,8 @@ pub enum Stream {
     Augment,
     /// Noise of preview pictures.
     Preview,
+    /// What a step sees of a caption; the place is the batch's number, the image's place in it and its content.
+    Captions,
 }
 
 impl Stream {
@@ -36,6 +38,7 @@ impl Stream {
             Self::HeldOut => b"held out",
             Self::Augment => b"augment",
             Self::Preview => b"preview",
+            Self::Captions => b"captions",
         }
     }
 }

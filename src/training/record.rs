@@ -14,7 +14,6 @@ use crate::training::data::TrainingSet;
 use crate::training::settings::{
     ComputePrecision, GradientCheckpointing, PluginChoice, TrainSettings,
 };
-use crate::training::variation::augment;
 
 /// What the loop knows besides its settings.
 pub struct RunFacts<'a> {
@@ -49,11 +48,12 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     let buckets = &facts.set.buckets;
     let any = |changed: fn(Augment) -> bool| {
         let mut images = facts.train.iter();
-        images.any(|image| changed(augment(settings.augment, buckets, image)))
+        images.any(|image| changed(image.augment))
     };
     TrainingRecord {
         output_name: settings.output_name.clone(),
         session_id: facts.session_id,
+        data_options: data_options(settings),
         recorded_at: facts.recorded_at,
         inputs_sha256: facts.inputs_sha256,
         network: settings.network.clone(),
@@ -105,6 +105,25 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     }
 }
 
+/// The run's own; what a subset has instead is in the run's record.
+fn data_options(settings: &TrainSettings) -> Vec<(&'static str, String)> {
+    let boolean = |value| if value { "True" } else { "False" }.to_owned();
+    let captions = &settings.captions;
+    vec![
+        ("shuffle_caption", boolean(captions.shuffle_captions)),
+        ("keep_tokens", captions.keep_tokens.to_string()),
+        ("caption_dropout_rate", float(captions.caption_dropout_rate)),
+        (
+            "caption_dropout_every_n_epochs",
+            captions.caption_dropout_every_n_epochs.to_string(),
+        ),
+        (
+            "caption_tag_dropout_rate",
+            float(captions.caption_tag_dropout_rate),
+        ),
+    ]
+}
+
 /// `id(name=value,name=value)`, the way in which sd-scripts writes an optimizer.
 fn describe(plugin: &PluginChoice) -> String {
     let settings: Vec<String> = match &plugin.settings {
@@ -147,7 +166,7 @@ fn subsets(set: &TrainingSet, images: &[TrainingImage], regularization: bool) ->
             name,
             repeats: images[0].repeats,
             images: images.len(),
-            tags: tag_frequency(images.iter().map(|image| image.caption.as_str())),
+            tags: tag_frequency(images.iter().flat_map(|image| image.caption.lines())),
         })
         .collect()
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::dataloader::Augment;
+use crate::dataloader::{Augment, CaptionSettings};
 use crate::diffusion::samplers::SamplerKind;
 use crate::diffusion::{Keep, Precision, PredictionType};
 use crate::networks::{NetworkSettings, SavePrecision};
@@ -44,9 +44,11 @@ pub struct TrainSettings {
     pub clip_skip: usize,
     /// Caption length in tokens, without begin and end: 75, 150 or 225.
     pub max_token_length: usize,
-    /// What may be changed about every picture each time it is shown, beside what its own subset allows.
+    /// What becomes of captions, where a subset does not say otherwise.
+    pub captions: CaptionSettings,
+    /// What becomes of pixels, where a subset does not say otherwise.
     pub augment: Augment,
-    /// Seed of everything random: adapters, order, noise, timesteps, latents.
+    /// Seed of everything random: adapters, order, noise, timesteps, latents, captions.
     pub seed: u64,
     /// When to save, and in which number format.
     pub save: SaveSettings,
@@ -285,6 +287,7 @@ impl Default for TrainSettings {
             prior_loss_weight: 1.0,
             clip_skip: 1,
             max_token_length: 75,
+            captions: CaptionSettings::default(),
             augment: Augment::default(),
             seed: 0,
             save: SaveSettings::default(),
@@ -382,6 +385,9 @@ impl TrainSettings {
         if !matches!(self.max_token_length, 75 | 150 | 225) {
             let message = format!("is {}, expected 75, 150 or 225", self.max_token_length);
             check.report("/max_token_length", message);
+        }
+        for (field, message) in self.captions.problems() {
+            check.report(&format!("/captions/{field}"), message);
         }
         self.check_output(&mut check);
         self.check_judging(&mut check);

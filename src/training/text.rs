@@ -1,4 +1,5 @@
-//! Captions as the UNet's conditioning: token ids while the text encoder is trained, hidden states otherwise.
+//! Captions as the UNet's conditioning: token ids while the text encoder is trained, hidden states otherwise. A caption
+//! that is not the same in each step is tokenized when it is used.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -6,6 +7,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::dataloader::{CacheKey, CacheKind, CachedTensor, TensorCache};
 use crate::diffusion::StableDiffusion;
+use crate::diffusion::tokenizer::Tokenizer;
 use crate::training::TrainError;
 use crate::training::data::{computed_by, read};
 use crate::training::progress::Phase;
@@ -15,9 +17,16 @@ use crate::training::step::Conditioning;
 /// Captions that are encoded at once; more rows do not run faster on a CPU.
 const ROWS_AT_ONCE: usize = 8;
 
-/// Every distinct caption of a run, prepared once.
+/// Every distinct caption of a run that is the same whenever it is used, prepared once.
 #[derive(Debug)]
-pub enum Captions {
+pub struct Captions {
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    max_token_length: usize,
+}
+
+#[derive(Debug)]
+enum Prepared {
     /// Token ids by caption.
     Tokens(HashMap<String, Vec<Vec<u32>>>),
     /// Hidden states `[1, tokens, d]` by caption.
@@ -38,18 +47,23 @@ impl Captions {
         let tokens: BTreeMap<String, Vec<Vec<u32>>> = captions
             .into_iter()
             .map(|caption| {
-                let rows = token_rows(model, caption, settings.max_token_length);
+                let rows = token_rows(&model.tokenizer, caption, settings.max_token_length);
                 (caption.to_owned(), rows)
             })
             .collect();
         let total = tokens.len();
+        let captions = |prepared| Self {
+            prepared,
+            tokenizer: model.tokenizer.clone(),
+            max_token_length: settings.max_token_length,
+        };
         if settings.text_encoder_lr != 0.0 {
             report(Phase::CachingText {
                 done: total,
                 total,
                 cached: 0,
             })?;
-            return Ok(Self::Tokens(tokens.into_iter().collect()));
+            return Ok(captions(Prepared::Tokens(tokens.into_iter().collect())));
         }
         let states = States {
             model,
@@ -90,20 +104,30 @@ impl Captions {
             cached,
         })?;
         tracing::info!(cached, encoded = total - cached, "captions are encoded");
-        Ok(Self::States(known))
+        Ok(captions(Prepared::States(known)))
     }
 
-    /// The conditioning of a batch; every caption must be one of those prepared.
-    pub fn batch(&self, captions: &[&str]) -> Conditioning {
-        match self {
-            Self::Tokens(tokens) => {
-                Conditioning::Tokens(captions.iter().map(|&c| tokens[c].clone()).collect())
-            }
-            Self::States(states) => {
-                let states = captions.iter().map(|&c| states[c].clone()).collect();
-                Conditioning::States(Tensor::cat(states, 0))
+    /// The conditioning of a batch: states, where all of its captions have been encoded.
+    pub fn batch(&self, captions: &[impl AsRef<str>]) -> Conditioning {
+        if let Prepared::States(states) = &self.prepared {
+            let known: Option<Vec<_>> = captions
+                .iter()
+                .map(|caption| states.get(caption.as_ref()).cloned())
+                .collect();
+            if let Some(known) = known {
+                return Conditioning::States(Tensor::cat(known, 0));
             }
         }
+        let rows = captions.iter().map(|caption| self.rows(caption.as_ref()));
+        Conditioning::Tokens(rows.collect())
+    }
+
+    fn rows(&self, caption: &str) -> Vec<Vec<u32>> {
+        let known = match &self.prepared {
+            Prepared::Tokens(tokens) => tokens.get(caption).cloned(),
+            Prepared::States(_) => None,
+        };
+        known.unwrap_or_else(|| token_rows(&self.tokenizer, caption, self.max_token_length))
     }
 }
 
@@ -150,10 +174,6 @@ impl States<'_> {
 }
 
 /// The rows of 77 ids of one caption; `max_token_length` does not count begin and end.
-pub fn token_rows(
-    model: &StableDiffusion,
-    caption: &str,
-    max_token_length: usize,
-) -> Vec<Vec<u32>> {
-    model.tokenizer.chunks(caption, max_token_length + 2)
+pub fn token_rows(tokenizer: &Tokenizer, caption: &str, max_token_length: usize) -> Vec<Vec<u32>> {
+    tokenizer.chunks(caption, max_token_length + 2)
 }

@@ -7,7 +7,9 @@ use burn::tensor::Device;
 use image::{Rgb, RgbImage};
 use time::OffsetDateTime;
 
-use crate::dataloader::{Augment, BucketSettings, CropMode, TensorCache, TrainingImage};
+use crate::dataloader::{
+    Augment, BucketSettings, CaptionSettings, CropMode, TensorCache, TrainingImage,
+};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, load_model};
 use crate::training::{
@@ -138,6 +140,7 @@ fn pictures(folder: &Path) -> TrainingSet {
             background: None,
             augment: Augment::default(),
             correction: None,
+            captioning: CaptionSettings::default(),
         }
     });
     TrainingSet {
@@ -223,10 +226,14 @@ pub(super) fn run_with(
     let device = Device::flex();
     let mut network =
         LoraNetwork::create(&mut model, &settings.network, parts, settings.seed, &device)?;
+    let mut set = pictures(folder);
+    for image in &mut set.images {
+        image.augment = settings.augment;
+    }
     train(
         &mut model,
         &mut network,
-        &pictures(folder),
+        &set,
         settings,
         optimizer,
         &Constant,

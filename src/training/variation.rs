@@ -2,19 +2,8 @@
 
 use rand::RngExt as _;
 
-use crate::dataloader::{Augment, BucketSettings, CropMode, Look, Tint, TrainingImage, Window};
+use crate::dataloader::{Augment, Look, Tint, Window};
 use crate::training::random::{Stream, generator};
-
-/// What may be changed about an image of a run: what its subset allows, and what the run allows for all of them.
-/// Regularization pictures change like the others, as with sd-scripts.
-pub fn augment(run: Augment, buckets: &BucketSettings, image: &TrainingImage) -> Augment {
-    let own = image.augment;
-    Augment {
-        flip: own.flip || run.flip,
-        color: own.color || run.color,
-        random_crop: own.random_crop || run.random_crop || buckets.crop == CropMode::Random,
-    }
-}
 
 impl Augment {
     /// Whether latents of such an image are of one showing only.
@@ -43,7 +32,7 @@ impl Augment {
                 usual.window
             },
             tint: tint.filter(|_| self.color),
-            correction: usual.correction,
+            ..usual
         }
     }
 }

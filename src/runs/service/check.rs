@@ -8,8 +8,9 @@ use crate::diffusion::devices::{self, DeviceSpec};
 use crate::models::BaseModel;
 use crate::plugin_host::SettingError;
 use crate::preparation::color_correction;
-use crate::runs::spec::{RunSpec, SnapshotImage};
+use crate::runs::spec::{RunSpec, SnapshotDataset, SnapshotImage, SnapshotSubset};
 use crate::store::StoreError;
+use crate::store::datasets::{Correction, Image, Subset};
 use crate::training::{PluginChoice, TrainSettings};
 
 /// Longest name of a run, in characters.
@@ -42,6 +43,7 @@ pub struct NewRunRequest {
 pub(in crate::runs) struct Checked {
     pub(in crate::runs) spec: RunSpec,
     pub(in crate::runs) images: Vec<SnapshotImage>,
+    pub(in crate::runs) dataset: SnapshotDataset,
     pub(in crate::runs) dataset_id: Uuid,
     pub(in crate::runs) base: BaseModel,
 }
@@ -62,7 +64,7 @@ impl RunService {
         let device = request.device.as_deref().unwrap_or(&self.default_device);
         let device = device.to_owned();
         problems.extend(check_device(device.clone()).await?);
-        let images = self.snapshot(&request).await?;
+        let (dataset, images) = self.snapshot(request.dataset_id).await?;
         problems.extend(check_images(&images, &request));
         if !problems.is_empty() {
             return Err(RunError::Invalid(problems));
@@ -77,6 +79,7 @@ impl RunService {
         Ok(Checked {
             spec,
             images,
+            dataset,
             dataset_id: request.dataset_id,
             base,
         })
@@ -135,39 +138,67 @@ impl RunService {
         found.ok_or_else(|| RunError::ModelNotFound(id_or_name.to_owned()))
     }
 
-    /// The images of the dataset as they are now.
-    async fn snapshot(&self, request: &NewRunRequest) -> Result<Vec<SnapshotImage>, RunError> {
-        let id = request.dataset_id;
+    /// The dataset as it is now.
+    ///
+    /// # Errors
+    /// [`RunError::DatasetNotFound`].
+    pub async fn snapshot(
+        &self,
+        id: Uuid,
+    ) -> Result<(SnapshotDataset, Vec<SnapshotImage>), RunError> {
         let dataset = self.store.dataset(id).await.map_err(|error| match error {
             StoreError::NotFound => RunError::DatasetNotFound(id),
             other => other.into(),
         })?;
         let images = self.store.all_images(id).await?;
-        Ok(images
+        let correction = dataset.color_correction;
+        let images = images
             .into_iter()
-            .map(|(image, subset)| {
-                // kohya's rule: an image without a caption is described by its folder's words.
-                let prompt = if subset.is_reg {
-                    subset.class_prompt
-                } else {
-                    subset.instance_prompt
-                };
-                SnapshotImage {
-                    id: image.id.to_string(),
-                    sha256: image.sha256,
-                    width_px: image.width_px,
-                    height_px: image.height_px,
-                    caption: image.caption.or(prompt).unwrap_or_default(),
-                    subset: subset.name,
-                    repeats: subset.repeats,
-                    regularization: subset.is_reg,
-                    background: image.background,
-                    color_correction: color_correction(
-                        image.color_correction.or(dataset.color_correction),
-                    ),
-                }
-            })
-            .collect())
+            .map(|(image, subset)| snapshot_image(image, subset, correction))
+            .collect();
+        let subsets = self.store.list_subsets(id).await?;
+        let dataset = SnapshotDataset {
+            name: dataset.name,
+            revision: dataset.revision,
+            subsets: subsets.into_iter().map(snapshot_subset).collect(),
+        };
+        Ok((dataset, images))
+    }
+}
+
+fn snapshot_subset(subset: Subset) -> SnapshotSubset {
+    SnapshotSubset {
+        id: subset.id,
+        name: subset.name,
+        repeats: subset.repeats,
+        is_reg: subset.is_reg,
+        instance_prompt: subset.instance_prompt,
+        class_prompt: subset.class_prompt,
+        training: subset.training,
+    }
+}
+
+fn snapshot_image(image: Image, subset: Subset, correction: Option<Correction>) -> SnapshotImage {
+    // kohya's rule: an image without a caption is described by its folder's words.
+    let prompt = if subset.is_reg {
+        subset.class_prompt
+    } else {
+        subset.instance_prompt
+    };
+    SnapshotImage {
+        id: image.id.to_string(),
+        sha256: image.sha256,
+        width_px: image.width_px,
+        height_px: image.height_px,
+        captioned_by_prompt: image.caption.is_none(),
+        caption: image.caption.or(prompt).unwrap_or_default(),
+        subset: subset.name,
+        repeats: subset.repeats,
+        regularization: subset.is_reg,
+        background: image.background,
+        color_correction: color_correction(image.color_correction.or(correction)),
+        training: subset.training,
+        file_name: Some(image.file_name),
     }
 }
 

@@ -64,6 +64,7 @@ impl RunService {
                 name: run.name,
                 spec: serde_json::to_string(&spec)?,
                 images,
+                dataset: self.store.run_dataset(id).await?,
                 dataset_id: run.dataset_id,
                 base_model_id: run.base_model_id,
                 continued_from: Some(id),

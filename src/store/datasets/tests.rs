@@ -3,7 +3,7 @@
 use sea_orm::EntityTrait as _;
 use uuid::Uuid;
 
-use super::{AddedImage, NewImage, SubsetHints, SubsetSettings};
+use super::{AddedImage, NewImage, SubsetAugment, SubsetHints, SubsetSettings, SubsetTraining};
 use crate::store::StoreError;
 use crate::store::rows::run;
 use crate::store::runs::NewRun;
@@ -82,11 +82,19 @@ async fn a_subset_is_found_again_and_changed_at_its_revision() {
         is_reg: true,
         instance_prompt: None,
         class_prompt: Some("robot".to_owned()),
+        training: SubsetTraining {
+            augment: SubsetAugment {
+                flip_aug: Some(true),
+                ..SubsetAugment::default()
+            },
+            ..SubsetTraining::default()
+        },
     };
     let changed = store
         .update_subset(made.id, &settings, 1)
         .await
         .expect("changed");
+    assert_eq!(changed.training, settings.training);
     assert_eq!(
         (
             changed.repeats,

@@ -1,6 +1,7 @@
 //! One file per table, as the migrations made it. Nothing outside of the store sees these types.
 
 pub mod api_key;
+pub mod caption_change;
 pub mod captioning_result;
 pub mod dataset;
 pub mod idempotency_key;

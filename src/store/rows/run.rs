@@ -62,6 +62,7 @@ pub struct Model {
     pub reproduction: Option<String>,
     pub grid_of: Option<Uuid>,
     pub captioner: Option<String>,
+    pub dataset: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

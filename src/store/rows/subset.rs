@@ -15,6 +15,7 @@ pub struct Model {
     pub class_prompt: Option<String>,
     pub revision: i64,
     pub created_at_ms: i64,
+    pub training: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

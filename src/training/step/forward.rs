@@ -23,16 +23,13 @@ impl Trainer<'_> {
 
         let started = Instant::now();
         let (context, text) = match &batch.conditioning {
-            Conditioning::Tokens(captions) => {
+            Conditioning::Tokens(captions) if self.network.covers(Part::TextEncoder) => {
                 let encoder = &self.model.text_encoder;
                 let (states, trace) =
                     encoder.encode_chunks_kept(captions, self.clip_skip, self.keep);
-                (
-                    states,
-                    self.network.covers(Part::TextEncoder).then_some(trace),
-                )
+                (states, Some(trace))
             }
-            Conditioning::States(states) => (states.clone(), None),
+            given => (self.encode(given), None),
         };
         times.text_encoder_s += self.seconds_since(started)?;
 

@@ -38,7 +38,8 @@ pub struct MicroBatch {
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "there is one per batch")]
 pub enum Conditioning {
-    /// Token ids for the text encoder: per caption one or more rows of 77.
+    /// Token ids for the text encoder: per caption one or more rows of 77. Of an encoder that is not trained, too, where
+    /// captions are not the same each time.
     Tokens(Vec<Vec<Vec<u32>>>),
     /// Hidden states `[batch, tokens, d]` of a text encoder that is not trained.
     States(Tensor<3>),

@@ -6,12 +6,13 @@ use burn::tensor::Device;
 
 use super::RunPlace;
 use super::output::Reporter;
-use crate::dataloader::{Augment, Batch, BucketSettings, EpochPlan, TrainingImage};
+use crate::dataloader::{Batch, EpochPlan, Moment, TrainingImage};
 use crate::diffusion::{PredictionType, StableDiffusion};
 use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
-    LatentEncoder, Latents, Looks, Prepared, TrainingSet, encode_all, encode_held_out, stack,
+    LatentEncoder, Latents, Looks, Prepared, TrainingSet, encode_all, encode_held_out,
+    measured_caption, stack,
 };
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::RunFacts;
@@ -19,7 +20,6 @@ use crate::training::settings::{TrainLength, TrainSettings};
 use crate::training::step::MicroBatch;
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
-use crate::training::variation::augment;
 
 /// Optimizer steps that [`train`](super::train) will do.
 ///
@@ -144,10 +144,7 @@ impl Inputs {
         let Selection { images, plan, .. } = selection;
         let looks = Looks::new(data)?;
         let mut encoder = LatentEncoder::new(model, device, data, looks.clone(), settings.seed);
-        let change = |image: &TrainingImage| augment(settings.augment, &data.buckets, image);
-        let latents = encode_all(&mut encoder, images, plan, change, |phase| {
-            reporter.phase(phase)
-        })?;
+        let latents = encode_all(&mut encoder, images, plan, |phase| reporter.phase(phase))?;
         let held_out = encode_held_out(&mut encoder, &selection.held_out, &data.buckets)?;
         tracing::info!(
             cached = encoder.cached,
@@ -158,9 +155,15 @@ impl Inputs {
         if settings.samples.prompts.is_empty() && !fresh {
             model.unload_vae();
         }
-        let captions = data.images.iter().map(|image| image.caption.as_str());
+        let mut fixed: Vec<String> = images
+            .iter()
+            .filter(|image| !image.captioning.varies(&image.caption))
+            .map(measured_caption)
+            .collect();
+        fixed.extend(held_out.iter().map(|image| image.caption.clone()));
+        let fixed = fixed.iter().map(String::as_str);
         let cache = data.cache.as_ref();
-        let captions = Captions::prepare(model, captions, settings, cache, device, |phase| {
+        let captions = Captions::prepare(model, fixed, settings, cache, device, |phase| {
             reporter.phase(phase)
         })?;
         Ok(Self {
@@ -172,13 +175,13 @@ impl Inputs {
     }
 }
 
-/// Makes batches: latents and captions of the images, noise and timesteps of the batch's number.
+/// Makes batches: latents of the images, their captions at this moment, noise and timesteps of the batch's number.
 pub(super) struct BatchSource<'a> {
     settings: &'a TrainSettings,
     images: &'a [TrainingImage],
-    buckets: &'a BucketSettings,
     inputs: &'a Inputs,
     captions: &'a Captions,
+    total_steps: u64,
     schedule_steps: usize,
     device: &'a Device,
 }
@@ -195,19 +198,22 @@ impl<'a> BatchSource<'a> {
         Self {
             settings,
             images: &selection.images,
-            buckets: &data.buckets,
             inputs,
             captions: &inputs.captions,
+            total_steps: selection.length.steps,
             schedule_steps,
             device,
         }
     }
 
-    /// The batch of this number. The model's VAE encodes what looks different each time.
+    /// The batch of a number, counted over the whole run, in an epoch (from 1) after so many optimizer steps.
+    /// The model's VAE encodes what looks different each time.
     pub(super) fn micro_batch(
         &self,
         batch: &Batch,
         number: u64,
+        epoch: u64,
+        step: u64,
         model: &StableDiffusion,
     ) -> Result<MicroBatch, TrainError> {
         let place = number.to_le_bytes();
@@ -220,7 +226,15 @@ impl<'a> BatchSource<'a> {
         let latents = stack(&latents, self.device); // [batch, channels, height, width]
         let mut noise_rng = generator(seed, Stream::Noise, &place);
         let mut timestep_rng = generator(seed, Stream::Timesteps, &place);
-        let captions: Vec<&str> = images().map(|image| image.caption.as_str()).collect();
+        let moment = Moment {
+            epoch,
+            step,
+            total_steps: self.total_steps,
+        };
+        let captions: Vec<String> = images()
+            .enumerate()
+            .map(|(index, image)| self.caption(image, moment, number, index))
+            .collect();
         let prior = self.settings.prior_loss_weight;
         Ok(MicroBatch {
             noise: normal_tensor(&mut noise_rng, latents.dims(), self.device),
@@ -244,8 +258,9 @@ impl<'a> BatchSource<'a> {
         let index = batch.images[slot];
         let (image, seed) = (&self.images[index], self.settings.seed);
         let looks = &self.inputs.looks;
-        let augment: Augment = augment(self.settings.augment, self.buckets, image);
-        let look = augment.draw(seed, number, slot, &image.sha256, looks.usual(image));
+        let look = image
+            .augment
+            .draw(seed, number, slot, &image.sha256, looks.usual(image));
         if let Prepared::Kept { plain, flipped } = &self.inputs.latents[index] {
             let chosen = flipped.as_ref().filter(|_| look.flipped);
             return Ok(Cow::Borrowed(chosen.unwrap_or(plain)));
@@ -254,5 +269,16 @@ impl<'a> BatchSource<'a> {
         let rng = generator(seed, Stream::Latents, place.as_bytes());
         let made = looks.encode_fresh(model, self.device, image, batch.bucket, look, rng);
         made.map(Cow::Owned)
+    }
+
+    /// What a step sees of an image's caption. Its chances are those of its place in the run, so that a run that is taken
+    /// up again sees the same.
+    fn caption(&self, image: &TrainingImage, moment: Moment, number: u64, index: usize) -> String {
+        if !image.captioning.varies(&image.caption) {
+            return measured_caption(image);
+        }
+        let place = format!("{number}/{index}/{}", image.sha256);
+        let mut rng = generator(self.settings.seed, Stream::Captions, place.as_bytes());
+        image.captioning.at(&image.caption, moment, &mut rng)
     }
 }

@@ -207,10 +207,13 @@ impl Run<'_> {
                 }
                 let (group, started) = (groups[index], Instant::now());
                 let batches_done = self.state.position.batches_done;
+                let step = self.trainer.steps_done();
                 let micro: Vec<MicroBatch> = group
                     .iter()
                     .zip(batches_done..)
-                    .map(|(batch, number)| source.micro_batch(batch, number, self.trainer.model))
+                    .map(|(batch, number)| {
+                        source.micro_batch(batch, number, epoch, step, self.trainer.model)
+                    })
                     .collect::<Result<_, _>>()?;
                 let output = self.trainer.optimizer_step(&micro)?;
                 if let (Some(ema), false) = (&mut self.state.ema, output.skipped) {
