@@ -57,7 +57,13 @@ const MAY_USE: [(&str, &[&str]); 21] = [
     ),
     (
         "bench",
-        &["diffusion", "networks", "training", "plugin_host"],
+        &[
+            "diffusion",
+            "networks",
+            "training",
+            "plugin_host",
+            "allocator",
+        ],
     ),
     ("demo", &["app", "config", "lettering"]),
     ("telemetry", &[]),

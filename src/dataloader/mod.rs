@@ -12,7 +12,7 @@ mod tensor_cache;
 
 use std::path::PathBuf;
 
-pub use buckets::{BucketSettings, Placement};
+pub use buckets::{BucketSettings, Placement, crop_ltrb};
 pub use epoch::{Batch, EpochPlan};
 pub use pixels::{Pixels, load_pixels};
 pub use tensor_cache::{CacheKey, CacheKind, CachedTensor, TensorCache};

@@ -121,7 +121,7 @@ impl Place {
             let Conditioning::States(states) = prepared.batch(&[caption]) else {
                 panic!("tokens of a frozen text encoder");
             };
-            bits(&read(states).expect("numbers"))
+            bits(&read(states.states).expect("numbers"))
         });
         Encoded {
             bits: states.collect(),

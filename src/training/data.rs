@@ -9,11 +9,11 @@ use rand::RngExt as _;
 
 use crate::dataloader::{
     Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, EpochPlan, TensorCache,
-    TrainingImage, load_pixels,
+    TrainingImage, crop_ltrb, load_pixels,
 };
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
-use crate::diffusion::{StableDiffusion, instruction_set};
+use crate::diffusion::{StableDiffusion, TimeIds, instruction_set};
 use crate::training::TrainError;
 use crate::training::progress::Phase;
 use crate::training::random::{Stream, generator, normal_tensor};
@@ -60,6 +60,20 @@ pub fn stack(batch: &[&Latents], device: &Device) -> Tensor<4> {
         .collect();
     let data = TensorData::new(values, [batch.len(), channels, height, width]);
     Tensor::from_data(data, (device, DType::F32))
+}
+
+/// The sizes of a picture that is trained at the size of a bucket, by the rule of sd-scripts.
+pub fn time_ids(image: &TrainingImage, bucket: (u32, u32)) -> TimeIds {
+    let (width, height) = (image.width_px.max(1), image.height_px.max(1));
+    let [left, top, ..] = crop_ltrb(bucket, (width, height));
+    [
+        height as f32,
+        width as f32,
+        top as f32,
+        left as f32,
+        bucket.1 as f32,
+        bucket.0 as f32,
+    ]
 }
 
 impl TrainingSet {
@@ -294,6 +308,7 @@ pub fn encode_held_out(
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
             caption: image.caption.clone(),
+            time_ids: time_ids(image, bucket),
             latents: encoder.encode(image, bucket)?,
         });
     }

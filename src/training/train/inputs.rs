@@ -4,17 +4,18 @@ use burn::tensor::Device;
 
 use super::RunPlace;
 use super::output::Reporter;
+use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan, TrainingImage};
-use crate::diffusion::{PredictionType, StableDiffusion};
+use crate::diffusion::StableDiffusion;
 use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
-    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack,
+    LatentEncoder, Latents, TrainingSet, encode_all, encode_held_out, stack, time_ids,
 };
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::RunFacts;
 use crate::training::settings::{TrainLength, TrainSettings};
-use crate::training::step::MicroBatch;
+use crate::training::step::{MicroBatch, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
 
@@ -101,7 +102,7 @@ impl Selection {
         &'a self,
         data: &'a TrainingSet,
         place: &RunPlace,
-        prediction: PredictionType,
+        trainer: &Trainer<'_>,
         base_model: BaseModelRecord,
     ) -> RunFacts<'a> {
         RunFacts {
@@ -109,7 +110,9 @@ impl Selection {
             train: &self.images,
             held_out: self.held_out.len(),
             plan: &self.plan,
-            prediction,
+            family: trainer.model.family,
+            prediction: trainer.objective().prediction,
+            zero_terminal_snr: trainer.model.schedule.is_zero_terminal(),
             total_steps: self.length.steps,
             total_epochs: self.length.epochs,
             base_model,
@@ -138,6 +141,13 @@ impl Inputs {
         reporter: &mut Reporter<'_>,
     ) -> Result<Self, TrainError> {
         let Selection { images, plan, .. } = selection;
+        let (frozen_text, draws) = (
+            settings.text_encoder_lr == 0.0,
+            !settings.samples.prompts.is_empty(),
+        );
+        if frozen_text {
+            model.unload_text(); // not beside the VAE
+        }
         let mut encoder = LatentEncoder::new(model, device, data, settings.seed);
         let latents = encode_all(&mut encoder, images, plan, |phase| reporter.phase(phase))?;
         let held_out = encode_held_out(&mut encoder, &selection.held_out, &data.buckets)?;
@@ -146,14 +156,18 @@ impl Inputs {
             encoded = encoder.encoded,
             "pictures are encoded"
         );
-        if settings.samples.prompts.is_empty() {
+        if !draws {
             model.unload_vae();
         }
+        allocator::release();
         let captions = data.images.iter().map(|image| image.caption.as_str());
         let cache = data.cache.as_ref();
         let captions = Captions::prepare(model, captions, settings, cache, device, |phase| {
             reporter.phase(phase)
         })?;
+        if frozen_text && !draws {
+            model.unload_text();
+        }
         Ok(Self {
             latents,
             held_out,
@@ -205,6 +219,9 @@ impl<'a> BatchSource<'a> {
             latents,
             timesteps: timesteps(&mut timestep_rng, captions.len(), self.schedule_steps),
             conditioning: self.captions.batch(&captions),
+            time_ids: images()
+                .map(|image| time_ids(image, batch.bucket))
+                .collect(),
             loss_weights: images()
                 .map(|image| if image.regularization { prior } else { 1.0 })
                 .collect(),
