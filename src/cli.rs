@@ -218,6 +218,9 @@ pub struct BenchArgs {
     /// Rank of the adapters, of UNet and text encoder.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub rank: u32,
+    /// Leave the text encoders as they are: the caption is encoded once, and their memory given back.
+    #[arg(long)]
+    pub unet_only: bool,
     /// Whether activations are computed again in the backward pass.
     #[arg(long, value_enum, default_value_t = CheckpointingName::None)]
     pub gradient_checkpointing: CheckpointingName,
@@ -233,7 +236,7 @@ pub struct BenchArgs {
     /// A model of your own: a diffusers folder or a single file.
     #[arg(long, value_name = "PATH", conflicts_with = "model_file")]
     pub model: Option<PathBuf>,
-    /// Where random weights are kept (2 GB); written when not there. In the folder for temporary files by default.
+    /// Where random weights are kept (2 GB, SDXL 7 GB); written when not there. In the folder for temporary files by default.
     #[arg(long, value_name = "FILE", value_parser = safetensors_file)]
     pub model_file: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -256,12 +259,18 @@ impl BenchArgs {
 pub enum FamilyName {
     /// Stable Diffusion 1.5.
     Sd1,
+    /// Stable Diffusion 2.1.
+    Sd2,
+    /// Stable Diffusion XL.
+    Sdxl,
 }
 
 impl From<FamilyName> for Family {
     fn from(name: FamilyName) -> Self {
         match name {
             FamilyName::Sd1 => Self::Sd1,
+            FamilyName::Sd2 => Self::Sd2,
+            FamilyName::Sdxl => Self::Sdxl,
         }
     }
 }

@@ -174,6 +174,7 @@ fn run_bench(args: &BenchArgs, plugins: &PluginHost, process_start: Moment) -> R
         batch_size: args.batch_size as usize,
         steps: args.steps as usize,
         rank: args.rank as usize,
+        unet_only: args.unet_only,
         gradient_checkpointing: args.gradient_checkpointing.into(),
         precision: args.precision.into(),
         optimizer: args.optimizer.clone(),

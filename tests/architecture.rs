@@ -65,7 +65,13 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ),
     (
         "bench",
-        &["diffusion", "networks", "training", "plugin_host"],
+        &[
+            "diffusion",
+            "networks",
+            "training",
+            "plugin_host",
+            "allocator",
+        ],
     ),
     ("demo", &["app", "config", "lettering"]),
     ("telemetry", &[]),

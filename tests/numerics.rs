@@ -6,7 +6,12 @@ use std::process::Command;
 use serde_json::Value;
 
 fn verify(arguments: &[&str]) -> (bool, Value) {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-sd15");
+    verify_model("tiny-sd15", arguments)
+}
+
+fn verify_model(model: &str, arguments: &[&str]) -> (bool, Value) {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let fixture = fixtures.join(model);
     let output = Command::new(env!("CARGO_BIN_EXE_lorasmith"))
         .args(["verify", "--json", "--fixture"])
         .arg(fixture)
@@ -41,9 +46,24 @@ fn every_golden_passes_on_the_cpu_in_both_layouts() {
 }
 
 #[test]
+fn every_golden_of_later_generations_passes_on_the_cpu_in_both_layouts() {
+    for (model, at_least) in [("tiny-sd2", 60), ("tiny-sdxl", 45)] {
+        let outcome = verify_model(model, &["--device", "cpu"]);
+        assert_passed(&outcome, 2 * at_least);
+        let items = outcome.1["items"].as_array().expect("items");
+        for layout in ["diffusers", "single file"] {
+            let of_layout = items.iter().filter(|item| item["layout"] == layout);
+            assert!(of_layout.count() >= at_least, "{model}, {layout}");
+        }
+    }
+}
+
+#[test]
 fn a_quick_part_passes_on_vulkan() {
     if has_vulkan() {
         assert_passed(&verify(&["--device", "vulkan:0", "--quick"]), 20);
+        let sdxl = verify_model("tiny-sdxl", &["--device", "vulkan:0", "--quick"]);
+        assert_passed(&sdxl, 20);
     }
 }
 
@@ -58,7 +78,9 @@ fn a_quick_part_passes_in_half_precision_on_vulkan() {
 #[test]
 fn lower_precisions_pass_on_the_cpu() {
     for precision in ["fp16", "bf16"] {
-        assert_passed(&verify(&["--device", "cpu", "--precision", precision]), 20);
+        let flags = ["--device", "cpu", "--precision", precision];
+        assert_passed(&verify(&flags), 20);
+        assert_passed(&verify_model("tiny-sdxl", &flags), 10);
     }
 }
 

@@ -21,7 +21,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "6d2a1f8b0c9e4a57", "name": "v1-5-pruned-emaonly", "family": "sd1", "prediction_type": "epsilon",
-    "layout": "single_file", "dtype": "F16", "size_bytes": 2132625918,
+    "zero_terminal_snr": false, "layout": "single_file", "dtype": "F16", "size_bytes": 2132625918,
     "sha256": "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa", "trainable": true, "problem": null
 }))]
 pub struct Model {
@@ -32,9 +32,12 @@ pub struct Model {
     /// `sd1`, `sd2` or `sdxl`; `null` when the file cannot be read.
     #[schema(value_type = Option<String>)]
     pub family: Option<Family>,
-    /// What its UNet predicts: `epsilon` or `v_prediction`.
+    /// What its UNet predicts: `epsilon` or `v_prediction`, told by its files. A run's `prediction_type` overrides it.
     #[schema(value_type = Option<String>)]
     pub prediction_type: Option<PredictionType>,
+    /// Whether its noise schedule leaves nothing of the picture at the last timestep, told by its files. A run's
+    /// `zero_terminal_snr` overrides it.
+    pub zero_terminal_snr: Option<bool>,
     /// `diffusers` (a folder) or `single_file`.
     #[schema(value_type = Option<String>)]
     pub layout: Option<Layout>,
@@ -61,6 +64,7 @@ impl Model {
             name: model.name,
             family: info.as_ref().map(|info| info.family),
             prediction_type: info.as_ref().map(|info| info.prediction),
+            zero_terminal_snr: info.as_ref().map(|info| info.zero_terminal_snr),
             layout: info.as_ref().map(|info| info.layout),
             size_bytes: info.as_ref().map(|info| info.size_bytes),
             sha256,

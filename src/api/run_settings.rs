@@ -90,6 +90,10 @@ pub struct CreateRun {
     /// What the UNet predicts; the base model's own target when absent.
     #[serde(default)]
     pub prediction_type: Option<Prediction>,
+    /// Whether the noise schedule is shifted so that nothing of the picture is left at its last timestep, as some
+    /// v-prediction models need; as the base model has it when absent.
+    #[serde(default)]
+    pub zero_terminal_snr: Option<bool>,
     /// γ of min-SNR weighting, 5 in its paper; off when absent.
     #[serde(default)]
     #[schema(exclusive_minimum = 0)]
@@ -206,6 +210,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 precision: wire.precision.into(),
                 max_grad_norm: wire.max_grad_norm,
                 prediction: wire.prediction_type.map(Into::into),
+                zero_terminal_snr: wire.zero_terminal_snr,
                 min_snr_gamma: wire.min_snr_gamma,
                 prior_loss_weight: wire.prior_loss_weight,
                 clip_skip: wire.clip_skip,
@@ -260,6 +265,7 @@ impl CreateRun {
             precision: settings.precision.into(),
             max_grad_norm: settings.max_grad_norm,
             prediction_type: settings.prediction.map(Into::into),
+            zero_terminal_snr: settings.zero_terminal_snr,
             min_snr_gamma: settings.min_snr_gamma,
             prior_loss_weight: settings.prior_loss_weight,
             clip_skip: settings.clip_skip,

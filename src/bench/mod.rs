@@ -14,8 +14,9 @@ use burn::tensor::{Device, Tensor};
 use rand::RngExt as _;
 use serde_json::json;
 
+use crate::allocator;
 use crate::diffusion::devices::{self, DeviceSpec};
-use crate::diffusion::{Family, LoadError, LoadOptions, StableDiffusion};
+use crate::diffusion::{CaptionTokens, Family, LoadError, LoadOptions, StableDiffusion, TimeIds};
 use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
 use crate::plugin_host::PluginHost;
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
@@ -62,6 +63,8 @@ pub struct BenchOptions {
     pub steps: usize,
     /// Rank of the adapters.
     pub rank: usize,
+    /// Whether the text encoders stay as they are: the caption is encoded once, and their memory given back.
+    pub unet_only: bool,
     /// Whether activations are computed again.
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the computation.
@@ -75,14 +78,6 @@ pub struct BenchOptions {
 /// Why nothing could be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// Random weights are known for Stable Diffusion 1 only.
-    #[error(
-        "random weights of family {found:?}: only sd1 can be written; name a model with --model"
-    )]
-    Family {
-        /// The family that was asked for.
-        found: Family,
-    },
     /// A file of the name for random weights is something else.
     #[error(
         "{}: found another file than this version's random weights; remove it, or name another place with \
@@ -151,8 +146,9 @@ pub fn run(
     let mut model = StableDiffusion::load(&path, &load)?;
     let parts = TrainParts {
         unet: true,
-        text_encoder: true,
+        text_encoder: !options.unet_only,
     };
+    let source = BatchSource::new(options, &settings, &mut model, &device.device)?;
     let mut network = LoraNetwork::create(
         &mut model,
         &settings.network,
@@ -170,7 +166,6 @@ pub fn run(
         settings.lr_warmup_steps,
         total_steps,
     )?;
-    let source = BatchSource::new(options, &settings, &model, &device.device);
     let mut trainer = Trainer::new(
         &mut model,
         &mut network,
@@ -228,15 +223,13 @@ fn model_file(options: &BenchOptions) -> Result<PathBuf, BenchError> {
         ModelSource::Own(path) => return Ok(path.clone()),
         ModelSource::Random(named) => named.as_deref(),
     };
-    let sizes = match options.family {
-        Family::Sd1 => Sizes::SD15,
-        found @ (Family::Sd2 | Family::Sdxl) => return Err(BenchError::Family { found }),
+    let name = match options.family {
+        Family::Sd1 => "lorasmith-bench-sd1.safetensors",
+        Family::Sd2 => "lorasmith-bench-sd2.safetensors",
+        Family::Sdxl => "lorasmith-bench-sdxl.safetensors",
     };
-    let path = named.map_or_else(
-        || std::env::temp_dir().join("lorasmith-bench-sd1.safetensors"),
-        Path::to_owned,
-    );
-    weights::ensure(&path, &sizes.tensors())?;
+    let path = named.map_or_else(|| std::env::temp_dir().join(name), Path::to_owned);
+    weights::ensure(&path, &Sizes::of(options.family).tensors())?;
     Ok(path)
 }
 
@@ -255,6 +248,11 @@ fn settings(options: &BenchOptions) -> TrainSettings {
             id: options.optimizer.clone(),
             settings: json!({}),
         },
+        text_encoder_lr: if options.unet_only {
+            0.0
+        } else {
+            TrainSettings::default().text_encoder_lr
+        },
         ..TrainSettings::default()
     }
 }
@@ -262,7 +260,8 @@ fn settings(options: &BenchOptions) -> TrainSettings {
 /// Makes batches as a run does, of pictures that never were.
 struct BatchSource<'a> {
     latents: Tensor<4>,
-    caption: Vec<u32>,
+    conditioning: Conditioning,
+    time_ids: TimeIds,
     schedule_steps: usize,
     seed: u64,
     device: &'a Device,
@@ -272,19 +271,35 @@ impl<'a> BatchSource<'a> {
     fn new(
         options: &BenchOptions,
         settings: &TrainSettings,
-        model: &StableDiffusion,
+        model: &mut StableDiffusion,
         device: &'a Device,
-    ) -> Self {
+    ) -> Result<Self, LoadError> {
         let side = options.resolution_px as usize / VAE_FACTOR;
         let shape = [options.batch_size, LATENT_CHANNELS, side, side];
         let mut rng = generator(settings.seed, Stream::Latents, b"bench");
-        Self {
+        let row = caption(model.vocabulary(), settings.seed);
+        let caption = CaptionTokens {
+            first: vec![row.clone()],
+            second: model.tokenizer_2.iter().map(|_| row.clone()).collect(),
+        };
+        let captions = vec![caption; options.batch_size];
+        let conditioning = if options.unet_only {
+            let states = model.text()?.encode(&captions, settings.clip_skip);
+            model.unload_text();
+            allocator::release();
+            Conditioning::States(states)
+        } else {
+            Conditioning::Tokens(captions)
+        };
+        let side_px = options.resolution_px as f32;
+        Ok(Self {
             latents: normal_tensor(&mut rng, shape, device),
-            caption: caption(model.text_encoder.vocabulary(), settings.seed),
+            conditioning,
+            time_ids: [side_px, side_px, 0.0, 0.0, side_px, side_px],
             schedule_steps: model.schedule.len(),
             seed: settings.seed,
             device,
-        }
+        })
     }
 
     fn batch(&self, step: usize) -> MicroBatch {
@@ -297,7 +312,8 @@ impl<'a> BatchSource<'a> {
             latents: self.latents.clone(),
             noise: normal_tensor(&mut noise_rng, shape, self.device),
             timesteps: timesteps(&mut timestep_rng, size, self.schedule_steps),
-            conditioning: Conditioning::Tokens(vec![vec![self.caption.clone()]; size]),
+            conditioning: self.conditioning.clone(),
+            time_ids: vec![self.time_ids; size],
             loss_weights: vec![1.0; size],
         }
     }

@@ -143,6 +143,8 @@ pub struct BenchReport {
     pub batch_size: usize,
     /// Rank of the adapters.
     pub rank: usize,
+    /// Whether the text encoders stay as they are.
+    pub unet_only: bool,
     /// Trained elements.
     pub trained_parameters: usize,
     /// Whether activations are computed again.
@@ -201,6 +203,7 @@ impl BenchReport {
             resolution_px: options.resolution_px,
             batch_size: options.batch_size,
             rank: options.rank,
+            unet_only: options.unet_only,
             trained_parameters: measured.trained_parameters,
             gradient_checkpointing: options.gradient_checkpointing,
             precision: options.precision,
@@ -231,8 +234,17 @@ impl fmt::Display for BenchReport {
         writeln!(
             f,
             "training {0} × {0}, batch {1}, rank {2}, {precision}, gradient checkpointing {checkpointing}, \
-             {4}, {3} parameters",
-            self.resolution_px, self.batch_size, self.rank, self.trained_parameters, self.optimizer
+             {5}, {3} parameters of {4}",
+            self.resolution_px,
+            self.batch_size,
+            self.rank,
+            self.trained_parameters,
+            if self.unet_only {
+                "the UNet"
+            } else {
+                "UNet and text encoders"
+            },
+            self.optimizer
         )?;
         writeln!(f, "\n{:<28} {:>10} {:>14}", "", "seconds", "CPU seconds")?;
         write_row(
@@ -307,6 +319,7 @@ mod tests {
             batch_size: 1,
             steps: 3,
             rank: 32,
+            unet_only: false,
             gradient_checkpointing: GradientCheckpointing::None,
             precision: ComputePrecision::Fp32,
             optimizer: "adamw".to_owned(),

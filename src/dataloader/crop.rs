@@ -111,21 +111,6 @@ impl Placement {
         let area = |(width, height): (u32, u32)| f64::from(width) * f64::from(height);
         1.0 - area(self.bucket) / area(self.resized)
     }
-
-    /// Left, top, right and bottom that SDXL is told of the crop, as sd-scripts reckons them: from the aspect ratios,
-    /// not from the pixels that are cut. `width` and `height` are of the picture before it is resized.
-    pub fn crop_ltrb(&self, width: u32, height: u32) -> [f64; 4] {
-        let (bucket_width, bucket_height) = (f64::from(self.bucket.0), f64::from(self.bucket.1));
-        let ratio = f64::from(width) / f64::from(height);
-        let (kept_width, kept_height) = if bucket_width / bucket_height > ratio {
-            (bucket_height * ratio, bucket_height)
-        } else {
-            (bucket_width, bucket_width / ratio)
-        };
-        let left = ((bucket_width - kept_width) / 2.0).floor();
-        let top = ((bucket_height - kept_height) / 2.0).floor();
-        [left, top, left + kept_width, top + kept_height]
-    }
 }
 
 /// One of `0 ..= excess`, each as likely.

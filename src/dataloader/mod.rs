@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use crate::pictures::Background;
 
 pub use augment::Augment;
-pub use buckets::{BucketSettings, Placement};
+pub use buckets::{BucketSettings, Placement, crop_ltrb};
 pub use captioning::{CaptionSettings, Moment};
 pub use correction::{ColorCorrection, Tables, Tones, set_median};
 pub use crop::{CropMode, Energy, Window};

@@ -10,31 +10,79 @@ use serde::de::DeserializeOwned;
 
 use super::error::LoadError;
 use super::layers::Activation;
+use super::ldm::UNetLayout;
 use super::weights::WeightsAt;
 
 /// Configuration files are a few kilobytes; anything larger is not one.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
+/// How many attention heads a block of the UNet has.
+#[derive(Clone, Copy, Debug)]
+pub enum HeadRule {
+    /// The same number everywhere.
+    Count(usize),
+    /// As many as this width goes into the block's channels.
+    Width(usize),
+}
+
+impl HeadRule {
+    fn of(self, channels: &[usize]) -> PerBlock {
+        match self {
+            Self::Count(count) => PerBlock::All(count),
+            Self::Width(width) => {
+                let heads = channels.iter().map(|channels| (channels / width).max(1));
+                PerBlock::Each(heads.collect())
+            }
+        }
+    }
+}
+
 /// What tensor shapes cannot tell.
 #[derive(Clone, Debug)]
 pub struct Hints {
     /// Attention heads of the UNet.
-    pub unet_heads: usize,
+    pub unet_heads: HeadRule,
     /// Groups of all group norms.
     pub norm_groups: usize,
     /// Width of an attention head of the text encoder.
     pub text_head_width: usize,
+    /// Activation of the text encoder's MLP.
+    pub text_activation: &'static str,
     /// Latents are multiplied by this before the UNet sees them.
     pub vae_scaling_factor: f64,
+    /// Sinusoids for each of the six sizes that SDXL is told.
+    pub size_embedding_width: usize,
 }
 
 impl Hints {
     /// Stable Diffusion 1.x.
     pub const SD1: Self = Self {
-        unet_heads: 8,
+        unet_heads: HeadRule::Count(8),
         norm_groups: 32,
         text_head_width: 64,
+        text_activation: "quick_gelu",
         vae_scaling_factor: 0.18215,
+        size_embedding_width: 256,
+    };
+
+    /// Stable Diffusion 2.x.
+    pub const SD2: Self = Self {
+        unet_heads: HeadRule::Width(64),
+        text_activation: "gelu",
+        ..Self::SD1
+    };
+
+    /// Stable Diffusion XL with its first text encoder.
+    pub const SDXL: Self = Self {
+        unet_heads: HeadRule::Width(64),
+        vae_scaling_factor: 0.13025,
+        ..Self::SD1
+    };
+
+    /// The second text encoder of Stable Diffusion XL.
+    pub const SDXL_SECOND: Self = Self {
+        text_activation: "gelu",
+        ..Self::SDXL
     };
 }
 
@@ -92,6 +140,11 @@ pub struct UNetConfig {
     /// Shift of the timestep embedding's frequencies.
     #[serde(default)]
     pub freq_shift: f64,
+    /// `text_time` in SDXL, whose UNet is told pooled text and sizes.
+    addition_embed_type: Option<String>,
+    addition_time_embed_dim: Option<usize>,
+    /// What unCLIP models and upscalers have.
+    class_embed_type: Option<String>,
 }
 
 fn unet_norm_eps() -> f64 {
@@ -102,6 +155,7 @@ fn yes() -> bool {
     true
 }
 
+const TEXT_TIME: &str = "text_time";
 const CROSS_DOWN: &str = "CrossAttnDownBlock2D";
 const PLAIN_DOWN: &str = "DownBlock2D";
 const CROSS_UP: &str = "CrossAttnUpBlock2D";
@@ -156,7 +210,29 @@ impl UNetConfig {
                 self.layers_per_block
             ));
         }
-        Ok(())
+        self.check_additions()
+    }
+
+    fn check_additions(&self) -> Result<(), String> {
+        if let Some(kind) = &self.class_embed_type {
+            return Err(format!(
+                "`class_embed_type` is `{kind}` (an unCLIP model or an upscaler?), expected a text-to-image model"
+            ));
+        }
+        match (&self.addition_embed_type, self.addition_time_embed_dim) {
+            (None, _) => Ok(()),
+            (Some(kind), Some(width)) if kind == TEXT_TIME && (2..=4096).contains(&width) => Ok(()),
+            (Some(kind), width) => Err(format!(
+                "`addition_embed_type` is `{kind}` with `addition_time_embed_dim` {width:?}, expected `{TEXT_TIME}` \
+                 with a width from 2 to 4096"
+            )),
+        }
+    }
+
+    /// Sinusoids for each of the sizes that the UNet is told; `None` where it is told none.
+    pub fn size_embedding_width(&self) -> Option<usize> {
+        self.addition_embed_type.as_ref()?;
+        self.addition_time_embed_dim
     }
 
     fn heads_of_blocks(&self) -> Option<Vec<usize>> {
@@ -182,6 +258,15 @@ impl UNetConfig {
         self.up_block_types[index] == CROSS_UP
     }
 
+    /// How its blocks follow each other.
+    pub fn layout(&self) -> UNetLayout {
+        let blocks = self.up_block_types.len();
+        UNetLayout {
+            layers_per_block: self.layers_per_block,
+            up_attends: (0..blocks).map(|index| self.up_attends(index)).collect(),
+        }
+    }
+
     /// Infers the sizes from the tensors of a UNet seen under diffusers names.
     ///
     /// # Errors
@@ -205,6 +290,7 @@ impl UNetConfig {
                 .map(|index| if attends(side, index) { cross } else { plain }.to_owned())
                 .collect()
         };
+        let added = weights.has("add_embedding.linear_1.weight");
         let mid = "mid_block.attentions.0";
         let context = weights.shape(&format!("{mid}.transformer_blocks.0.attn2.to_k.weight"))?;
         let projection = weights.shape(&format!("{mid}.proj_in.weight"))?;
@@ -213,16 +299,19 @@ impl UNetConfig {
             out_channels: first(&weights.shape("conv_out.weight")?),
             down_block_types: kinds("down", CROSS_DOWN, PLAIN_DOWN),
             up_block_types: kinds("up", CROSS_UP, PLAIN_UP),
+            attention_head_dim: hints.unet_heads.of(&block_out_channels),
             block_out_channels,
             layers_per_block,
             cross_attention_dim: context.get(1).copied().unwrap_or(0),
-            attention_head_dim: PerBlock::All(hints.unet_heads),
             num_attention_heads: None,
             norm_num_groups: hints.norm_groups,
             norm_eps: unet_norm_eps(),
             use_linear_projection: projection.len() == 2,
             flip_sin_to_cos: true,
             freq_shift: 0.0,
+            addition_embed_type: added.then(|| TEXT_TIME.to_owned()),
+            addition_time_embed_dim: added.then_some(hints.size_embedding_width),
+            class_embed_type: None,
         };
         config
             .check()
@@ -407,7 +496,7 @@ impl TextEncoderConfig {
             }),
             num_attention_heads: (hidden_size / hints.text_head_width).max(1),
             max_position_embeddings: first(&positions),
-            hidden_act: clip_activation(),
+            hidden_act: hints.text_activation.to_owned(),
             layer_norm_eps: clip_norm_eps(),
         };
         config

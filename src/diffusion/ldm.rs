@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Bound;
 
-use super::weights::{KeySource, Weights};
+use super::weights::{KeySource, StoredView, Weights};
 
 /// Where the UNet is in a single file.
 pub const UNET_PREFIX: &str = "model.diffusion_model.";
@@ -14,6 +14,12 @@ pub const UNET_PREFIX: &str = "model.diffusion_model.";
 pub const VAE_PREFIX: &str = "first_stage_model.";
 /// Where Stable Diffusion 1's text encoder is in a single file.
 pub const TEXT_ENCODER_PREFIX: &str = "cond_stage_model.transformer.";
+/// Where Stable Diffusion 2's text encoder is in a single file, in OpenCLIP's names.
+pub const SD2_TEXT_ENCODER_PREFIX: &str = "cond_stage_model.model.";
+/// Where SDXL's first text encoder is in a single file.
+pub const SDXL_TEXT_ENCODER_PREFIX: &str = "conditioner.embedders.0.transformer.";
+/// Where SDXL's second text encoder is in a single file, in OpenCLIP's names.
+pub const SDXL_TEXT_ENCODER_2_PREFIX: &str = "conditioner.embedders.1.model.";
 
 /// Diffusers name to stored name.
 pub type KeyMap = HashMap<String, KeySource>;
@@ -53,6 +59,29 @@ const VAE_PARTS: [(&str, &str); 10] = [
     ("sample.conv.", "samplers.0.conv."),
 ];
 
+/// Parts of a layer of OpenCLIP's text tower, but for its queries, keys and values.
+const OPEN_CLIP_LAYER: [(&str, &str); 5] = [
+    ("ln_1.", "layer_norm1."),
+    ("ln_2.", "layer_norm2."),
+    ("attn.out_proj.", "self_attn.out_proj."),
+    ("mlp.c_fc.", "mlp.fc1."),
+    ("mlp.c_proj.", "mlp.fc2."),
+];
+
+/// The tower's parts outside the layers.
+const OPEN_CLIP_ENDS: [(&str, &str); 4] = [
+    (
+        "token_embedding.weight",
+        "text_model.embeddings.token_embedding.weight",
+    ),
+    (
+        "positional_embedding",
+        "text_model.embeddings.position_embedding.weight",
+    ),
+    ("ln_final.weight", "text_model.final_layer_norm.weight"),
+    ("ln_final.bias", "text_model.final_layer_norm.bias"),
+];
+
 /// Names of the VAE's attention before diffusers 0.18.
 const OLD_VAE_ATTENTION: [(&str, &str); 4] = [
     (".query.", ".to_q."),
@@ -63,7 +92,12 @@ const OLD_VAE_ATTENTION: [(&str, &str); 4] = [
 
 /// The UNet of a single file.
 pub fn unet(weights: &Weights) -> KeyMap {
-    let keys = Below::new(weights, UNET_PREFIX);
+    unet_names(weights.stored().map(|(key, ..)| key))
+}
+
+/// The UNet among the names of a single file.
+pub fn unet_names<'a>(stored: impl Iterator<Item = &'a str>) -> KeyMap {
+    let keys = Below::new(stored, UNET_PREFIX);
     let mut map = KeyMap::new();
     for (ldm, diffusers) in UNET_ENDS {
         keys.rename(ldm, diffusers, &[], &mut map);
@@ -72,6 +106,68 @@ pub fn unet(weights: &Weights) -> KeyMap {
     map_middle_block(&keys, &mut map);
     map_output_blocks(&keys, &mut map);
     map
+}
+
+/// What of a UNet decides where its blocks are in the LDM layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UNetLayout {
+    /// Residual blocks of each level on the way down; one more on the way up.
+    pub layers_per_block: usize,
+    /// Which blocks on the way up attend to the text.
+    pub up_attends: Vec<bool>,
+}
+
+impl UNetLayout {
+    /// The LDM path of a module with this path in diffusers; `None` for what is not known.
+    pub fn ldm_path(&self, path: &str) -> Option<String> {
+        let rename = |rest: &str, table: &[(&str, &str)]| -> Option<String> {
+            let rest = format!("{rest}.");
+            let found = table.iter().find_map(|(ldm, diffusers)| {
+                Some(format!("{ldm}{}", rest.strip_prefix(diffusers)?))
+            });
+            Some(found?.trim_end_matches('.').to_owned())
+        };
+        let resnet = |rest: &str| rename(rest, &RESNET);
+        let mut parts = path.splitn(4, '.');
+        let (block, second) = (parts.next()?, parts.next());
+        let (third, rest) = (parts.next(), parts.next());
+        if block == "mid_block" {
+            // Two residual blocks around the attention.
+            return match (second?, third?) {
+                ("resnets", index) => {
+                    let index: usize = index.parse().ok()?;
+                    Some(format!("middle_block.{}.{}", 2 * index, resnet(rest?)?))
+                }
+                ("attentions", "0") => Some(format!("middle_block.1.{}", rest?)),
+                _ => None,
+            };
+        }
+        let down = match block {
+            "down_blocks" => true,
+            "up_blocks" => false,
+            _ => return rename(path, &UNET_ENDS),
+        };
+        let level: usize = second?.parse().ok()?;
+        let (index, part) = rest?.split_once('.')?;
+        let index: usize = index.parse().ok()?;
+        let per_level = self.layers_per_block + 1;
+        let (side, number) = if down {
+            ("input_blocks", per_level * level + index + 1)
+        } else {
+            ("output_blocks", per_level * level + index)
+        };
+        Some(match (third?, part) {
+            ("resnets", part) => format!("{side}.{number}.0.{}", resnet(part)?),
+            ("attentions", part) => format!("{side}.{number}.1.{part}"),
+            ("downsamplers", "conv") => format!("{side}.{}.0.op", per_level * (level + 1)),
+            ("upsamplers", "conv") => {
+                let place = 1 + usize::from(*self.up_attends.get(level)?);
+                let last = per_level * level + self.layers_per_block;
+                format!("{side}.{last}.{place}.conv")
+            }
+            _ => return None,
+        })
+    }
 }
 
 /// `input_blocks.k`: the convolution at the start, then residual blocks, each with its attention; a level ends with a
@@ -141,7 +237,7 @@ fn map_block(keys: &Below<'_>, at: &str, to: &str, block: usize, map: &mut KeyMa
 
 /// The VAE of a single file. Its decoder counts levels from the smallest side, diffusers from the largest.
 pub fn vae(weights: &Weights) -> KeyMap {
-    let keys = Below::new(weights, VAE_PREFIX);
+    let keys = Below::new(weights.stored().map(|(key, ..)| key), VAE_PREFIX);
     let last_level = keys.indices("decoder.up.").last().unwrap_or(0);
     let rename_level = |rest: &str, flip: bool| {
         let (level, part) = rest.split_once('.')?;
@@ -168,14 +264,61 @@ pub fn vae(weights: &Weights) -> KeyMap {
         for (ldm, diffusers) in VAE_PARTS {
             name = name.replacen(ldm, diffusers, 1);
         }
-        map.insert(name, KeySource(format!("{VAE_PREFIX}{key}")));
+        map.insert(name, KeySource::whole(format!("{VAE_PREFIX}{key}")));
     }
     map
 }
 
-/// The text encoder of a Stable Diffusion 1 file.
-pub fn text_encoder(weights: &Weights) -> KeyMap {
-    text_encoder_below(weights, TEXT_ENCODER_PREFIX)
+/// The text encoder of a single file that keeps it in transformers' names below `prefix`.
+pub fn text_encoder(weights: &Weights, prefix: &str) -> KeyMap {
+    text_encoder_below(weights, prefix)
+}
+
+/// The text encoder of a single file that keeps it in OpenCLIP's names below `prefix`.
+pub fn open_clip(weights: &Weights, prefix: &str) -> KeyMap {
+    open_clip_names(weights.stored().map(|(key, ..)| key), prefix)
+}
+
+/// The text tower among the names of a single file.
+pub fn open_clip_names<'a>(stored: impl Iterator<Item = &'a str>, prefix: &'a str) -> KeyMap {
+    let keys = Below::new(stored, prefix);
+    let mut map = KeyMap::new();
+    for (stored, name) in OPEN_CLIP_ENDS {
+        if keys.any(stored) {
+            map.insert(
+                name.to_owned(),
+                KeySource::whole(format!("{prefix}{stored}")),
+            );
+        }
+    }
+    for (stored, view) in [
+        ("text_projection", StoredView::Transposed),
+        ("text_projection.weight", StoredView::Whole),
+    ] {
+        if keys.keys.contains(stored) {
+            let key = format!("{prefix}{stored}");
+            map.insert("text_projection.weight".to_owned(), KeySource { key, view });
+        }
+    }
+    for layer in keys.indices("transformer.resblocks.") {
+        let at = format!("transformer.resblocks.{layer}.");
+        let to = format!("text_model.encoder.layers.{layer}.");
+        keys.rename(&at, &to, &OPEN_CLIP_LAYER, &mut map);
+        for end in ["weight", "bias"] {
+            let stored = format!("{at}attn.in_proj_{end}");
+            if !keys.any(&stored) {
+                continue;
+            }
+            for (index, name) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
+                let source = KeySource {
+                    key: format!("{prefix}{stored}"),
+                    view: StoredView::Rows { index, of: 3 },
+                };
+                map.insert(format!("{to}self_attn.{name}.{end}"), source);
+            }
+        }
+    }
+    map
 }
 
 /// The VAE of a diffusers folder, whose attention may have its old names.
@@ -189,7 +332,7 @@ pub fn vae_of_folder(weights: &Weights) -> KeyMap {
     };
     weights
         .stored()
-        .map(|(key, ..)| (rename(key), KeySource(key.to_owned())))
+        .map(|(key, ..)| (rename(key), KeySource::whole(key.to_owned())))
         .collect()
 }
 
@@ -200,7 +343,7 @@ pub fn text_encoder_of_folder(weights: &Weights) -> KeyMap {
 
 /// CLIP's names, which older and newer files write without `text_model.`. `position_ids` are not weights.
 fn text_encoder_below(weights: &Weights, prefix: &str) -> KeyMap {
-    let keys = Below::new(weights, prefix);
+    let keys = Below::new(weights.stored().map(|(key, ..)| key), prefix);
     keys.all()
         .filter(|key| !key.ends_with("position_ids"))
         .map(|key| {
@@ -210,7 +353,7 @@ fn text_encoder_below(weights: &Weights, prefix: &str) -> KeyMap {
             } else {
                 format!("text_model.{bare}")
             };
-            (name, KeySource(format!("{prefix}{key}")))
+            (name, KeySource::whole(format!("{prefix}{key}")))
         })
         .collect()
 }
@@ -222,13 +365,10 @@ struct Below<'a> {
 }
 
 impl<'a> Below<'a> {
-    fn new(weights: &'a Weights, prefix: &'a str) -> Self {
-        let stored = weights.stored();
+    fn new(stored: impl Iterator<Item = &'a str>, prefix: &'a str) -> Self {
         Self {
             prefix,
-            keys: stored
-                .filter_map(|(key, ..)| key.strip_prefix(prefix))
-                .collect(),
+            keys: stored.filter_map(|key| key.strip_prefix(prefix)).collect(),
         }
     }
 
@@ -267,7 +407,7 @@ impl<'a> Below<'a> {
                 None if parts.is_empty() => format!("{to}{rest}"),
                 None => continue,
             };
-            map.insert(name, KeySource(format!("{}{key}", self.prefix)));
+            map.insert(name, KeySource::whole(format!("{}{key}", self.prefix)));
         }
     }
 }
@@ -279,41 +419,63 @@ mod tests {
     use safetensors::tensor::TensorView;
     use std::path::{Path, PathBuf};
 
+    use burn::tensor::Tensor;
+
     fn fixture(path: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures/tiny-sd15")
+            .join("tests/fixtures")
             .join(path)
     }
 
-    /// Both layouts of the reference model hold the same tensors; the map must find each one, with the same bytes.
-    fn same_as_folder(map: KeyMap, folder_file: &str) {
-        let single = Weights::open(&[fixture("tiny-sd15-ldm.safetensors")]).unwrap();
+    /// Both layouts of a reference model hold the same tensors; the map must find each one, with the same numbers.
+    fn same_as_folder(single: &Weights, map: KeyMap, folder_file: &str) {
         let folder = Weights::open(&[fixture(folder_file)]).unwrap();
-        let stored: Vec<_> = folder.stored().map(|(key, ..)| key.to_owned()).collect();
+        let stored: Vec<_> = folder
+            .stored()
+            .map(|(key, shape, _)| (key.to_owned(), shape.iter().product::<usize>()))
+            .collect();
         assert_eq!(map.len(), stored.len());
-        for key in stored {
-            let source = &map[&key].0;
-            let (expected, ..) = folder.read_bytes(&key).unwrap();
-            let (found, ..) = single.read_bytes(source).unwrap();
-            assert_eq!(found, expected, "{key} from {source}");
+        let single = single.clone().with_key_map(map);
+        let (single, whole) = (single.at(""), folder.at(""));
+        for (key, count) in stored {
+            let shape = whole.shape(&key).unwrap();
+            let values = |weights: &crate::diffusion::WeightsAt<'_>| {
+                let data = match shape[..] {
+                    [a, b] => weights.tensor_f32(&key, [a, b]).map(Tensor::<2>::into_data),
+                    [a, b, c, d] => weights
+                        .tensor_f32(&key, [a, b, c, d])
+                        .map(Tensor::<4>::into_data),
+                    _ => weights
+                        .tensor_f32(&key, [count])
+                        .map(Tensor::<1>::into_data),
+                };
+                data.unwrap().try_into_vec::<f32>().unwrap()
+            };
+            assert_eq!(values(&single), values(&whole), "{key}");
         }
     }
 
     #[test]
     fn every_tensor_of_a_single_file_has_its_diffusers_name() {
-        let single = Weights::open(&[fixture("tiny-sd15-ldm.safetensors")]).unwrap();
-        same_as_folder(
-            unet(&single),
-            "diffusers/unet/diffusion_pytorch_model.safetensors",
-        );
-        same_as_folder(
-            vae(&single),
-            "diffusers/vae/diffusion_pytorch_model.safetensors",
-        );
-        same_as_folder(
-            text_encoder(&single),
-            "diffusers/text_encoder/model.safetensors",
-        );
+        let of = |model: &str, part: &str| format!("{model}/diffusers/{part}.safetensors");
+        for model in ["tiny-sd15", "tiny-sdxl"] {
+            let file = fixture(&format!("{model}/{model}-ldm.safetensors"));
+            let single = Weights::open(&[file]).unwrap();
+            let part = of(model, "unet/diffusion_pytorch_model");
+            same_as_folder(&single, unet(&single), &part);
+            let part = of(model, "vae/diffusion_pytorch_model");
+            same_as_folder(&single, vae(&single), &part);
+            let part = of(model, "text_encoder/model");
+            let prefix = match model {
+                "tiny-sd15" => TEXT_ENCODER_PREFIX,
+                _ => SDXL_TEXT_ENCODER_PREFIX,
+            };
+            same_as_folder(&single, text_encoder(&single, prefix), &part);
+            if model == "tiny-sdxl" {
+                let map = open_clip(&single, SDXL_TEXT_ENCODER_2_PREFIX);
+                same_as_folder(&single, map, &of(model, "text_encoder_2/model"));
+            }
+        }
     }
 
     fn with_keys(dir: &Path, keys: &[&str]) -> Weights {
@@ -327,7 +489,7 @@ mod tests {
     }
 
     fn sorted(map: KeyMap) -> Vec<(String, String)> {
-        let mut pairs: Vec<_> = map.into_iter().map(|(k, v)| (k, v.0)).collect();
+        let mut pairs: Vec<_> = map.into_iter().map(|(k, v)| (k, v.key)).collect();
         pairs.sort();
         pairs
     }
@@ -370,7 +532,7 @@ mod tests {
             ],
         );
         assert_eq!(
-            sorted(text_encoder(&weights)),
+            sorted(text_encoder(&weights, TEXT_ENCODER_PREFIX)),
             [
                 (
                     "text_model.final_layer_norm.bias".into(),
@@ -382,6 +544,32 @@ mod tests {
                 ),
             ]
         );
+    }
+
+    /// The reference's own names for every module of SDXL's UNet.
+    #[test]
+    fn diffusers_paths_have_their_ldm_paths() {
+        let text = std::fs::read_to_string(fixture(
+            "tiny-sdxl/goldens/unet_module_names_diffusers_to_sgm.json",
+        ))
+        .unwrap();
+        let names: HashMap<String, String> = serde_json::from_str(&text).unwrap();
+        let layout = UNetLayout {
+            layers_per_block: 1,
+            up_attends: vec![true, true, false],
+        };
+        assert!(names.len() > 100);
+        for (path, expected) in &names {
+            assert_eq!(layout.ldm_path(path).as_ref(), Some(expected), "{path}");
+        }
+        for path in [
+            "",
+            "down_blocks",
+            "down_blocks.x.resnets.0.conv1",
+            "mid_block.0",
+        ] {
+            assert_eq!(layout.ldm_path(path), None, "{path}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Stable Diffusion in burn.
 
 pub mod attention;
+pub mod conditioning;
 pub mod config;
 pub mod device_memory;
 pub mod devices;
@@ -12,7 +13,9 @@ pub mod model;
 pub mod resnet;
 pub mod samplers;
 pub mod schedule;
+mod scheduler_config;
 pub mod segments;
+mod source;
 #[cfg(test)]
 mod testing;
 pub mod text_encoder;
@@ -26,6 +29,7 @@ pub mod vendor;
 pub mod weights;
 
 pub use crate::kernels::{Precision, instruction_set};
+pub use conditioning::{CaptionTokens, Condition, ConditionGradients, TextStates, TimeIds};
 pub use error::LoadError;
 pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, StoredTensor};
 pub use samplers::SamplerKind;

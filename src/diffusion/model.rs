@@ -1,18 +1,20 @@
 //! A whole Stable Diffusion model: found in a diffusers folder or a single `.safetensors` file, and loaded.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::PredictionType;
-use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig, read_json};
+use super::conditioning::{CaptionTokens, TextEncoders};
+use super::config::{TextEncoderConfig, UNetConfig, VaeConfig};
 use super::error::LoadError;
-use super::layers::LayerMut;
-use super::ldm;
-use super::schedule::{BetaShape, NoiseSchedule};
+use super::layers::{LayerMut, Layers};
+use super::ldm::UNetLayout;
+use super::schedule::NoiseSchedule;
+use super::source::{Source, main_dtype, other_channels};
 use super::text_encoder::TextEncoder;
 use super::tokenizer::Tokenizer;
 use super::unet::UNet;
@@ -20,23 +22,22 @@ use super::vae::Vae;
 use super::weights::{LoadOptions, Weights};
 use crate::kernels::Precision;
 
-/// File names of a component's weights in a diffusers folder, best first.
-const WEIGHT_FILES: [&str; 4] = [
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
-];
-/// More timesteps than this make no schedule.
-const MAX_TIMESTEPS: usize = 100_000;
-
-/// Which half of a model a layer belongs to.
+/// Which part of a model a layer belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Part {
     /// The UNet.
     UNet,
-    /// The text encoder.
+    /// The text encoder, or the first of two.
     TextEncoder,
+    /// The second text encoder.
+    TextEncoder2,
+}
+
+impl Part {
+    /// Whether it is a text encoder.
+    pub fn is_text(self) -> bool {
+        matches!(self, Self::TextEncoder | Self::TextEncoder2)
+    }
 }
 
 /// The generation of a model, told by its tensors or its configuration.
@@ -70,6 +71,8 @@ pub struct ModelInfo {
     pub family: Family,
     /// What its UNet predicts.
     pub prediction: PredictionType,
+    /// Whether nothing of the picture is left at the last timestep.
+    pub zero_terminal_snr: bool,
     /// Size of its weight files.
     pub size_bytes: u64,
     /// Number format of most of the UNet: `F16`, `BF16`, `F32`.
@@ -94,8 +97,10 @@ pub struct StoredTensor {
 pub struct Footprint {
     /// Tensors of the UNet.
     pub unet: Vec<StoredTensor>,
-    /// Tensors of the text encoder.
-    pub text_encoder: Vec<StoredTensor>,
+    /// Its generation.
+    pub family: Family,
+    /// Tensors of the text encoder, or of both.
+    pub text_encoders: Vec<StoredTensor>,
     /// Tensors of the VAE.
     pub vae: Vec<StoredTensor>,
     /// Channels of the UNet at the latents' own size.
@@ -106,23 +111,29 @@ pub struct Footprint {
     pub vae_factor: usize,
 }
 
-/// The parts of a Stable Diffusion 1.x model.
+/// The parts of a Stable Diffusion model.
 #[derive(Debug)]
 pub struct StableDiffusion {
-    /// Text to token ids.
+    /// Its generation.
+    pub family: Family,
+    /// Text to token ids, for the text encoder or the first of two.
     pub tokenizer: Tokenizer,
-    /// Token ids to states.
-    pub text_encoder: TextEncoder,
+    /// The same for the second.
+    pub tokenizer_2: Option<Tokenizer>,
     /// Noisy latents and states to noise.
     pub unet: UNet,
     /// Noise levels of the timesteps.
     pub schedule: NoiseSchedule,
     /// What the UNet predicts.
     pub prediction: PredictionType,
+    /// How the blocks of the UNet follow each other.
+    pub unet_layout: UNetLayout,
+    /// Token ids to states; loaded with the model, and again when it was given back and is asked for.
+    text: OnceLock<TextEncoders>,
+    stored_text: StoredText,
     /// Pictures to latents and back; loaded when it is first asked for.
     vae: OnceLock<Vae>,
     stored_vae: Stored<VaeConfig>,
-    stored_text_encoder: Stored<TextEncoderConfig>,
 }
 
 /// A component as its files have it. They stay open: what is read later is what was there when the model was loaded,
@@ -144,6 +155,50 @@ impl<C: fmt::Debug> Stored<C> {
     }
 }
 
+/// The text encoder, or both, as the files have them.
+#[derive(Debug)]
+struct StoredText {
+    first: Stored<TextEncoderConfig>,
+    second: Option<Stored<TextEncoderConfig>>,
+}
+
+impl StoredText {
+    fn find(source: &Source, options: &LoadOptions) -> Result<Self, LoadError> {
+        let (hints, second_hints) = source.hints();
+        let weights = source.text_encoder()?.with_options(options);
+        let config = source.text_config("text_encoder", &weights, &hints)?;
+        let first = Stored { weights, config };
+        let second = match source.text_encoder_2()? {
+            None => None,
+            Some(weights) => {
+                let weights = weights.with_options(options);
+                let config = source.text_config("text_encoder_2", &weights, &second_hints)?;
+                Some(Stored { weights, config })
+            }
+        };
+        Ok(Self { first, second })
+    }
+
+    /// Length of a state, of both encoders together.
+    fn width(&self) -> usize {
+        let second = self.second.as_ref();
+        self.first.config.hidden_size + second.map_or(0, |stored| stored.config.hidden_size)
+    }
+
+    fn load(&self) -> Result<TextEncoders, LoadError> {
+        let Stored { weights, config } = &self.first;
+        let first = TextEncoder::load(&weights.at(""), config)?;
+        let second = self
+            .second
+            .as_ref()
+            .map(|Stored { weights, config }| TextEncoder::load_pooled(&weights.at(""), config));
+        Ok(TextEncoders {
+            first,
+            second: second.transpose()?,
+        })
+    }
+}
+
 impl StableDiffusion {
     /// Loads a diffusers folder, or a single file in LDM names.
     ///
@@ -152,53 +207,90 @@ impl StableDiffusion {
     /// the model is of a kind that is not handled.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
         let source = Source::find(path, options.config_dir.as_deref())?;
-        source.check_family()?;
-        let hints = Hints::SD1;
+        let (hints, _) = source.hints();
         let unet_weights = source.unet()?.with_options(options);
+        source.check_kind(&unet_weights)?;
         let vae_options = LoadOptions {
             precision: Precision::Fp32,
             ..options.clone()
         };
         let vae_weights = source.vae()?.with_options(&vae_options);
-        let text_weights = source.text_encoder()?.with_options(options);
 
         let unet_config = source.unet_config(&unet_weights, &hints)?;
         let vae_config = source.vae_config(&vae_weights, &hints)?;
-        let text_config = match source.config_file("text_encoder") {
-            Some(file) => TextEncoderConfig::from_json(&file)?,
-            None => TextEncoderConfig::infer(&text_weights.at(""), &hints)?,
-        };
-        check_fit(path, &unet_config, &vae_config, &text_config)?;
+        let stored_text = StoredText::find(&source, options)?;
+        check_fit(path, &unet_config, &vae_config, stored_text.width())?;
 
-        let tokenizer = match source.folder("tokenizer") {
-            Some(folder) => Tokenizer::load(&folder)?,
-            None => Tokenizer::clip(),
-        };
-        if tokenizer.vocabulary_size() > text_config.vocab_size {
+        let (tokenizer, tokenizer_2) = source.tokenizers()?;
+        let first = (Some(&tokenizer), Some(&stored_text.first));
+        for (tokenizer, stored) in [first, (tokenizer_2.as_ref(), stored_text.second.as_ref())] {
+            if let (Some(tokenizer), Some(stored)) = (tokenizer, stored) {
+                check_vocabulary(path, tokenizer, &stored.config)?;
+            }
+        }
+        let (schedule, prediction) = source.schedule()?;
+        let text = stored_text.load()?;
+        let unet = UNet::load(&unet_weights.at(""), &unet_config)?;
+        if unet.pooled_width() != text.pooled_width() {
             let reason = format!(
-                "the tokenizer has {} ids, the text encoder embeds {}",
-                tokenizer.vocabulary_size(),
-                text_config.vocab_size
+                "the UNet is told pooled text of width {:?}, the text encoder's has {:?}",
+                unet.pooled_width(),
+                text.pooled_width()
             );
             return Err(LoadError::config(path, reason));
         }
-        let (schedule, prediction) = source.schedule()?;
         Ok(Self {
+            family: source.family,
             tokenizer,
-            text_encoder: TextEncoder::load(&text_weights.at(""), &text_config)?,
-            unet: UNet::load(&unet_weights.at(""), &unet_config)?,
+            tokenizer_2,
+            unet,
             schedule,
             prediction,
+            unet_layout: unet_config.layout(),
+            text: OnceLock::from(text),
+            stored_text,
             vae: OnceLock::new(),
             stored_vae: Stored {
                 weights: vae_weights,
                 config: vae_config,
             },
-            stored_text_encoder: Stored {
-                weights: text_weights,
-                config: text_config,
-            },
         })
+    }
+
+    /// Token ids to states.
+    ///
+    /// # Errors
+    /// When they were given back, and reading them again fails.
+    pub fn text(&self) -> Result<&TextEncoders, LoadError> {
+        if let Some(text) = self.text.get() {
+            return Ok(text);
+        }
+        let text = self.stored_text.load()?;
+        Ok(self.text.get_or_init(|| text))
+    }
+
+    /// Gives the memory of the text encoders back until they are asked for again; without the adapters on them.
+    pub fn unload_text(&mut self) {
+        self.text.take();
+    }
+
+    /// Length of a text state, of both encoders together, and that of the pooled text.
+    pub fn text_widths(&self) -> (usize, Option<usize>) {
+        (self.stored_text.width(), self.unet.pooled_width())
+    }
+
+    /// Ids that the text encoder embeds.
+    pub fn vocabulary(&self) -> usize {
+        self.stored_text.first.config.vocab_size
+    }
+
+    /// A caption's rows of 77 ids for each text encoder; `max_length` counts begin and end.
+    pub fn tokens(&self, caption: &str, max_length: usize) -> CaptionTokens {
+        let second = self.tokenizer_2.as_ref();
+        CaptionTokens {
+            first: self.tokenizer.chunks(caption, max_length),
+            second: second.map_or_else(Vec::new, |second| second.chunks(caption, max_length)),
+        }
     }
 
     /// Pictures to latents and back.
@@ -229,9 +321,13 @@ impl StableDiffusion {
         self.stored_vae.digest()
     }
 
-    /// Tells the text encoder apart by its sizes and stored weights, in hex. Reads them all.
+    /// Tells the text encoder, or both, apart by sizes and stored weights, in hex. Reads them all.
     pub fn text_encoder_digest(&self) -> String {
-        self.stored_text_encoder.digest()
+        let first = self.stored_text.first.digest();
+        match &self.stored_text.second {
+            None => first,
+            Some(second) => format!("{first} {}", second.digest()),
+        }
     }
 
     /// Reads only headers and configurations.
@@ -240,21 +336,29 @@ impl StableDiffusion {
     /// When the path is no model, or a file is broken.
     pub fn inspect(path: &Path) -> Result<ModelInfo, LoadError> {
         let source = Source::find(path, None)?;
-        let (_, prediction) = source.schedule()?;
+        let (schedule, prediction) = source.schedule()?;
         let unet = source.unet_files()?;
+        let kind = source.check_kind(&source.unet()?);
         let size_bytes = match source.layout {
             Layout::SingleFile => unet.size_bytes(),
+            // A model that cannot be trained may lack parts.
+            Layout::Diffusers if kind.is_err() => unet.size_bytes(),
             Layout::Diffusers => {
-                unet.size_bytes() + source.vae()?.size_bytes() + source.text_encoder()?.size_bytes()
+                let second = source.text_encoder_2()?;
+                unet.size_bytes()
+                    + source.vae()?.size_bytes()
+                    + source.text_encoder()?.size_bytes()
+                    + second.map_or(0, |second| second.size_bytes())
             }
         };
         Ok(ModelInfo {
             layout: source.layout,
             family: source.family,
             prediction,
+            zero_terminal_snr: schedule.is_zero_terminal(),
             size_bytes,
             dtype: main_dtype(&unet),
-            unsupported: source.check_family().err().map(|error| error.to_string()),
+            unsupported: kind.err().map(|error| error.to_string()),
         })
     }
 
@@ -264,22 +368,27 @@ impl StableDiffusion {
     /// When the path is no model, a file is broken, or the model is of a kind that is not handled.
     pub fn measure(path: &Path) -> Result<Footprint, LoadError> {
         let source = Source::find(path, None)?;
-        source.check_family()?;
         let (unet, vae, text) = (source.unet()?, source.vae()?, source.text_encoder()?);
-        let unet_config = source.unet_config(&unet, &Hints::SD1)?;
-        let vae_config = source.vae_config(&vae, &Hints::SD1)?;
+        source.check_kind(&unet)?;
+        let (hints, _) = source.hints();
+        let unet_config = source.unet_config(&unet, &hints)?;
+        let vae_config = source.vae_config(&vae, &hints)?;
         let tensors = |weights: &Weights| -> Vec<StoredTensor> {
             let seen = weights.seen();
             seen.map(|(name, shape, size_bytes)| StoredTensor {
                 name: name.to_owned(),
-                shape: shape.to_vec(),
+                shape,
                 size_bytes: size_bytes as u64,
             })
             .collect()
         };
+        let second = source.text_encoder_2()?;
+        let mut text_encoders = tensors(&text);
+        text_encoders.extend(second.iter().flat_map(tensors));
         Ok(Footprint {
+            family: source.family,
             unet: tensors(&unet),
-            text_encoder: tensors(&text),
+            text_encoders,
             vae: tensors(&vae),
             unet_channels: unet_config.block_out_channels[0],
             vae_channels: vae_config.block_out_channels[0],
@@ -287,12 +396,21 @@ impl StableDiffusion {
         })
     }
 
-    /// Every layer that can carry an adapter, the text encoder's first, in the order of the reference's modules.
+    /// Every layer that can carry an adapter, the text encoders' first, in the order of the reference's modules. Text
+    /// encoders that were given back have none.
     pub fn layers_mut(&mut self) -> Vec<(Part, String, LayerMut<'_>)> {
-        let text = self.text_encoder.layers_mut().into_iter();
-        let unet = self.unet.layers_mut().into_iter();
-        text.map(|(path, layer)| (Part::TextEncoder, path, layer))
-            .chain(unet.map(|(path, layer)| (Part::UNet, path, layer)))
+        let text = self.text.get_mut().map(TextEncoders::layers_mut);
+        let (first, second) = text.unwrap_or_default();
+        fn of(
+            part: Part,
+            layers: Layers<'_>,
+        ) -> impl Iterator<Item = (Part, String, LayerMut<'_>)> {
+            let layers = layers.into_iter();
+            layers.map(move |(path, layer)| (part, path, layer))
+        }
+        of(Part::TextEncoder, first)
+            .chain(of(Part::TextEncoder2, second))
+            .chain(of(Part::UNet, self.unet.layers_mut()))
             .collect()
     }
 }
@@ -302,360 +420,39 @@ fn check_fit(
     path: &Path,
     unet: &UNetConfig,
     vae: &VaeConfig,
-    text: &TextEncoderConfig,
+    text_width: usize,
 ) -> Result<(), LoadError> {
-    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
-        return Err(LoadError::Unsupported {
-            path: path.to_owned(),
-            found: format!(
-                "a UNet of {} to {} channels with latents of {} (an inpainting or instruction model?)",
-                unet.in_channels, unet.out_channels, vae.latent_channels
-            ),
-            expected: "a text-to-image model has a UNet with the channels of its latents"
-                .to_owned(),
-        });
+    let channels = [unet.in_channels, unet.out_channels];
+    if channels != [vae.latent_channels; 2] {
+        return Err(other_channels(path, channels, vae.latent_channels));
     }
-    if unet.cross_attention_dim != text.hidden_size {
+    if unet.cross_attention_dim != text_width {
         let reason = format!(
-            "the UNet attends to states of width {}, the text encoder's have {}",
-            unet.cross_attention_dim, text.hidden_size
+            "the UNet attends to states of width {}, the text encoder's have {text_width}",
+            unet.cross_attention_dim
         );
         return Err(LoadError::config(path, reason));
     }
     Ok(())
 }
 
-/// Where the parts of a model are.
-struct Source {
-    path: PathBuf,
-    layout: Layout,
-    family: Family,
-    /// A diffusers folder whose configurations count; for a folder, itself.
-    configs: Option<PathBuf>,
-    /// The single file; opened once.
-    single: Option<Weights>,
-}
-
-impl Source {
-    fn find(path: &Path, config_dir: Option<&Path>) -> Result<Self, LoadError> {
-        let no_model = |reason: &str| LoadError::NotAModel {
-            path: path.to_owned(),
-            reason: reason.to_owned(),
-        };
-        let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
-        if metadata.is_dir() {
-            if !path.join("unet").is_dir() {
-                return Err(no_model("a diffusers folder has a folder `unet`"));
-            }
-            return Ok(Self {
-                path: path.to_owned(),
-                layout: Layout::Diffusers,
-                family: family_of_folder(path)?,
-                configs: Some(path.to_owned()),
-                single: None,
-            });
-        }
-        if path.extension().is_none_or(|end| end != "safetensors") {
-            return Err(no_model(
-                "expected a diffusers folder or a `.safetensors` file",
-            ));
-        }
-        let single = Weights::open(&[path.to_owned()])?;
-        let family = family_of_file(&single).ok_or_else(|| {
-            no_model("no tensor below `model.diffusion_model.` and a known text encoder's name")
-        })?;
-        Ok(Self {
-            path: path.to_owned(),
-            layout: Layout::SingleFile,
-            family,
-            configs: config_dir.map(Path::to_owned).or_else(|| beside(path)),
-            single: Some(single),
-        })
+fn check_vocabulary(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    config: &TextEncoderConfig,
+) -> Result<(), LoadError> {
+    let (ids, embedded) = (tokenizer.vocabulary_size(), config.vocab_size);
+    if ids > embedded {
+        let reason = format!("the tokenizer has {ids} ids, the text encoder embeds {embedded}");
+        return Err(LoadError::config(path, reason));
     }
-
-    fn check_family(&self) -> Result<(), LoadError> {
-        let found = match self.family {
-            Family::Sd1 => return Ok(()),
-            Family::Sd2 => "a Stable Diffusion 2 model",
-            Family::Sdxl => "a Stable Diffusion XL model",
-        };
-        Err(LoadError::Unsupported {
-            path: self.path.clone(),
-            found: found.to_owned(),
-            expected: "this version trains Stable Diffusion 1 models".to_owned(),
-        })
-    }
-
-    fn config_file(&self, component: &str) -> Option<PathBuf> {
-        let file = self.configs.as_ref()?.join(component).join("config.json");
-        file.is_file().then_some(file)
-    }
-
-    fn folder(&self, component: &str) -> Option<PathBuf> {
-        let folder = self.configs.as_ref()?.join(component);
-        folder.join("vocab.json").is_file().then_some(folder)
-    }
-
-    /// The files that hold the UNet, under the names they are stored with.
-    fn unet_files(&self) -> Result<Weights, LoadError> {
-        self.component_files("unet")
-    }
-
-    fn component_files(&self, component: &str) -> Result<Weights, LoadError> {
-        match &self.single {
-            Some(single) => Ok(single.clone()),
-            None => Weights::open(&weight_files(&self.path.join(component))?),
-        }
-    }
-
-    fn unet(&self) -> Result<Weights, LoadError> {
-        let files = self.unet_files()?;
-        Ok(match self.layout {
-            Layout::Diffusers => files,
-            Layout::SingleFile => {
-                let map = ldm::unet(&files);
-                files.with_key_map(map)
-            }
-        })
-    }
-
-    fn vae(&self) -> Result<Weights, LoadError> {
-        let files = self.component_files("vae")?;
-        let map = match self.layout {
-            Layout::Diffusers => ldm::vae_of_folder(&files),
-            Layout::SingleFile => ldm::vae(&files),
-        };
-        Ok(files.with_key_map(map))
-    }
-
-    fn text_encoder(&self) -> Result<Weights, LoadError> {
-        let files = self.component_files("text_encoder")?;
-        let map = match self.layout {
-            Layout::Diffusers => ldm::text_encoder_of_folder(&files),
-            Layout::SingleFile => ldm::text_encoder(&files),
-        };
-        Ok(files.with_key_map(map))
-    }
-
-    fn unet_config(&self, weights: &Weights, hints: &Hints) -> Result<UNetConfig, LoadError> {
-        match self.config_file("unet") {
-            Some(file) => UNetConfig::from_json(&file),
-            None => UNetConfig::infer(&weights.at(""), hints),
-        }
-    }
-
-    fn vae_config(&self, weights: &Weights, hints: &Hints) -> Result<VaeConfig, LoadError> {
-        match self.config_file("vae") {
-            Some(file) => VaeConfig::from_json(&file),
-            None => VaeConfig::infer(&weights.at(""), hints),
-        }
-    }
-
-    fn schedule(&self) -> Result<(NoiseSchedule, PredictionType), LoadError> {
-        let file = self
-            .configs
-            .as_ref()
-            .map(|folder| folder.join("scheduler/scheduler_config.json"))
-            .filter(|file| file.is_file());
-        match file {
-            Some(file) => read_json::<SchedulerConfig>(&file)?
-                .resolve()
-                .map_err(|reason| LoadError::config(&file, reason)),
-            None => Ok((NoiseSchedule::stable_diffusion(), self.stored_prediction())),
-        }
-    }
-
-    /// What a single file says of its target: by the marker that v-prediction fine-tunes carry, or in its description.
-    fn stored_prediction(&self) -> PredictionType {
-        let Some(single) = &self.single else {
-            return PredictionType::Epsilon;
-        };
-        let described = single.metadata().get("modelspec.prediction_type");
-        if single.stores("v_pred") || described.is_some_and(|kind| kind == "v") {
-            PredictionType::VPrediction
-        } else {
-            PredictionType::Epsilon
-        }
-    }
-}
-
-/// `scheduler_config.json`, as far as it says something about the noise.
-#[derive(Debug, Deserialize)]
-#[serde(default)]
-struct SchedulerConfig {
-    beta_schedule: String,
-    beta_start: f64,
-    beta_end: f64,
-    num_train_timesteps: usize,
-    trained_betas: Option<Vec<f32>>,
-    prediction_type: String,
-    rescale_betas_zero_snr: bool,
-}
-
-impl Default for SchedulerConfig {
-    /// diffusers' defaults, which a file leaves out.
-    fn default() -> Self {
-        Self {
-            beta_schedule: "linear".to_owned(),
-            beta_start: 0.0001,
-            beta_end: 0.02,
-            num_train_timesteps: 1000,
-            trained_betas: None,
-            prediction_type: "epsilon".to_owned(),
-            rescale_betas_zero_snr: false,
-        }
-    }
-}
-
-impl SchedulerConfig {
-    fn resolve(self) -> Result<(NoiseSchedule, PredictionType), String> {
-        let prediction = match self.prediction_type.as_str() {
-            "epsilon" => PredictionType::Epsilon,
-            "v_prediction" => PredictionType::VPrediction,
-            other => {
-                return Err(format!(
-                    "`prediction_type` is `{other}`, expected `epsilon` or `v_prediction`"
-                ));
-            }
-        };
-        let schedule = match self.trained_betas {
-            Some(betas) => checked_betas(betas)?,
-            None => self.computed()?,
-        };
-        Ok(if self.rescale_betas_zero_snr {
-            (schedule.zero_terminal(), prediction)
-        } else {
-            (schedule, prediction)
-        })
-    }
-
-    fn computed(&self) -> Result<NoiseSchedule, String> {
-        let shape = match self.beta_schedule.as_str() {
-            "linear" => BetaShape::Linear,
-            "scaled_linear" => BetaShape::ScaledLinear,
-            other => {
-                return Err(format!(
-                    "`beta_schedule` is `{other}`, expected `linear` or `scaled_linear`"
-                ));
-            }
-        };
-        let steps = self.num_train_timesteps;
-        if !(1..=MAX_TIMESTEPS).contains(&steps) {
-            return Err(format!(
-                "`num_train_timesteps` is {steps}, expected 1 to {MAX_TIMESTEPS}"
-            ));
-        }
-        for (name, beta) in [("beta_start", self.beta_start), ("beta_end", self.beta_end)] {
-            if !(beta > 0.0 && beta < 1.0) {
-                return Err(format!(
-                    "`{name}` is {beta}, expected a number between 0 and 1"
-                ));
-            }
-        }
-        Ok(NoiseSchedule::new(
-            shape,
-            self.beta_start,
-            self.beta_end,
-            steps,
-        ))
-    }
-}
-
-fn checked_betas(betas: Vec<f32>) -> Result<NoiseSchedule, String> {
-    if betas.is_empty() || betas.len() > MAX_TIMESTEPS {
-        return Err(format!(
-            "`trained_betas` has {} entries, expected 1 to {MAX_TIMESTEPS}",
-            betas.len()
-        ));
-    }
-    if let Some(beta) = betas.iter().find(|beta| !(**beta > 0.0 && **beta < 1.0)) {
-        return Err(format!(
-            "`trained_betas` has {beta}, expected numbers between 0 and 1"
-        ));
-    }
-    Ok(NoiseSchedule::from_betas(betas))
-}
-
-/// A diffusers folder that describes the single file: `name/` or `name.config/` beside `name.safetensors`.
-fn beside(file: &Path) -> Option<PathBuf> {
-    let stem = file.file_stem()?.to_str()?;
-    [format!("{stem}.config"), stem.to_owned()]
-        .iter()
-        .map(|name| file.with_file_name(name))
-        .find(|folder| folder.join("unet/config.json").is_file())
-}
-
-fn family_of_file(weights: &Weights) -> Option<Family> {
-    let (mut unet, mut family) = (false, None);
-    for (key, ..) in weights.stored() {
-        unet |= key.starts_with(ldm::UNET_PREFIX);
-        if key.starts_with("conditioner.embedders.") {
-            family = Some(Family::Sdxl);
-        } else if key.starts_with("cond_stage_model.model.") {
-            family = Some(Family::Sd2);
-        } else if key.starts_with(ldm::TEXT_ENCODER_PREFIX) {
-            family = Some(Family::Sd1);
-        }
-    }
-    family.filter(|_| unet)
-}
-
-fn family_of_folder(folder: &Path) -> Result<Family, LoadError> {
-    if folder.join("text_encoder_2").is_dir() {
-        return Ok(Family::Sdxl);
-    }
-    let file = folder.join("text_encoder/config.json");
-    let text = TextEncoderConfig::from_json(&file)?;
-    // OpenCLIP's encoder is the only one of the two with an exact GELU.
-    Ok(if text.hidden_act == "gelu" {
-        Family::Sd2
-    } else {
-        Family::Sd1
-    })
-}
-
-/// The weight files of one component of a diffusers folder: one, or several numbered ones.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
-    if let Some(file) = WEIGHT_FILES
-        .iter()
-        .map(|name| folder.join(name))
-        .find(|file| file.is_file())
-    {
-        return Ok(vec![file]);
-    }
-    let entries = std::fs::read_dir(folder).map_err(|error| LoadError::io(folder, error))?;
-    let mut shards: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            name.contains("-of-") && name.ends_with(".safetensors") && !name.contains(".fp16")
-        })
-        .collect();
-    shards.sort();
-    if shards.is_empty() {
-        return Err(LoadError::NotAModel {
-            path: folder.to_owned(),
-            reason: format!("expected one of {}", WEIGHT_FILES.join(", ")),
-        });
-    }
-    Ok(shards)
-}
-
-/// The number format that most elements have.
-fn main_dtype(weights: &Weights) -> String {
-    let mut elements = std::collections::BTreeMap::new();
-    for (_, shape, dtype) in weights.stored() {
-        *elements.entry(format!("{dtype:?}")).or_insert(0_usize) += shape.iter().product::<usize>();
-    }
-    let most = elements.into_iter().max_by_key(|(_, count)| *count);
-    most.map_or_else(String::new, |(dtype, _)| dtype)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use burn::tensor::{Device, Tensor};
 
     use super::*;
@@ -692,9 +489,9 @@ mod tests {
             let model = StableDiffusion::load(&fixture(path), &options).expect("loads");
             let channels = model.unet.latent_channels();
             let sample = Tensor::<4>::full([1, channels, 8, 8], 0.5, &device);
-            let states = model
-                .text_encoder
-                .forward(&model.tokenizer.chunks("a cat", 77), 1);
+            let captions = [model.tokens("a cat", 77)];
+            let text = model.text().expect("loaded");
+            let states = text.encode(&captions, 1).states;
             let output = model.unet.forward(sample, &[500.0], states);
             output.into_data().try_into_vec::<f32>().expect("numbers")
         };
@@ -702,32 +499,6 @@ mod tests {
         let file = "tiny-sd15-ldm.safetensors";
         assert_eq!(predict(file, Some(fixture("diffusers"))), folder);
         assert_ne!(predict(file, None), folder);
-    }
-
-    #[test]
-    fn a_schedule_is_read_or_refused() {
-        let parse = |text: &str| {
-            serde_json::from_str::<SchedulerConfig>(text)
-                .expect("JSON")
-                .resolve()
-        };
-        let (schedule, prediction) = parse(
-            r#"{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                "prediction_type": "v_prediction"}"#,
-        )
-        .expect("a schedule");
-        assert_eq!(schedule, NoiseSchedule::stable_diffusion());
-        assert_eq!(prediction, PredictionType::VPrediction);
-        for (text, named) in [
-            (r#"{"beta_schedule": "squaredcos_cap_v2"}"#, "beta_schedule"),
-            (r#"{"prediction_type": "sample"}"#, "prediction_type"),
-            (r#"{"beta_end": 2.0}"#, "beta_end"),
-            (r#"{"num_train_timesteps": 0}"#, "num_train_timesteps"),
-            (r#"{"trained_betas": []}"#, "trained_betas"),
-        ] {
-            let error = parse(text).expect_err("wrong");
-            assert!(error.contains(named), "{error}");
-        }
     }
 
     #[test]

@@ -7,8 +7,12 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::PredictionType;
+use super::conditioning::Condition;
 use super::schedule::NoiseSchedule;
 use super::unet::UNet;
+
+/// Least `ᾱ` that Euler's noise levels are made of: 2⁻²⁴.
+const LEAST_ALPHA_BAR: f64 = 1.0 / 16_777_216.0;
 
 /// How the latent moves from one timestep to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +77,8 @@ impl Sampler {
         let bar = |t: usize| f64::from(schedule.alpha_bar(t));
         let levels = match kind {
             SamplerKind::Euler => {
+                // Where nothing of the picture is left, as little as diffusers leaves there.
+                let bar = |t: usize| bar(t).max(LEAST_ALPHA_BAR);
                 let sigma = |&t: &usize| ((1.0 - bar(t)) / bar(t)).sqrt();
                 timesteps.iter().map(sigma).chain([0.0]).collect()
             }
@@ -168,13 +174,13 @@ impl Sampler {
     }
 }
 
-/// What to draw: the states of the prompt and of what to move away from, each `[batch, tokens, d]`.
+/// What to draw, and what to move away from.
 #[derive(Clone, Debug)]
 pub struct Guidance {
-    /// States of the prompt.
-    pub cond: Tensor<3>,
-    /// States of the negative prompt.
-    pub uncond: Tensor<3>,
+    /// The prompt.
+    pub cond: Condition,
+    /// The negative prompt.
+    pub uncond: Condition,
     /// Strength of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 is none and costs half.
     pub cfg_scale: f64,
 }
@@ -209,7 +215,7 @@ fn predict(unet: &UNet, input: Tensor<4>, timestep: f32, guidance: &Guidance) ->
     if guidance.cfg_scale == 1.0 {
         return unet.forward(input, &vec![timestep; batch], guidance.cond.clone());
     }
-    let context = Tensor::cat(vec![guidance.uncond.clone(), guidance.cond.clone()], 0);
+    let context = Condition::cat(guidance.uncond.clone(), guidance.cond.clone());
     let twice = Tensor::cat(vec![input.clone(), input], 0); // [2 batch, channels, height, width]
     let output = unet.forward(twice, &vec![timestep; 2 * batch], context);
     let uncond = output.clone().narrow(0, 0, batch);

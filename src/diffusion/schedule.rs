@@ -26,6 +26,8 @@ pub struct NoiseSchedule {
     pub betas: Vec<f32>,
     /// Share of the latent's variance that is left: `ᾱ_t`.
     pub alphas_cumprod: Vec<f32>,
+    /// What it was before [`Self::zero_terminal`].
+    original: Option<Box<NoiseSchedule>>,
 }
 
 impl NoiseSchedule {
@@ -47,6 +49,7 @@ impl NoiseSchedule {
         Self {
             betas,
             alphas_cumprod,
+            original: None,
         }
     }
 
@@ -57,9 +60,13 @@ impl NoiseSchedule {
 
     /// The same schedule shifted and stretched so that the last timestep is pure noise.
     ///
-    /// `√ᾱ` loses its last value and keeps its first. Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+    /// `√ᾱ` loses its last value and keeps its first. Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1. Loss
+    /// weights stay those of the schedule as it was, as in sd-scripts.
     #[must_use]
     pub fn zero_terminal(&self) -> Self {
+        if self.is_zero_terminal() {
+            return self.clone();
+        }
         let roots: Vec<f32> = self.alphas_cumprod.iter().map(|a| a.sqrt()).collect();
         let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else {
             return self.clone();
@@ -71,7 +78,21 @@ impl NoiseSchedule {
             .collect();
         let steps = bars.iter().zip(bars.iter().skip(1));
         let alphas = std::iter::once(first * first).chain(steps.map(|(before, bar)| bar / before));
-        Self::from_betas(alphas.map(|alpha| 1.0 - alpha).collect())
+        Self {
+            original: Some(Box::new(self.clone())),
+            ..Self::from_betas(alphas.map(|alpha| 1.0 - alpha).collect())
+        }
+    }
+
+    /// Whether it has been shifted so that the last timestep is pure noise.
+    pub fn is_zero_terminal(&self) -> bool {
+        self.original.is_some()
+    }
+
+    /// The schedule as it was before [`Self::zero_terminal`].
+    #[must_use]
+    pub fn original(&self) -> &Self {
+        self.original.as_deref().unwrap_or(self)
     }
 
     /// How many timesteps there are.
@@ -84,9 +105,9 @@ impl NoiseSchedule {
         self.alphas_cumprod.is_empty()
     }
 
-    /// Signal to noise ratio `ᾱ / (1 − ᾱ)`.
+    /// Signal to noise ratio `ᾱ / (1 − ᾱ)`, of the schedule as it was before [`Self::zero_terminal`].
     pub fn snr(&self, timestep: usize) -> f64 {
-        let bar = self.alpha_bar(timestep);
+        let bar = self.original().alpha_bar(timestep);
         f64::from((bar.sqrt() / (1.0 - bar).sqrt()).powi(2))
     }
 
@@ -248,6 +269,7 @@ mod tests {
         let schedule = NoiseSchedule {
             betas: vec![0.2, 0.875],
             alphas_cumprod: vec![0.8, 0.1],
+            original: None,
         };
         let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6, "{found}");
         near(schedule.snr(0), 4.0);

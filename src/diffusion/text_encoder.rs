@@ -22,7 +22,61 @@ pub struct TextEncoder {
     position_embedding: Tensor<2>, // [77, d]
     layers: Vec<EncoderLayer>,
     final_layer_norm: LayerNorm,
+    text_projection: Option<Linear>, // of the pooled state, in SDXL's second encoder
     precision: Precision,
+}
+
+/// What of an encoder's work conditions the UNet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// Which hidden state, counted from the end; 1 is the last. Layers behind it do not run, unless `pooled`.
+    clip_skip: usize,
+    /// Whether the final norm is applied to it.
+    final_norm: bool,
+    /// Whether the projected state of the end token is read as well.
+    pooled: bool,
+}
+
+impl Reading {
+    /// SDXL's first encoder: the state before the last, as it is.
+    pub const PENULTIMATE: Self = Self {
+        clip_skip: 2,
+        final_norm: false,
+        pooled: false,
+    };
+    /// SDXL's second encoder: that, and the pooled text.
+    pub const POOLED: Self = Self {
+        clip_skip: 2,
+        final_norm: false,
+        pooled: true,
+    };
+
+    /// Stable Diffusion 1 and 2: the state `clip_skip` from the end, after the final norm.
+    pub fn normed(clip_skip: usize) -> Self {
+        Self {
+            clip_skip,
+            final_norm: true,
+            pooled: false,
+        }
+    }
+}
+
+/// Captions, encoded by one encoder.
+#[derive(Debug)]
+pub struct Encoded {
+    /// `[captions, 75 n + 2, d]`
+    pub states: Tensor<3>,
+    /// `[captions, d_pooled]`, where it was asked for.
+    pub pooled: Option<Tensor<2>>,
+}
+
+/// Gradients of [`Encoded`].
+#[derive(Debug)]
+pub struct EncodedGradients {
+    /// `[captions, 75 n + 2, d]`
+    pub states: Option<Tensor<3>>,
+    /// `[captions, d_pooled]`
+    pub pooled: Option<Tensor<2>>,
 }
 
 #[derive(Debug)]
@@ -78,8 +132,11 @@ impl Inputs for Hidden {
 pub struct TextTrace {
     /// From the first layer on that has an adapter.
     kept: Vec<Kept<Hidden, 3>>,
-    last: Kept<Hidden, 3>,
+    states: Kept<Hidden, 3>,
+    /// With the places of the end tokens.
+    pooled: Option<(Kept<Hidden, 2>, Vec<usize>)>,
     joint: Joint,
+    how: Reading,
 }
 
 impl TextEncoder {
@@ -109,8 +166,31 @@ impl TextEncoder {
                 d,
                 config.layer_norm_eps,
             )?,
+            text_projection: None,
             precision: weights.precision(),
         })
+    }
+
+    /// The same with the projection of the pooled state.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_pooled(
+        weights: &WeightsAt<'_>,
+        config: &TextEncoderConfig,
+    ) -> Result<Self, LoadError> {
+        let encoder = Self::load(weights, config)?;
+        let weights = weights.at("text_projection");
+        let d_out = weights.shape("weight")?.first().copied().unwrap_or(0);
+        Ok(Self {
+            text_projection: Some(Linear::load_sized(&weights, config.hidden_size, d_out)?),
+            ..encoder
+        })
+    }
+
+    /// Length of the pooled state.
+    pub fn pooled_width(&self) -> Option<usize> {
+        self.text_projection.as_ref().map(Linear::d_out)
     }
 
     /// Number of transformer layers.
@@ -153,76 +233,135 @@ impl TextEncoder {
         widen(hidden)
     }
 
-    /// States of long captions: each caption's chunks are encoded on their own and joined as sd-scripts does, the
-    /// begin of the first, the 75 inner tokens of each, the end of the last.
+    /// Encodes captions, whose chunks are encoded on their own and joined as sd-scripts does: the begin of the first,
+    /// the 75 inner tokens of each, the end of the last. The pooled text is that of the first chunk.
+    ///
+    /// `chunks` has per caption the same number of rows of 77 ids.
+    pub fn encode(&self, chunks: &[Vec<Vec<u32>>], how: Reading) -> Encoded {
+        let (ids, joint) = rows_of(chunks);
+        let taken = self.layers_run(how.clip_skip);
+        let mut hidden = self.embed(&ids, ids.first().map_or(0, Vec::len));
+        for layer in &self.layers[..taken] {
+            hidden = layer.forward(hidden);
+        }
+        let states = widen(self.join(widen(hidden.clone()), joint, how));
+        let pooled = how.pooled.then(|| {
+            for layer in &self.layers[taken..] {
+                hidden = layer.forward(hidden.clone());
+            }
+            let ends = ends(&ids, joint);
+            widen(self.pool(hidden.clone(), &ends))
+        });
+        Encoded { states, pooled }
+    }
+
+    /// States of long captions, `clip_skip` from the end and after the final norm; see [`Self::encode`].
     ///
     /// # Shapes
     /// - `chunks`: per caption the same number `n` of rows of 77 ids
     /// - output: `[captions, 75 n + 2, d]`
     pub fn encode_chunks(&self, chunks: &[Vec<Vec<u32>>], clip_skip: usize) -> Tensor<3> {
-        let (ids, joint) = rows_of(chunks);
-        let hidden = self.hidden_state_raw(&ids, clip_skip);
-        self.join(hidden, joint)
+        self.encode(chunks, Reading::normed(clip_skip)).states
     }
 
-    /// The same, untracked, with what [`Self::backward`] needs; see
+    /// The same as [`Self::encode`], untracked, with what [`Self::backward`] needs; see
     /// [`UNet::forward_kept`](super::unet::UNet::forward_kept).
-    pub fn encode_chunks_kept(
+    pub fn encode_kept(
         &self,
         chunks: &[Vec<Vec<u32>>],
-        clip_skip: usize,
+        how: Reading,
         keep: Keep,
-    ) -> (Tensor<3>, TextTrace) {
+    ) -> (Encoded, TextTrace) {
         let (ids, joint) = rows_of(chunks);
-        let layers = &self.layers[..self.layers_run(clip_skip)];
+        let taken = self.layers_run(how.clip_skip);
+        let layers = self.layers_for(how);
         let first = layers
             .iter()
             .position(EncoderLayer::is_adapted)
             .unwrap_or(layers.len());
         let mut hidden = self.embed(&ids, ids.first().map_or(0, Vec::len));
+        let mut before = (taken == 0).then(|| hidden.clone());
         let mut kept = Vec::new();
         for (index, layer) in layers.iter().enumerate() {
             if index < first {
                 hidden = layer.forward(hidden);
-                continue;
+            } else {
+                let inputs = Hidden {
+                    state: hidden,
+                    wanted: index > first,
+                };
+                let (output, part) = Kept::run(keep, inputs, |inputs| layer.forward(inputs.state));
+                kept.push(part);
+                hidden = output;
             }
-            let inputs = Hidden {
-                state: hidden,
-                wanted: index > first,
-            };
-            let (output, part) = Kept::run(keep, inputs, |inputs| layer.forward(inputs.state));
-            kept.push(part);
-            hidden = output;
+            if index + 1 == taken {
+                before = Some(hidden.clone());
+            }
         }
-        let inputs = Hidden {
-            state: hidden,
+        let read = |state: &Tensor<3>| Hidden {
+            state: state.clone(),
             wanted: true,
         };
-        let (output, last) = Kept::run(keep, inputs, |inputs| self.join(inputs.state, joint));
-        let trace = TextTrace { kept, last, joint };
-        (widen(output), trace)
+        let before = before.as_ref().unwrap_or(&hidden);
+        let (joined, states) = Kept::run(keep, read(before), |inputs| {
+            self.join(inputs.state, joint, how)
+        });
+        let (pooled, pooled_part) = how
+            .pooled
+            .then(|| {
+                let ends = ends(&ids, joint);
+                let (pooled, part) =
+                    Kept::run(keep, read(&hidden), |inputs| self.pool(inputs.state, &ends));
+                (widen(pooled), (part, ends))
+            })
+            .unzip();
+        let trace = TextTrace {
+            kept,
+            states,
+            pooled: pooled_part,
+            joint,
+            how,
+        };
+        let states = widen(joined);
+        (Encoded { states, pooled }, trace)
     }
 
-    /// Walks back from the gradient of the states; `collect` gets the gradients of one layer after the other.
-    ///
-    /// # Shapes
-    /// - `gradient`: `[captions, 75 n + 2, d]`
+    /// Walks back from the gradients of what was read; `collect` gets the gradients of one layer after the other.
     pub fn backward(
         &self,
         trace: TextTrace,
-        clip_skip: usize,
-        gradient: Tensor<3>,
+        gradients: EncodedGradients,
         collect: &mut dyn FnMut(&mut Gradients),
     ) {
-        let layers = &self.layers[..self.layers_run(clip_skip)];
+        let (joint, how) = (trace.joint, trace.how);
+        let taken = self.layers_run(how.clip_skip);
+        let layers = self.layers_for(how);
         let first = layers.len() - trace.kept.len();
-        let gradient = self.precision.enter(gradient);
-        let (mut gradients, leaves) = trace
-            .last
-            .backward(gradient, |inputs| self.join(inputs.state, trace.joint));
-        let mut gradient = leaves.state.grad_remove(&mut gradients);
-        for (layer, part) in layers[first..].iter().zip(trace.kept).rev() {
-            let Some(of_output) = gradient else { return };
+        let mut of_states = gradients.states.and_then(|gradient| {
+            let gradient = self.precision.enter(gradient);
+            let part = trace.states;
+            let (mut gradients, leaves) =
+                part.backward(gradient, |inputs| self.join(inputs.state, joint, how));
+            leaves.state.grad_remove(&mut gradients)
+        });
+        let pooled = trace.pooled.zip(gradients.pooled);
+        let mut gradient = pooled.and_then(|((part, ends), gradient)| {
+            let gradient = self.precision.enter(gradient);
+            let (mut gradients, leaves) =
+                part.backward(gradient, |inputs| self.pool(inputs.state, &ends));
+            leaves.state.grad_remove(&mut gradients)
+        });
+        let parts = layers[first..].iter().zip(trace.kept);
+        for (index, (layer, part)) in (first..layers.len()).zip(parts).rev() {
+            if index + 1 == taken {
+                gradient = match (gradient, of_states.take()) {
+                    (Some(a), Some(b)) => Some(a + b),
+                    (a, b) => a.or(b),
+                };
+            }
+            let Some(of_output) = gradient.take() else {
+                continue;
+            };
             let (mut gradients, leaves) =
                 part.backward(of_output, |inputs| layer.forward(inputs.state));
             gradient = leaves.state.grad_remove(&mut gradients);
@@ -230,9 +369,42 @@ impl TextEncoder {
         }
     }
 
-    /// The final norm, and the chunks of each caption side by side.
-    fn join(&self, hidden: Tensor<3>, joint: Joint) -> Tensor<3> {
-        let states = self.final_layer_norm.forward(hidden); // [captions * n, 77, d]
+    /// The layers that have to run.
+    fn layers_for(&self, how: Reading) -> &[EncoderLayer] {
+        let count = if how.pooled {
+            self.depth()
+        } else {
+            self.layers_run(how.clip_skip)
+        };
+        &self.layers[..count]
+    }
+
+    /// `text_projection(final_layer_norm(state of the end token))`.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[rows, 77, d]`
+    /// - output: `[captions, d_pooled]`
+    fn pool(&self, hidden: Tensor<3>, ends: &[usize]) -> Tensor<2> {
+        let [rows, tokens, d] = hidden.dims();
+        let index: Vec<i32> = ends.iter().map(|end| *end as i32).collect();
+        let index = TensorData::new(index, [ends.len()]);
+        let index = Tensor::<1, Int>::from_data(index, &hidden.device());
+        let hidden = hidden.reshape([rows * tokens, d]).select(0, index); // [captions, d]
+        let normed = self.final_layer_norm.forward(hidden.unsqueeze());
+        let normed = normed.reshape([ends.len(), d]);
+        match &self.text_projection {
+            Some(projection) => projection.forward(normed),
+            None => normed,
+        }
+    }
+
+    /// The final norm, where it is wanted, and the chunks of each caption side by side.
+    fn join(&self, hidden: Tensor<3>, joint: Joint, how: Reading) -> Tensor<3> {
+        let states = if how.final_norm {
+            self.final_layer_norm.forward(hidden)
+        } else {
+            hidden
+        }; // [captions * n, 77, d]
         let Joint {
             captions,
             per_caption,
@@ -303,6 +475,18 @@ fn rows_of(chunks: &[Vec<Vec<u32>>]) -> (Vec<Vec<u32>>, Joint) {
         per_caption: chunks.first().map_or(0, Vec::len),
     };
     (chunks.iter().flatten().cloned().collect(), joint)
+}
+
+/// Where the first end token of each caption is, counted over all rows: the largest id there is.
+fn ends(ids: &[Vec<u32>], joint: Joint) -> Vec<usize> {
+    let first_rows = ids.iter().enumerate().step_by(joint.per_caption.max(1));
+    first_rows
+        .map(|(index, row)| {
+            let end = row.iter().max();
+            let at = row.iter().position(|id| Some(id) == end);
+            index * row.len() + at.unwrap_or(0)
+        })
+        .collect()
 }
 
 impl EncoderLayer {

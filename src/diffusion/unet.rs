@@ -4,6 +4,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
+use super::conditioning::{SIZES, TimeIds};
 use super::config::UNetConfig;
 use super::error::LoadError;
 use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear, silu};
@@ -19,6 +20,7 @@ const MAX_PERIOD: f64 = 10_000.0;
 #[derive(Debug)]
 pub struct UNet {
     pub(super) time_embedding: TimeEmbedding,
+    pub(super) add_embedding: Option<AddEmbedding>, // SDXL
     pub(super) conv_in: Conv2d,
     pub(super) down_blocks: Vec<DownBlock>,
     pub(super) mid_block: MidBlock,
@@ -35,6 +37,14 @@ pub(super) struct TimeEmbedding {
     linear_2: Linear,
     cosines_first: bool,
     frequency_shift: f64,
+}
+
+/// What SDXL adds to the timestep embedding: two layers over the pooled text and the sinusoids of the sizes.
+#[derive(Debug)]
+pub(super) struct AddEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    size_width: usize,
 }
 
 #[derive(Debug)]
@@ -70,6 +80,10 @@ impl UNet {
         let plan = BlockPlan { config };
         Ok(Self {
             time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), config)?,
+            add_embedding: match config.size_embedding_width() {
+                Some(width) => Some(AddEmbedding::load(&weights.at("add_embedding"), width)?),
+                None => None,
+            },
             conv_in: Conv2d::load(&weights.at("conv_in"), config.in_channels, narrow, 3)?,
             down_blocks: (0..channels.len())
                 .map(|index| plan.down(&weights.at(format!("down_blocks.{index}")), index))
@@ -90,6 +104,11 @@ impl UNet {
         self.conv_in.c_in()
     }
 
+    /// Length of the pooled text that the UNet is told; `None` where it is told none.
+    pub fn pooled_width(&self) -> Option<usize> {
+        self.add_embedding.as_ref().map(AddEmbedding::pooled_width)
+    }
+
     /// Every linear layer and convolution with its path, for adapters.
     pub fn layers_mut(&mut self) -> Layers<'_> {
         let mut found: Layers<'_> = vec![("conv_in".to_owned(), LayerMut::Conv(&mut self.conv_in))];
@@ -98,6 +117,14 @@ impl UNet {
             ("linear_2", &mut self.time_embedding.linear_2),
         ] {
             found.push((format!("time_embedding.{name}"), LayerMut::Linear(linear)));
+        }
+        if let Some(added) = &mut self.add_embedding {
+            for (name, linear) in [
+                ("linear_1", &mut added.linear_1),
+                ("linear_2", &mut added.linear_2),
+            ] {
+                found.push((format!("add_embedding.{name}"), LayerMut::Linear(linear)));
+            }
         }
         for (index, block) in self.down_blocks.iter_mut().enumerate() {
             let path = format!("down_blocks.{index}");
@@ -288,9 +315,49 @@ impl TimeEmbedding {
     }
 }
 
+impl AddEmbedding {
+    fn load(weights: &WeightsAt<'_>, size_width: usize) -> Result<Self, LoadError> {
+        let loaded = Self {
+            linear_1: Linear::load(&weights.at("linear_1"))?,
+            linear_2: Linear::load(&weights.at("linear_2"))?,
+            size_width,
+        };
+        let (d_in, sizes) = (loaded.linear_1.d_in(), SIZES * size_width);
+        if d_in <= sizes {
+            return Err(LoadError::config(
+                std::path::Path::new(weights.path()),
+                format!("{d_in} values are added, of which {sizes} would be the sizes of pictures"),
+            ));
+        }
+        Ok(loaded)
+    }
+
+    fn pooled_width(&self) -> usize {
+        self.linear_1.d_in() - SIZES * self.size_width
+    }
+
+    /// `[batch, d_time]` of the pooled text `[batch, d_pooled]` and the sizes.
+    pub(super) fn forward(
+        &self,
+        pooled: Tensor<2>,
+        time_ids: &[TimeIds],
+        waves: &TimeEmbedding,
+    ) -> Tensor<2> {
+        let values: Vec<f32> = time_ids
+            .iter()
+            .flatten()
+            .flat_map(|id| waves.sinusoids(*id, self.size_width))
+            .collect();
+        let data = TensorData::new(values, [time_ids.len(), SIZES * self.size_width]);
+        let sizes = Tensor::<2>::from_data(data, &pooled.device());
+        let added = Tensor::cat(vec![pooled, sizes], 1);
+        self.linear_2.forward(silu(self.linear_1.forward(added)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::config::Hints;
+    use super::super::config::{HeadRule, Hints};
     use super::super::testing::{Goldens, weights};
     use super::*;
 
@@ -330,7 +397,7 @@ mod tests {
         let (weights, _) = weights("unet");
         let (_, stated) = tiny();
         let hints = Hints {
-            unet_heads: 4,
+            unet_heads: HeadRule::Count(4),
             ..Hints::SD1
         };
         let inferred = UNetConfig::infer(&weights.at(""), &hints).unwrap();

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Gradients, Tensor};
 
+use super::conditioning::{Added, Condition, ConditionGradients};
 use super::layers::{Conv2d, GroupNorm, silu};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::segments::{Inputs, Keep, Kept, leaf_if};
@@ -30,12 +31,16 @@ struct SegmentInputs {
     skip: Option<Tensor<4>>,
     /// `[batch, tokens, d_context]`
     context: Tensor<3>,
+    /// `[batch, d_time]`, after its activation
+    time: Tensor<2>,
     /// Height and width of the next skip state: what an upsampling has to reach.
     size: [usize; 2],
     /// Whether an earlier segment needs the gradients of the states.
     states_wanted: bool,
     /// Whether the text encoder needs the gradient of the context.
     context_wanted: bool,
+    /// Whether it needs that of the pooled text, which is in the time embedding.
+    time_wanted: bool,
 }
 
 impl Inputs for SegmentInputs {
@@ -45,6 +50,28 @@ impl Inputs for SegmentInputs {
             hidden: leaf_if(wanted, self.hidden),
             skip: self.skip.map(|skip| leaf_if(wanted, skip)),
             context: leaf_if(self.context_wanted, self.context),
+            time: leaf_if(self.time_wanted, self.time),
+            ..self
+        }
+    }
+}
+
+/// What the time embedding is made of besides the timesteps.
+#[derive(Clone, Debug)]
+struct TimeInputs {
+    added: Option<Added>,
+    pooled_wanted: bool,
+}
+
+impl Inputs for TimeInputs {
+    fn leaves(self) -> Self {
+        let wanted = self.pooled_wanted;
+        let leaf = |added: Added| Added {
+            pooled: leaf_if(wanted, added.pooled),
+            ..added
+        };
+        Self {
+            added: self.added.map(leaf),
             ..self
         }
     }
@@ -55,72 +82,94 @@ impl Inputs for SegmentInputs {
 pub struct UNetTrace {
     /// From the first segment on that has a gradient to compute.
     kept: Vec<Kept<SegmentInputs, 4>>,
-    time: Tensor<2>,
+    /// With the timesteps, where the pooled text has a gradient to compute.
+    time: Option<(Kept<TimeInputs, 2>, Vec<f32>)>,
 }
 
 impl UNet {
     /// # Shapes
     /// - `sample` and output: `[batch, c, height, width]`
     /// - `timesteps`: one for each sample
-    /// - `context`: `[batch, tokens, d_context]`
-    pub fn forward(&self, sample: Tensor<4>, timesteps: &[f32], context: Tensor<3>) -> Tensor<4> {
-        let time = self.time(timesteps);
-        let (sample, context) = (self.precision.enter(sample), self.precision.enter(context));
-        widen(self.run(sample, context, false, |_, segment, inputs| {
-            segment.forward(inputs, &time)
+    /// - `condition`: states `[batch, tokens, d_context]`, and what SDXL is told besides
+    pub fn forward(
+        &self,
+        sample: Tensor<4>,
+        timesteps: &[f32],
+        condition: impl Into<Condition>,
+    ) -> Tensor<4> {
+        let Condition { states, added } = condition.into();
+        let time = self.time(timesteps, added);
+        let (sample, context) = (self.precision.enter(sample), self.precision.enter(states));
+        let told = (context, time);
+        widen(self.run(sample, told, false, |_, segment, inputs| {
+            segment.forward(inputs)
         }))
     }
 
     /// The same, untracked, with what [`Self::backward`] needs.
     ///
     /// With [`Keep::Graphs`] adapters have to be attached as leaves here already, with [`Keep::Inputs`] for the
-    /// backward. Nothing is kept of the segments before the first that has an adapter, or reads the context when
-    /// `context_wanted`.
+    /// backward. Nothing is kept of the segments before the first that has an adapter, or reads the condition when
+    /// `condition_wanted`.
     pub fn forward_kept(
         &self,
         sample: Tensor<4>,
         timesteps: &[f32],
-        context: Tensor<3>,
-        context_wanted: bool,
+        condition: impl Into<Condition>,
+        condition_wanted: bool,
         keep: Keep,
     ) -> (Tensor<4>, UNetTrace) {
-        let time = self.time(timesteps);
-        let (sample, context) = (self.precision.enter(sample), self.precision.enter(context));
-        let first = self.first_wanted(context_wanted);
+        let Condition { states, added } = condition.into();
+        let pooled_wanted = condition_wanted && added.is_some() && self.add_embedding.is_some();
+        let (time, time_kept) = if pooled_wanted {
+            let inputs = TimeInputs {
+                added,
+                pooled_wanted,
+            };
+            let (time, part) = Kept::run(keep, inputs, |inputs| self.time(timesteps, inputs.added));
+            (time, Some((part, timesteps.to_vec())))
+        } else {
+            (self.time(timesteps, added), None)
+        };
+        let (sample, context) = (self.precision.enter(sample), self.precision.enter(states));
+        let first = self.first_wanted(condition_wanted, pooled_wanted);
         let mut kept = Vec::new();
-        let output = self.run(sample, context, context_wanted, |index, segment, inputs| {
+        let told = (context, time);
+        let output = self.run(sample, told, condition_wanted, |index, segment, inputs| {
             if index < first {
-                return segment.forward(inputs, &time);
+                return segment.forward(inputs);
             }
             let inputs = SegmentInputs {
                 states_wanted: index > first,
+                time_wanted: pooled_wanted,
                 ..inputs
             };
-            let (output, part) = Kept::run(keep, inputs, |inputs| segment.forward(inputs, &time));
+            let (output, part) = Kept::run(keep, inputs, |inputs| segment.forward(inputs));
             kept.push(part);
             output
         });
+        let time = time_kept;
         (widen(output), UNetTrace { kept, time })
     }
 
     /// Walks back from the gradient of the output.
     ///
-    /// `collect` gets the gradients of one segment after the other. The result is the context's, where it was wanted.
+    /// `collect` gets the gradients of one segment after the other. The result is the condition's, where it was wanted.
     ///
     /// # Shapes
     /// - `gradient`: `[batch, c, height, width]`
-    /// - output: `[batch, tokens, d_context]`
     pub fn backward(
         &self,
         trace: UNetTrace,
         gradient: Tensor<4>,
         collect: &mut dyn FnMut(&mut Gradients),
-    ) -> Option<Tensor<3>> {
+    ) -> ConditionGradients {
         let segments = self.segments();
         let first = segments.len() - trace.kept.len();
         let mut gradient = Some(self.precision.enter(gradient));
         let mut skips: Vec<Option<Tensor<4>>> = Vec::new();
-        let mut context_gradient: Option<Tensor<3>> = None;
+        let mut of_context: Option<Tensor<3>> = None;
+        let mut of_time: Option<Tensor<2>> = None;
         for (segment, part) in segments[first..].iter().zip(trace.kept).rev() {
             if segment.pushes() {
                 gradient = plus(gradient, skips.pop().flatten());
@@ -129,36 +178,58 @@ impl UNet {
                 continue;
             };
             let (mut gradients, leaves) =
-                part.backward(of_output, |inputs| segment.forward(inputs, &trace.time));
+                part.backward(of_output, |inputs| segment.forward(inputs));
             gradient = leaves.hidden.grad_remove(&mut gradients);
             if let Some(skip) = leaves.skip {
                 skips.push(skip.grad_remove(&mut gradients));
             }
-            let of_context = leaves.context.grad_remove(&mut gradients);
-            context_gradient = plus(context_gradient, of_context);
+            of_context = plus(of_context, leaves.context.grad_remove(&mut gradients));
+            if leaves.time_wanted {
+                of_time = plus(of_time, leaves.time.grad_remove(&mut gradients));
+            }
             collect(&mut gradients);
         }
-        context_gradient.map(widen)
+        let of_pooled = trace
+            .time
+            .zip(of_time)
+            .and_then(|((part, timesteps), gradient)| {
+                let (mut gradients, leaves) =
+                    part.backward(gradient, |inputs| self.time(&timesteps, inputs.added));
+                leaves.added?.pooled.grad_remove(&mut gradients)
+            });
+        ConditionGradients {
+            states: of_context.map(widen),
+            pooled: of_pooled.map(widen),
+        }
     }
 
-    fn first_wanted(&self, context_wanted: bool) -> usize {
+    fn first_wanted(&self, context_wanted: bool, time_wanted: bool) -> usize {
         let segments = self.segments();
-        segments
-            .iter()
-            .position(|segment| segment.is_adapted() || (context_wanted && segment.attends()))
-            .unwrap_or(segments.len())
+        let wanted = |segment: &Segment<'_>| {
+            segment.is_adapted()
+                || (context_wanted && segment.attends())
+                || (time_wanted && segment.is_timed())
+        };
+        let first = segments.iter().position(wanted);
+        first.unwrap_or(segments.len())
     }
 
     /// Each residual block applies the same activation to the embedding: it is done once.
-    fn time(&self, timesteps: &[f32]) -> Tensor<2> {
+    fn time(&self, timesteps: &[f32], added: Option<Added>) -> Tensor<2> {
         let time = self.time_embedding.forward(timesteps, &self.device);
+        let time = match (&self.add_embedding, added) {
+            (Some(embedding), Some(Added { pooled, time_ids })) => {
+                time + embedding.forward(pooled, &time_ids, &self.time_embedding)
+            }
+            _ => time,
+        };
         self.precision.enter(silu(time))
     }
 
     fn run<'a>(
         &'a self,
         sample: Tensor<4>,
-        context: Tensor<3>,
+        (context, time): (Tensor<3>, Tensor<2>),
         context_wanted: bool,
         mut each: impl FnMut(usize, Segment<'a>, SegmentInputs) -> Tensor<4>,
     ) -> Tensor<4> {
@@ -171,9 +242,11 @@ impl UNet {
                 hidden,
                 skip,
                 context: context.clone(),
+                time: time.clone(),
                 size: [height, width],
                 states_wanted: false,
                 context_wanted,
+                time_wanted: false,
             };
             hidden = each(index, segment, inputs);
             if segment.pushes() {
@@ -222,6 +295,11 @@ impl Segment<'_> {
         )
     }
 
+    /// Whether it reads the time embedding.
+    fn is_timed(self) -> bool {
+        matches!(self, Self::Down(..) | Self::Up(..) | Self::Middle(_))
+    }
+
     fn is_adapted(self) -> bool {
         match self {
             Self::Enter(conv) | Self::Leave(_, conv) => conv.is_adapted(),
@@ -238,11 +316,12 @@ impl Segment<'_> {
         }
     }
 
-    fn forward(self, inputs: SegmentInputs, time: &Tensor<2>) -> Tensor<4> {
+    fn forward(self, inputs: SegmentInputs) -> Tensor<4> {
         let SegmentInputs {
             hidden,
             skip,
             context,
+            time,
             size,
             ..
         } = inputs;
@@ -253,7 +332,7 @@ impl Segment<'_> {
                     Some(skip) => Tensor::cat(vec![hidden, skip], 1),
                     None => hidden,
                 };
-                let hidden = resnet.forward(hidden, Some(time));
+                let hidden = resnet.forward(hidden, Some(&time));
                 match attention {
                     Some(attention) => attention.forward(hidden, &context),
                     None => hidden,
@@ -261,9 +340,9 @@ impl Segment<'_> {
             }
             Self::Downsample(sampler) => sampler.forward(hidden),
             Self::Middle(block) => {
-                let hidden = block.first.forward(hidden, Some(time));
+                let hidden = block.first.forward(hidden, Some(&time));
                 let hidden = block.attention.forward(hidden, &context);
-                block.second.forward(hidden, Some(time))
+                block.second.forward(hidden, Some(&time))
             }
             Self::Upsample(sampler) => sampler.forward(hidden, size),
             Self::Leave(norm, conv) => conv.forward(norm.forward_silu(hidden)),

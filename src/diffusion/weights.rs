@@ -55,18 +55,68 @@ impl LoadOptions {
     }
 }
 
-/// Where the tensor of a diffusers name is found in the file: the name it is stored under.
+/// Where the tensor of a diffusers name is found in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeySource(pub String);
+pub struct KeySource {
+    /// The name it is stored under.
+    pub key: String,
+    /// What of the stored tensor it is.
+    pub view: StoredView,
+}
+
+/// What of a stored tensor is seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredView {
+    /// All of it.
+    Whole,
+    /// One of equal groups of rows: OpenCLIP keeps queries, keys and values in one matrix.
+    Rows {
+        /// Which, from 0.
+        index: usize,
+        /// How many there are.
+        of: usize,
+    },
+    /// The transposed matrix: OpenCLIP's projection is multiplied from the other side.
+    Transposed,
+}
+
+impl KeySource {
+    /// The whole tensor of this stored name.
+    pub fn whole(key: String) -> Self {
+        Self {
+            key,
+            view: StoredView::Whole,
+        }
+    }
+}
 
 /// One tensor's place in a file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
     start: usize,
     end: usize,
+}
+
+impl Entry {
+    /// A part of this tensor; `None` where it has no such part.
+    fn seen_as(&self, view: StoredView) -> Option<Self> {
+        let mut seen = self.clone();
+        match (view, &mut seen.shape[..]) {
+            (StoredView::Whole, _) => {}
+            (StoredView::Rows { index, of }, [rows, ..]) if of > 0 && rows.is_multiple_of(of) => {
+                *rows /= of;
+                let size_bytes = (self.end - self.start) / of;
+                seen.start += index * size_bytes;
+                seen.end = seen.start + size_bytes;
+            }
+            (StoredView::Transposed, [rows, columns]) => std::mem::swap(rows, columns),
+            _ => return None,
+        }
+        Some(seen)
+    }
 }
 
 #[derive(Debug)]
@@ -183,9 +233,12 @@ impl Weights {
     }
 
     /// Names, shapes and stored sizes in bytes of what is seen under diffusers names, in the order of the names.
-    pub fn seen(&self) -> impl Iterator<Item = (&str, &[usize], usize)> {
+    pub fn seen(&self) -> impl Iterator<Item = (&str, Vec<usize>, usize)> {
         let entries = self.entries_seen().into_iter();
-        entries.map(|(name, entry)| (name, entry.shape.as_slice(), entry.end - entry.start))
+        entries.map(|(name, entry)| {
+            let size_bytes = entry.end - entry.start;
+            (name, entry.shape, size_bytes)
+        })
     }
 
     /// SHA-256, in hex, over names, number formats, shapes and stored bytes of what is seen under diffusers names.
@@ -203,13 +256,19 @@ impl Weights {
         hex::encode(digest.finalize())
     }
 
-    fn entries_seen(&self) -> Vec<(&str, &Entry)> {
+    fn entries_seen(&self) -> Vec<(&str, Entry)> {
         let stored = &self.files.entries;
-        let mut seen: Vec<(&str, &Entry)> = match &self.keys {
-            None => stored.iter().map(|(k, e)| (k.as_str(), e)).collect(),
+        let mut seen: Vec<(&str, Entry)> = match &self.keys {
+            None => stored
+                .iter()
+                .map(|(k, e)| (k.as_str(), e.clone()))
+                .collect(),
             Some(map) => map
                 .iter()
-                .filter_map(|(name, source)| Some((name.as_str(), stored.get(&source.0)?)))
+                .filter_map(|(name, source)| {
+                    let entry = stored.get(&source.key)?.seen_as(source.view)?;
+                    Some((name.as_str(), entry))
+                })
                 .collect(),
         };
         seen.sort_unstable_by_key(|(name, _)| *name);
@@ -238,10 +297,12 @@ impl Weights {
         Ok((bytes, entry.dtype, &entry.shape))
     }
 
-    fn source<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+    fn source<'a>(&'a self, name: &'a str) -> Option<(&'a str, StoredView)> {
         match &self.keys {
-            None => Some(name),
-            Some(map) => map.get(name).map(|source| source.0.as_str()),
+            None => Some((name, StoredView::Whole)),
+            Some(map) => map
+                .get(name)
+                .map(|source| (source.key.as_str(), source.view)),
         }
     }
 
@@ -259,9 +320,20 @@ impl Weights {
         }
     }
 
-    fn lookup(&self, name: &str) -> Result<&Entry, LoadError> {
-        let source = self.source(name).ok_or_else(|| self.missing(name))?;
-        self.entry(name, source)
+    /// The tensor's place, and whether its rows are stored as columns.
+    fn lookup(&self, name: &str) -> Result<(Entry, bool), LoadError> {
+        let (source, view) = self.source(name).ok_or_else(|| self.missing(name))?;
+        let stored = self.entry(name, source)?;
+        let seen = stored.seen_as(view).ok_or_else(|| LoadError::Shape {
+            path: self.file_of(stored).to_owned(),
+            key: source.to_owned(),
+            found: stored.shape.clone(),
+            expected: match view {
+                StoredView::Rows { of, .. } => vec![of],
+                StoredView::Whole | StoredView::Transposed => Vec::new(),
+            },
+        })?;
+        Ok((seen, view == StoredView::Transposed))
     }
 
     fn file_of(&self, entry: &Entry) -> &Path {
@@ -418,12 +490,12 @@ impl WeightsAt<'_> {
         let key = self.key(name);
         self.weights
             .source(&key)
-            .is_some_and(|source| self.weights.stores(source))
+            .is_some_and(|(source, _)| self.weights.stores(source))
     }
 
     /// The stored shape.
     pub fn shape(&self, name: &str) -> Result<Vec<usize>, LoadError> {
-        Ok(self.weights.lookup(&self.key(name))?.shape.clone())
+        Ok(self.weights.lookup(&self.key(name))?.0.shape)
     }
 
     /// The tensor in its stored number format (or the one that was asked for), shape checked.
@@ -453,16 +525,27 @@ impl WeightsAt<'_> {
 
     fn data<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<TensorData, LoadError> {
         let key = self.key(name);
-        let entry = self.weights.lookup(&key)?;
+        let (entry, transposed) = self.weights.lookup(&key)?;
         if trim_ones(&entry.shape) != trim_ones(&shape) {
             return Err(LoadError::Shape {
-                path: self.weights.file_of(entry).to_owned(),
+                path: self.weights.file_of(&entry).to_owned(),
                 key: key.into_owned(),
-                found: entry.shape.clone(),
+                found: entry.shape,
                 expected: shape.to_vec(),
             });
         }
-        self.weights.decode(&key, entry, &shape)
+        if !transposed {
+            return self.weights.decode(&key, &entry, &shape);
+        }
+        let stored: Vec<usize> = shape.iter().rev().copied().collect(); // a matrix
+        let data = self.weights.decode(&key, &entry, &stored)?;
+        let dtype = match data.dtype() {
+            DType::F64 => DType::F32,
+            kept => kept,
+        };
+        let data = data.convert_dtype(dtype);
+        let matrix = Tensor::<2>::from_data(data, (&Device::flex(), dtype));
+        Ok(matrix.transpose().into_data())
     }
 
     fn upload<const D: usize>(&self, data: TensorData, wanted: DType) -> Tensor<D> {
@@ -568,7 +651,7 @@ mod tests {
                 ("other", Dtype::F32, vec![1], f32s(&[4.0])),
             ],
         );
-        let map = HashMap::from([("new".to_owned(), KeySource("old".to_owned()))]);
+        let map = HashMap::from([("new".to_owned(), KeySource::whole("old".to_owned()))]);
         let weights = Weights::open(&[path]).unwrap().with_key_map(map);
         let at = weights.at("");
         assert!(at.has("new") && !at.has("old") && !at.has("other"));
@@ -588,7 +671,7 @@ mod tests {
                     ("other", Dtype::F32, vec![1], f32s(&[other])),
                 ];
                 let path = write(dir.path(), "a.safetensors", &tensors);
-                let map = HashMap::from([(seen.to_owned(), KeySource(name.to_owned()))]);
+                let map = HashMap::from([(seen.to_owned(), KeySource::whole(name.to_owned()))]);
                 Weights::open(&[path]).unwrap().with_key_map(map).digest()
             };
         let base = digest("w", "w", Dtype::F32, &[2, 1], &[1.0, 2.0], 3.0);
@@ -603,6 +686,42 @@ mod tests {
         ] {
             assert_ne!(base, different);
         }
+    }
+
+    #[test]
+    fn parts_of_a_stored_tensor_are_seen_as_tensors() {
+        let dir = tempfile::tempdir().unwrap();
+        let values: Vec<f32> = (0_u8..6).map(f32::from).collect();
+        let path = write(
+            dir.path(),
+            "a.safetensors",
+            &[("w", Dtype::F32, vec![3, 2], f32s(&values))],
+        );
+        let view = |name: &str, view| {
+            let key = "w".to_owned();
+            (name.to_owned(), KeySource { key, view })
+        };
+        let map = HashMap::from([
+            view("second", StoredView::Rows { index: 1, of: 3 }),
+            view("halves", StoredView::Rows { index: 0, of: 2 }),
+            view("turned", StoredView::Transposed),
+        ]);
+        let weights = Weights::open(&[path]).unwrap().with_key_map(map);
+        let at = weights.at("");
+        let values = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().unwrap();
+        assert_eq!(values(at.tensor("second", [1, 2]).unwrap()), [2.0, 3.0]);
+        assert_eq!(at.shape("turned").unwrap(), [2, 3]);
+        assert_eq!(
+            values(at.tensor("turned", [2, 3]).unwrap()),
+            [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
+        );
+        // Three rows have no halves.
+        assert!(matches!(at.shape("halves"), Err(LoadError::Shape { .. })));
+        let seen: Vec<_> = weights
+            .seen()
+            .map(|(name, _, bytes)| (name, bytes))
+            .collect();
+        assert_eq!(seen, [("second", 8), ("turned", 24)]);
     }
 
     #[test]

@@ -13,21 +13,23 @@ use crate::kernels::{LowRank, narrow, widen};
 /// Hu et al. 2021, arXiv:2106.09685; convolutions as in LoCon (sd-scripts `networks/lora.py`).
 #[derive(Debug)]
 pub struct LoraAdapter {
-    /// `[1, 1, rank, in]`, or `[rank, in, kh, kw]` for a convolution.
+    /// `[1, 1, rank, in]`, or `[rank, in, kh, kw]` for what files hold as a convolution.
     pub down: Tensor<4>,
-    /// `[1, 1, out, rank]`, or `[out, rank, 1, 1]` for a convolution.
+    /// `[1, 1, out, rank]`, or `[out, rank, 1, 1]` for what files hold as a convolution.
     pub up: Tensor<4>,
+    /// Width of the branch.
+    pub rank: usize,
     /// Strength of the branch.
     pub scale: f64,
 }
 
 impl Adapter for LoraAdapter {
     fn branch(&self) -> LowRank {
-        let [_, _, rank, d_in] = self.down.dims();
-        let [_, _, d_out, _] = self.up.dims();
+        let columns = |tensor: &Tensor<4>| tensor.shape().num_elements() / self.rank;
+        let (d_in, d_out) = (columns(&self.down), columns(&self.up));
         LowRank {
-            down: self.down.clone().reshape([rank, d_in]),
-            up: self.up.clone().reshape([d_out, rank]),
+            down: self.down.clone().reshape([self.rank, d_in]),
+            up: self.up.clone().reshape([d_out, self.rank]),
             scale: self.scale,
         }
     }

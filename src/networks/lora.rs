@@ -15,7 +15,7 @@ use crate::networks::NetworkError;
 use crate::networks::adapter::LoraAdapter;
 use crate::networks::format::{HostTensor, LoraFile, SavedLora};
 use crate::networks::settings::{MAX_RANK, NetworkSettings, SavePrecision, TrainParts};
-use crate::networks::targets::{LayerShape, Target, lora_name, target};
+use crate::networks::targets::{LayerShape, Naming, Target, target};
 
 /// One trainable tensor.
 #[derive(Debug, Clone)]
@@ -61,14 +61,16 @@ impl LoraNetwork {
         if let Some((field, message)) = settings.problems().into_iter().next() {
             return Err(NetworkError::Settings { field, message });
         }
+        let naming = Naming::of(model);
         let mut modules = Vec::new();
         for (part, path, layer) in model.layers_mut() {
-            let trained = match part {
-                Part::UNet => parts.unet,
-                Part::TextEncoder => parts.text_encoder,
+            let trained = if part.is_text() {
+                parts.text_encoder
+            } else {
+                parts.unet
             };
             if trained {
-                modules.extend(target(part, &path, shape_of(&layer), settings));
+                modules.extend(target(&naming, part, &path, shape_of(&layer), settings));
             }
         }
         if modules.is_empty() {
@@ -98,12 +100,14 @@ impl LoraNetwork {
         device: &Device,
     ) -> Result<Self, NetworkError> {
         let file = LoraFile::read(path)?;
+        let naming = Naming::of(model);
         let mut layers = HashMap::new();
         let mut order = Vec::new();
         for (part, path, layer) in model.layers_mut() {
-            let name = lora_name(part, &path);
+            let name = naming.lora_name(part, &path);
+            let shape = naming.shape_in_files(part, &path, shape_of(&layer));
             order.push(name.clone());
-            layers.insert(name, (part, path, shape_of(&layer)));
+            layers.insert(name, (part, path, shape));
         }
         let mut groups = group_by_module(file.tensors, &layers)?;
 
@@ -159,9 +163,14 @@ impl LoraNetwork {
         self.parameters[0].value.device()
     }
 
-    /// Whether a half of the model has adapters.
+    /// Whether a part of the model has adapters.
     pub fn covers(&self, part: Part) -> bool {
         self.modules.iter().any(|module| module.part == part)
+    }
+
+    /// Whether a text encoder has adapters.
+    pub fn covers_text(&self) -> bool {
+        self.modules.iter().any(|module| module.part.is_text())
     }
 
     /// Factor on the strength of all adapters at the next [`attach`](Self::attach): 0 is the base model, 1 the LoRA.
@@ -199,6 +208,7 @@ impl LoraNetwork {
                 let adapter = LoraAdapter {
                     down: leaves[2 * index].clone(),
                     up: leaves[2 * index + 1].clone(),
+                    rank: module.rank,
                     scale: self.multiplier * module.alpha / module.rank as f64,
                 };
                 set_adapter(&mut layer, Some(Arc::new(adapter)));

@@ -9,7 +9,11 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
+use crate::diffusion::Family;
 use crate::networks::settings::NetworkSettings;
+
+/// Whose key names LoRA files of SDXL have.
+const SGM: &str = "https://github.com/Stability-AI/generative-models";
 
 /// The facts of a training run that its LoRA files tell.
 ///
@@ -62,8 +66,12 @@ pub struct TrainingRecord {
     pub mixed_precision: &'static str,
     /// Limit of the gradient's norm; 0 when there is none.
     pub max_grad_norm: f64,
+    /// Generation of the base model.
+    pub family: Family,
     /// Whether the target is the velocity.
     pub v_prediction: bool,
+    /// Whether nothing of the picture is left at the last timestep.
+    pub zero_terminal_snr: bool,
     /// γ of min-SNR weighting.
     pub min_snr_gamma: Option<f64>,
     /// Weight of regularization images.
@@ -179,12 +187,15 @@ impl TrainingRecord {
         put("num_epochs", self.num_epochs.to_string());
         put("epoch", self.epoch.to_string());
         put("seed", self.seed.to_string());
-        let version = if self.v_prediction {
-            "sd_v1_v"
-        } else {
-            "sd_v1"
+        let version = match (self.family, self.v_prediction) {
+            (Family::Sd1, false) => "sd_v1",
+            (Family::Sd1, true) => "sd_v1_v",
+            (Family::Sd2, false) => "sd_v2",
+            (Family::Sd2, true) => "sd_v2_v",
+            (Family::Sdxl, _) => "sdxl_base_v1-0",
         };
         put("base_model_version", version.to_owned());
+        put("v2", boolean(self.family == Family::Sd2));
         put("sd_model_name", self.base_model.name.clone());
         put("sd_model_hash", self.base_model.legacy_hash.clone());
         put("new_sd_model_hash", self.base_model.sha256.clone());
@@ -213,6 +224,7 @@ impl TrainingRecord {
         );
         put("mixed_precision", self.mixed_precision.to_owned());
         put("max_grad_norm", float(self.max_grad_norm));
+        put("zero_terminal_snr", boolean(self.zero_terminal_snr));
         put("min_snr_gamma", optional(self.min_snr_gamma, float));
         put("prior_loss_weight", float(self.prior_loss_weight));
         // sd-scripts knows its own defaults only as "not given".
@@ -300,8 +312,14 @@ impl TrainingRecord {
             entries.insert(format!("modelspec.{key}"), value);
         };
         put("sai_model_spec", "1.0.1".to_owned());
-        put("architecture", "stable-diffusion-v1/lora".to_owned());
-        put("implementation", "diffusers".to_owned());
+        let (architecture, implementation) = match (self.family, self.v_prediction) {
+            (Family::Sd1, _) => ("stable-diffusion-v1", "diffusers"),
+            (Family::Sd2, false) => ("stable-diffusion-v2-512", "diffusers"),
+            (Family::Sd2, true) => ("stable-diffusion-v2-768-v", "diffusers"),
+            (Family::Sdxl, _) => ("stable-diffusion-xl-v1-base", SGM),
+        };
+        put("architecture", format!("{architecture}/lora"));
+        put("implementation", implementation.to_owned());
         put("implementation_version", version.to_owned());
         put("title", self.output_name.clone());
         put("resolution", format!("{width}x{height}"));
@@ -433,11 +451,9 @@ const OFF: &[(&str, &str)] = &[
     ("sd_scripts_commit_hash", "None"),
     ("shuffle_caption", "False"),
     ("training_comment", "None"),
-    ("v2", "False"),
     ("validate_every_n_epochs", "None"),
     ("validation_seed", "None"),
     ("validation_split", "0.0"),
-    ("zero_terminal_snr", "False"),
 ];
 
 /// `str(float)` of Python: the shortest digits that read back, an exponent of two digits outside 1e-4 … 1e16.
@@ -567,7 +583,9 @@ mod tests {
             random_crop: false,
             mixed_precision: "no",
             max_grad_norm: 1.0,
+            family: Family::Sd1,
             v_prediction: false,
+            zero_terminal_snr: false,
             min_snr_gamma: None,
             prior_loss_weight: 1.0,
             clip_skip: 1,
@@ -631,6 +649,52 @@ mod tests {
             }
         }
         assert_eq!(ours.len(), theirs.len() - not_here.len());
+    }
+
+    #[test]
+    fn generations_are_told_in_the_words_of_sd_scripts() {
+        for (family, v_prediction, version, architecture, v2) in [
+            (
+                Family::Sd1,
+                true,
+                "sd_v1_v",
+                "stable-diffusion-v1/lora",
+                "False",
+            ),
+            (
+                Family::Sd2,
+                false,
+                "sd_v2",
+                "stable-diffusion-v2-512/lora",
+                "True",
+            ),
+            (
+                Family::Sd2,
+                true,
+                "sd_v2_v",
+                "stable-diffusion-v2-768-v/lora",
+                "True",
+            ),
+            (
+                Family::Sdxl,
+                false,
+                "sdxl_base_v1-0",
+                "stable-diffusion-xl-v1-base/lora",
+                "False",
+            ),
+        ] {
+            let record = TrainingRecord {
+                family,
+                v_prediction,
+                ..record()
+            };
+            let entries = record.entries();
+            assert_eq!(entries["ss_base_model_version"], version);
+            assert_eq!(entries["modelspec.architecture"], architecture);
+            assert_eq!(entries["ss_v2"], v2);
+            let sgm = entries["modelspec.implementation"] == SGM;
+            assert_eq!(sgm, family == Family::Sdxl);
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 pub use format::{HostTensor, LoraFile, SavedLora};
 pub use lora::{Leaves, LoraNetwork, Parameter};
 pub use settings::{NetworkSettings, SavePrecision, TrainParts};
-pub use targets::{LayerShape, Target, parameter_count};
+pub use targets::{LayerShape, Naming, Target, parameter_count};
 
 /// What can go wrong with adapters and their files.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,8 @@
 //!
 //! The rules see only paths and shapes, never weights, so that they can be checked for models of any size.
 
-use crate::diffusion::Part;
+use crate::diffusion::ldm::UNetLayout;
+use crate::diffusion::{Family, Part, StableDiffusion};
 use crate::networks::settings::NetworkSettings;
 
 /// Kind and size of a layer.
@@ -65,13 +66,59 @@ pub struct Target {
     pub alpha: f64,
 }
 
-/// The name of a layer's adapter: `lora_unet_` or `lora_te_` and the path with `_` for `.`.
-pub fn lora_name(part: Part, path: &str) -> String {
-    let prefix = match part {
-        Part::UNet => "lora_unet",
-        Part::TextEncoder => "lora_te",
-    };
-    format!("{prefix}_{}", path.replace('.', "_"))
+/// How the adapters of a model are named and shaped in files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Naming {
+    /// Generation of the model.
+    pub family: Family,
+    /// Where the UNet's blocks are in the LDM layout.
+    pub unet_layout: UNetLayout,
+}
+
+impl Naming {
+    /// That of a model.
+    pub fn of(model: &StableDiffusion) -> Self {
+        Self {
+            family: model.family,
+            unet_layout: model.unet_layout.clone(),
+        }
+    }
+
+    /// The name of a layer's adapter: `lora_unet_` or `lora_te_` and the path with `_` for `.`. For SDXL `lora_te1_`,
+    /// `lora_te2_`, and the UNet's paths are those of the LDM layout.
+    pub fn lora_name(&self, part: Part, path: &str) -> String {
+        let sdxl = self.family == Family::Sdxl;
+        let prefix = match part {
+            Part::UNet => "lora_unet",
+            Part::TextEncoder if sdxl => "lora_te1",
+            Part::TextEncoder => "lora_te",
+            Part::TextEncoder2 => "lora_te2",
+        };
+        let ldm = match part {
+            Part::UNet if sdxl => self.unet_layout.ldm_path(path),
+            _ => None,
+        };
+        let path = ldm.as_deref().unwrap_or(path);
+        format!("{prefix}_{}", path.replace('.', "_"))
+    }
+
+    /// The shape that a layer's adapter has in files: those of Stable Diffusion 2's linear projections around
+    /// transformers are written as 1×1 convolutions, as sd-scripts loads them.
+    pub fn shape_in_files(&self, part: Part, path: &str, shape: LayerShape) -> LayerShape {
+        let projection = path.ends_with(".proj_in") || path.ends_with(".proj_out");
+        match shape {
+            LayerShape::Linear { d_in, d_out }
+                if self.family == Family::Sd2 && part == Part::UNet && projection =>
+            {
+                LayerShape::Conv {
+                    c_in: d_in,
+                    c_out: d_out,
+                    kernel: [1, 1],
+                }
+            }
+            shape => shape,
+        }
+    }
 }
 
 /// Decides whether a layer gets an adapter, and of which rank.
@@ -80,11 +127,29 @@ pub fn lora_name(part: Part, path: &str) -> String {
 /// `CLIPMLP` always do. With `conv_rank` the layers of `ResnetBlock2D`, `Downsample2D` and `Upsample2D` do too:
 /// their 3×3 convolutions with `conv_rank`, the others (`time_emb_proj`, `conv_shortcut`) with `rank`.
 pub fn target(
+    naming: &Naming,
     part: Part,
     path: &str,
     shape: LayerShape,
     settings: &NetworkSettings,
 ) -> Option<Target> {
+    let (rank, alpha) = rank_and_alpha(part, path, shape, settings)?;
+    Some(Target {
+        part,
+        path: path.to_owned(),
+        name: naming.lora_name(part, path),
+        shape: naming.shape_in_files(part, path, shape),
+        rank,
+        alpha,
+    })
+}
+
+fn rank_and_alpha(
+    part: Part,
+    path: &str,
+    shape: LayerShape,
+    settings: &NetworkSettings,
+) -> Option<(usize, f64)> {
     let (rank, alpha) = match (part, block_of(part, path)?) {
         (_, Block::Attention) if shape.is_wide_conv() => settings.conv()?,
         (_, Block::Attention) => (settings.rank, settings.alpha),
@@ -97,15 +162,7 @@ pub fn target(
             }
         }
     };
-    let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-    Some(Target {
-        part,
-        path: path.to_owned(),
-        name: lora_name(part, path),
-        shape,
-        rank,
-        alpha,
-    })
+    Some((rank, if alpha == 0.0 { rank as f64 } else { alpha }))
 }
 
 /// Trainable elements of the adapters that a model's tensors would get: `.weight`s of rank 2 and 4 are layers.
@@ -124,13 +181,12 @@ pub fn parameter_count<'a>(
             },
             _ => return None,
         };
-        target(part, name.strip_suffix(".weight")?, shape, settings)
+        let path = name.strip_suffix(".weight")?;
+        Some((shape, rank_and_alpha(part, path, shape, settings)?.0))
     });
     let count = |shape: Vec<usize>| shape.iter().product::<usize>();
     layers
-        .map(|layer| {
-            count(layer.shape.down_shape(layer.rank)) + count(layer.shape.up_shape(layer.rank))
-        })
+        .map(|(shape, rank)| count(shape.down_shape(rank)) + count(shape.up_shape(rank)))
         .sum()
 }
 
@@ -143,7 +199,7 @@ enum Block {
 fn block_of(part: Part, path: &str) -> Option<Block> {
     let mut segments = path.split('.');
     match part {
-        Part::TextEncoder => segments
+        Part::TextEncoder | Part::TextEncoder2 => segments
             .any(|segment| matches!(segment, "self_attn" | "mlp"))
             .then_some(Block::Attention),
         Part::UNet => segments.find_map(|segment| match segment {
@@ -159,6 +215,16 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    fn naming() -> Naming {
+        Naming {
+            family: Family::Sd1,
+            unet_layout: UNetLayout {
+                layers_per_block: 2,
+                up_attends: vec![false, true, true, true],
+            },
+        }
+    }
 
     const LINEAR: LayerShape = LayerShape::Linear { d_in: 8, d_out: 4 };
     const CONV3: LayerShape = LayerShape::Conv {
@@ -276,7 +342,7 @@ mod tests {
     fn keys_of(settings: &NetworkSettings) -> BTreeMap<String, String> {
         let mut keys = BTreeMap::new();
         for (part, path, shape) in full_size_layers() {
-            if let Some(target) = target(part, &path, shape, settings) {
+            if let Some(target) = target(&naming(), part, &path, shape, settings) {
                 let rank = target.rank;
                 let name = target.name;
                 keys.insert(format!("{name}.alpha"), "[]".to_owned());
@@ -329,6 +395,7 @@ mod tests {
             ..NetworkSettings::default()
         };
         let target = target(
+            &naming(),
             Part::UNet,
             "mid_block.attentions.0.proj_in",
             LINEAR,
@@ -349,7 +416,8 @@ mod tests {
             (Part::UNet, "time_embedding.linear_1", LINEAR),
             (Part::TextEncoder, "text_projection", LINEAR),
         ] {
-            assert_eq!(target(part, path, shape, &settings), None, "{path}");
+            let found = target(&naming(), part, path, shape, &settings);
+            assert_eq!(found, None, "{path}");
         }
     }
 }

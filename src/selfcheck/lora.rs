@@ -154,6 +154,7 @@ fn adapter(down: &Tensor<4>, up: &Tensor<4>) -> Arc<LoraAdapter> {
     Arc::new(LoraAdapter {
         down: down.clone(),
         up: up.clone(),
+        rank: RANK,
         scale: 0.5,
     })
 }

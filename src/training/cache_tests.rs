@@ -127,10 +127,10 @@ impl Place {
             });
         let prepared = prepared.expect("captions");
         let states = captions.iter().map(|caption| {
-            let Conditioning::States(states) = prepared.batch(&[caption]) else {
+            let Conditioning::States(states) = prepared.batch(&model, &[caption]) else {
                 panic!("tokens of a frozen text encoder");
             };
-            bits(&read(states).expect("numbers"))
+            bits(&read(states.states).expect("numbers"))
         });
         Encoded {
             bits: states.collect(),

@@ -10,12 +10,12 @@ use rand_chacha::ChaCha12Rng;
 use rayon::prelude::*;
 
 use crate::dataloader::{
-    Augment, Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode,
-    EpochPlan, Look, TensorCache, Tones, TrainingImage, Window, decode, load_pixels, set_median,
+    Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode, EpochPlan,
+    Look, TensorCache, Tones, TrainingImage, Window, crop_ltrb, decode, load_pixels, set_median,
 };
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
-use crate::diffusion::{StableDiffusion, instruction_set};
+use crate::diffusion::{StableDiffusion, TimeIds, instruction_set};
 use crate::training::TrainError;
 use crate::training::progress::Phase;
 use crate::training::random::{Stream, generator, normal_tensor};
@@ -62,6 +62,20 @@ pub fn stack(batch: &[&Latents], device: &Device) -> Tensor<4> {
         .collect();
     let data = TensorData::new(values, [batch.len(), channels, height, width]);
     Tensor::from_data(data, (device, DType::F32))
+}
+
+/// The sizes of a picture that is trained at the size of a bucket, by the rule of sd-scripts.
+pub fn time_ids(image: &TrainingImage, bucket: (u32, u32)) -> TimeIds {
+    let (width, height) = (image.width_px.max(1), image.height_px.max(1));
+    let [left, top, ..] = crop_ltrb(bucket, (width, height));
+    [
+        height as f32,
+        width as f32,
+        top as f32,
+        left as f32,
+        bucket.1 as f32,
+        bucket.0 as f32,
+    ]
 }
 
 impl TrainingSet {
@@ -425,6 +439,7 @@ pub fn encode_held_out(
         held_out.push(HeldOut {
             sha256: image.sha256.clone(),
             caption: measured_caption(image),
+            time_ids: time_ids(image, bucket),
             latents: encoder.encode(image, bucket, false)?,
         });
     }

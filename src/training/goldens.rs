@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::diffusion::{LoadOptions, Part, PredictionType, StableDiffusion};
+use crate::diffusion::{CaptionTokens, LoadOptions, Part, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork, NetworkSettings, TrainParts};
 use crate::training::{
     Conditioning, GradientCheckpointing, LrScheduler, MicroBatch, Optimizer, OptimizerError,
@@ -180,13 +180,14 @@ fn golden_batch(inputs: &Goldens, index: usize) -> MicroBatch {
     let ids = inputs.values(&format!("ids_{index}"));
     let ids = ids
         .chunks(77)
-        .map(|row| vec![row.iter().map(|&id| id as u32).collect()]);
+        .map(|row| CaptionTokens::from(vec![row.iter().map(|&id| id as u32).collect()]));
     let timesteps = inputs.values(&format!("timesteps_{index}"));
     MicroBatch {
         latents: inputs.tensor(&format!("latents_{index}")),
         noise: inputs.tensor(&format!("noise_{index}")),
         timesteps: timesteps.iter().map(|&t| t as usize).collect(),
         conditioning: Conditioning::Tokens(ids.collect()),
+        time_ids: Vec::new(),
         loss_weights: vec![1.0; timesteps.len()],
     }
 }
@@ -481,6 +482,7 @@ fn accumulated_batches_are_one_batch() {
             Conditioning::Tokens(rows) => Conditioning::Tokens(vec![rows[index].clone()]),
             Conditioning::States(_) => unreachable!("golden batches have tokens"),
         },
+        time_ids: Vec::new(),
         loss_weights: vec![1.0],
     };
     let run = |batches: &[MicroBatch]| {
@@ -528,7 +530,7 @@ fn loss_weights_act_per_sample() {
     let loss = |weights: [f64; 2]| {
         let mut batch = golden_batch(&inputs, 0);
         batch.loss_weights = weights.to_vec();
-        trainer.loss(&batch).into_scalar::<f32>()
+        trainer.loss(&batch).expect("a loss").into_scalar::<f32>()
     };
     let (first, second) = (loss([2.0, 0.0]), loss([0.0, 2.0]));
     assert!(((first + second) / 2.0 - loss([1.0, 1.0])).abs() < 1e-6);
@@ -594,7 +596,8 @@ fn cached_states_train_as_tokens() {
         );
         let mut batch = golden_batch(&inputs, 0);
         if cached {
-            batch.conditioning = Conditioning::States(trainer.encode(&batch.conditioning));
+            let states = trainer.encode(&batch.conditioning).expect("states");
+            batch.conditioning = Conditioning::States(states);
         }
         trainer.optimizer_step(&[batch]).expect("a step")
     };

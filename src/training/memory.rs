@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use crate::diffusion::{Footprint, Part, StoredTensor};
+use crate::diffusion::{Family, Footprint, Part, StoredTensor};
 use crate::networks::parameter_count;
 use crate::training::TrainingSet;
 use crate::training::settings::{ComputePrecision, GradientCheckpointing, TrainSettings};
@@ -37,13 +37,6 @@ struct Measured {
     trained_bytes: f64,
     /// A trained element, its gradient and its new value while the optimizer changes it, without the state.
     updated_bytes: f64,
-    /// Kept of each element of a latent plane (one channel), with `gradient_checkpointing: none`.
-    graph_bytes_per_element: f64,
-    /// Kept of a caption of 75 tokens, likewise.
-    graph_bytes_per_caption: f64,
-    /// The same two with `blocks`.
-    inputs_bytes_per_element: f64,
-    inputs_bytes_per_caption: f64,
     /// The UNet's channels that this was measured with.
     unet_channels: f64,
     /// Tensors of the widest level that the VAE has at once; counted in its code.
@@ -55,14 +48,45 @@ const PROCESS: Measured = Measured {
     process_bytes: 120e6,
     trained_bytes: 4.0,
     updated_bytes: 12.0,
-    graph_bytes_per_element: 374e3,
-    graph_bytes_per_caption: 53e6,
-    inputs_bytes_per_element: 74e3,
-    inputs_bytes_per_caption: 12e6,
     unet_channels: 320.0,
     vae_encoder_tensors: 4.0,
     vae_decoder_tensors: 8.0,
 };
+
+/// Bytes that a generation of models keeps for the backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Kept {
+    /// Of each element of a latent plane (one channel), with `gradient_checkpointing: none`.
+    graph_per_element: f64,
+    /// Of a caption of 75 tokens, likewise.
+    graph_per_caption: f64,
+    /// The same two with `blocks`.
+    inputs_per_element: f64,
+    inputs_per_caption: f64,
+}
+
+impl Kept {
+    const SD1: Self = Self {
+        graph_per_element: 374e3,
+        graph_per_caption: 53e6,
+        inputs_per_element: 74e3,
+        inputs_per_caption: 12e6,
+    };
+
+    const SDXL: Self = Self {
+        graph_per_element: 560e3,
+        graph_per_caption: 300e6,
+        inputs_per_element: 120e3,
+        inputs_per_caption: 60e6,
+    };
+
+    fn of(family: Family) -> Self {
+        match family {
+            Family::Sd1 | Family::Sd2 => Self::SD1,
+            Family::Sdxl => Self::SDXL,
+        }
+    }
+}
 
 /// Reckoned, not measured: what layers keep for the backward is the same on every device, and a GPU has the widest
 /// frozen weight in f32 beside it for a moment. What its allocator holds back between tensors is left out, so that only
@@ -104,10 +128,12 @@ const GIB: f64 = (1_u64 << 30) as f64;
 /// What a run will hold in memory.
 #[derive(Clone, Debug)]
 pub struct Workload {
-    /// Weights of UNet and text encoder, as stored.
+    /// Weights that stay for the whole run, as stored: the UNet, and text encoders that are trained or drawn with.
     weights_bytes: f64,
     /// The same weights, those of 32 and 64 bits halved to 16.
     weights_f16_bytes: f64,
+    /// Weights of text encoders that are given back when the captions are encoded.
+    passing_bytes: f64,
     vae_bytes: f64,
     /// Trained elements.
     parameters: f64,
@@ -117,6 +143,7 @@ pub struct Workload {
     ema_bytes: f64,
     /// The UNet's width, in units of that which was measured.
     width: f64,
+    kept: Kept,
     vae_channels: f64,
     vae_factor: f64,
     batch_size: f64,
@@ -165,10 +192,18 @@ impl Workload {
         let parameters = adapters(Part::UNet, &model.unet, settings.unet_lr)
             + adapters(
                 Part::TextEncoder,
-                &model.text_encoder,
+                &model.text_encoders,
                 settings.text_encoder_lr,
             );
-        let trained = || model.unet.iter().chain(&model.text_encoder);
+        let text_stays = settings.text_encoder_lr != 0.0 || !settings.samples.prompts.is_empty();
+        let (text, passing) = if text_stays {
+            (&model.text_encoders[..], &[][..])
+        } else {
+            (&[][..], &model.text_encoders[..])
+        };
+        let stored = |tensors: &[StoredTensor]| -> f64 {
+            tensors.iter().map(|tensor| tensor.size_bytes as f64).sum()
+        };
         let pictures = data.images.iter().map(|image| {
             let (width, height) = (image.width_px.max(1), image.height_px.max(1));
             data.buckets.place(width, height).bucket
@@ -176,13 +211,11 @@ impl Workload {
         let previews = settings.samples.prompts.iter();
         let previews = previews.map(|prompt| (prompt.width_px, prompt.height_px));
         Self {
-            weights_bytes: trained().map(|tensor| tensor.size_bytes as f64).sum(),
-            weights_f16_bytes: trained().map(f16_bytes).sum(),
-            vae_bytes: model
-                .vae
-                .iter()
-                .map(|tensor| tensor.size_bytes as f64)
-                .sum(),
+            weights_bytes: stored(&model.unet) + stored(text),
+            weights_f16_bytes: model.unet.iter().chain(text).map(f16_bytes).sum(),
+            passing_bytes: stored(passing),
+            vae_bytes: stored(&model.vae),
+            kept: Kept::of(model.family),
             parameters: parameters as f64,
             state_bytes,
             ema_bytes: if settings.ema.is_some() { 4.0 } else { 0.0 },
@@ -223,11 +256,10 @@ impl Workload {
     /// The most memory that the run takes at once.
     pub fn peak_bytes(&self) -> u64 {
         let m = self.place.measured();
+        let kept = self.kept;
         let (per_element, per_caption) = match self.gradient_checkpointing {
-            GradientCheckpointing::None => (m.graph_bytes_per_element, m.graph_bytes_per_caption),
-            GradientCheckpointing::Blocks => {
-                (m.inputs_bytes_per_element, m.inputs_bytes_per_caption)
-            }
+            GradientCheckpointing::None => (kept.graph_per_element, kept.graph_per_caption),
+            GradientCheckpointing::Blocks => (kept.inputs_per_element, kept.inputs_per_caption),
         };
         let elements = self.picture_px / self.vae_factor.powi(2);
         let sample = elements * per_element + self.chunks * per_caption;
@@ -256,6 +288,7 @@ impl Workload {
             false => 0.0,
         };
         let peak = encoding
+            .max(vae + self.passing_bytes)
             .max(vae + training)
             .max(vae + updating)
             .max(vae + between_steps + drawing.max(encoding_anew));
@@ -350,6 +383,8 @@ mod tests {
         Workload {
             weights_bytes: 1_965_162_888.0 + 167_307_726.0,
             weights_f16_bytes: 1_965_162_888.0 + 167_307_726.0,
+            passing_bytes: 0.0,
+            kept: Kept::SD1,
             vae_bytes: 0.0,
             parameters: 18_874_368.0,
             state_bytes: 8.0,

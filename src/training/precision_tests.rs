@@ -40,7 +40,8 @@ fn losses(precision: ComputePrecision) -> Vec<f64> {
             latents: normal(),
             noise: normal(),
             timesteps: vec![100 + 150 * step, 900 - 150 * step],
-            conditioning: Conditioning::Tokens(vec![vec![vec![3; 77]]; 2]),
+            conditioning: Conditioning::Tokens(vec![vec![vec![3; 77]].into(); 2]),
+            time_ids: Vec::new(),
             loss_weights: vec![1.0; 2],
         })
         .collect();

@@ -4,13 +4,13 @@ use burn::tensor::{Device, Tensor};
 use image::RgbImage;
 
 use crate::diffusion::samplers::{Guidance, Sampler, sample};
-use crate::diffusion::{PredictionType, StableDiffusion};
+use crate::diffusion::{Condition, PredictionType, StableDiffusion};
 use crate::training::TrainError;
 use crate::training::data::read;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::settings::{SamplePrompt, TrainSettings};
 use crate::training::step::Trainer;
-use crate::training::text::token_rows;
+use crate::training::text::caption_tokens;
 
 /// What decides a picture besides the model and the prompt.
 #[derive(Debug, Clone)]
@@ -50,15 +50,18 @@ pub fn draw_with(
     prompt: &SamplePrompt,
     how: &Drawing,
 ) -> Result<RgbImage, TrainError> {
-    let encode = |text: &str| {
-        let rows = token_rows(model, text, how.max_token_length);
-        model.text_encoder.encode_chunks(&[rows], how.clip_skip) // [1, tokens, d]
-    };
-    let (cond, uncond) = (encode(&prompt.prompt), encode(&prompt.negative_prompt));
     let vae = model.vae()?;
     let factor = vae.factor();
     let side = |px: u32| (px as usize / factor).max(8) / 8 * 8;
     let (height, width) = (side(prompt.height_px), side(prompt.width_px));
+    let (height_px, width_px) = ((height * factor) as f32, (width * factor) as f32);
+    let time_ids = [height_px, width_px, 0.0, 0.0, height_px, width_px];
+    let encode = |text: &str| -> Result<Condition, TrainError> {
+        let tokens = caption_tokens(model, text, how.max_token_length);
+        let states = model.text()?.encode(&[tokens], how.clip_skip);
+        Ok(states.with_sizes(&[time_ids]))
+    };
+    let (cond, uncond) = (encode(&prompt.prompt)?, encode(&prompt.negative_prompt)?);
     let mut rng = generator(prompt.seed, Stream::Preview, b"");
     let shape = [1, model.unet.latent_channels(), height, width];
     let noise = normal_tensor(&mut rng, shape, &how.device);

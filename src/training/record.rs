@@ -6,7 +6,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 
 use crate::dataloader::{Augment, EpochPlan, TrainingImage};
-use crate::diffusion::PredictionType;
+use crate::diffusion::{Family, PredictionType};
 use crate::networks::metadata::{
     BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
 };
@@ -25,8 +25,12 @@ pub struct RunFacts<'a> {
     pub held_out: usize,
     /// Their order.
     pub plan: &'a EpochPlan,
+    /// Generation of the base model.
+    pub family: Family,
     /// What the UNet learns to predict.
     pub prediction: PredictionType,
+    /// Whether nothing of the picture is left at the last timestep.
+    pub zero_terminal_snr: bool,
     /// Optimizer steps of the run.
     pub total_steps: u64,
     /// Epochs of the run.
@@ -79,6 +83,8 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
             ComputePrecision::Bf16 => "bf16",
         },
         max_grad_norm: settings.max_grad_norm,
+        family: facts.family,
+        zero_terminal_snr: facts.zero_terminal_snr,
         v_prediction: facts.prediction == PredictionType::VPrediction,
         min_snr_gamma: settings.min_snr_gamma,
         prior_loss_weight: settings.prior_loss_weight,

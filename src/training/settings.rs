@@ -36,6 +36,9 @@ pub struct TrainSettings {
     pub max_grad_norm: f64,
     /// What the UNet predicts; the base model's own target when not given.
     pub prediction: Option<PredictionType>,
+    /// Whether the noise schedule is shifted so that nothing of the picture is left at its last timestep; as the base
+    /// model has it when not given.
+    pub zero_terminal_snr: Option<bool>,
     /// γ of min-SNR loss weighting; off when not given.
     pub min_snr_gamma: Option<f64>,
     /// Loss weight of regularization images.
@@ -283,6 +286,7 @@ impl Default for TrainSettings {
             precision: ComputePrecision::Fp32,
             max_grad_norm: 1.0,
             prediction: None,
+            zero_terminal_snr: None,
             min_snr_gamma: None,
             prior_loss_weight: 1.0,
             clip_skip: 1,

@@ -6,8 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::dataloader::{CacheKey, CacheKind, CachedTensor, TensorCache};
-use crate::diffusion::StableDiffusion;
-use crate::diffusion::tokenizer::Tokenizer;
+use crate::diffusion::{CaptionTokens, StableDiffusion, TextStates};
 use crate::training::TrainError;
 use crate::training::data::{computed_by, read};
 use crate::training::progress::Phase;
@@ -21,16 +20,15 @@ const ROWS_AT_ONCE: usize = 8;
 #[derive(Debug)]
 pub struct Captions {
     prepared: Prepared,
-    tokenizer: Tokenizer,
     max_token_length: usize,
 }
 
 #[derive(Debug)]
 enum Prepared {
     /// Token ids by caption.
-    Tokens(HashMap<String, Vec<Vec<u32>>>),
+    Tokens(HashMap<String, CaptionTokens>),
     /// Hidden states `[1, tokens, d]` by caption.
-    States(HashMap<String, Tensor<3>>),
+    States(HashMap<String, TextStates>),
 }
 
 impl Captions {
@@ -44,17 +42,16 @@ impl Captions {
         device: &Device,
         mut report: impl FnMut(Phase) -> Result<(), TrainError>,
     ) -> Result<Self, TrainError> {
-        let tokens: BTreeMap<String, Vec<Vec<u32>>> = captions
+        let tokens: BTreeMap<String, CaptionTokens> = captions
             .into_iter()
             .map(|caption| {
-                let rows = token_rows(&model.tokenizer, caption, settings.max_token_length);
-                (caption.to_owned(), rows)
+                let tokens = caption_tokens(model, caption, settings.max_token_length);
+                (caption.to_owned(), tokens)
             })
             .collect();
         let total = tokens.len();
         let captions = |prepared| Self {
             prepared,
-            tokenizer: model.tokenizer.clone(),
             max_token_length: settings.max_token_length,
         };
         if settings.text_encoder_lr != 0.0 {
@@ -75,12 +72,12 @@ impl Captions {
                 (cache, encoder)
             }),
         };
-        let mut known: HashMap<String, Tensor<3>> = HashMap::with_capacity(total);
+        let mut known: HashMap<String, TextStates> = HashMap::with_capacity(total);
         let mut missing = Vec::new();
-        for (caption, rows) in tokens {
-            match states.read(&rows) {
+        for (caption, tokens) in tokens {
+            match states.read(&tokens) {
                 Some(state) => _ = known.insert(caption, state),
-                None => missing.push((caption, rows)),
+                None => missing.push((caption, tokens)),
             }
         }
         let cached = known.len();
@@ -90,11 +87,11 @@ impl Captions {
                 total,
                 cached,
             })?;
-            let rows: Vec<_> = group.iter().map(|(_, rows)| rows.clone()).collect();
-            let encoded = model.text_encoder.encode_chunks(&rows, settings.clip_skip);
-            for (index, (caption, rows)) in group.iter().enumerate() {
-                let state = encoded.clone().narrow(0, index, 1); // [1, tokens, d]
-                states.keep(rows, &state)?;
+            let tokens: Vec<_> = group.iter().map(|(_, tokens)| tokens.clone()).collect();
+            let encoded = model.text()?.encode(&tokens, settings.clip_skip);
+            for (index, (caption, tokens)) in group.iter().enumerate() {
+                let state = encoded.caption(index); // [1, tokens, d]
+                states.keep(tokens, &state)?;
                 known.insert(caption.clone(), state);
             }
         }
@@ -108,30 +105,29 @@ impl Captions {
     }
 
     /// The conditioning of a batch: states, where all of its captions have been encoded.
-    pub fn batch(&self, captions: &[impl AsRef<str>]) -> Conditioning {
+    pub fn batch(&self, model: &StableDiffusion, captions: &[impl AsRef<str>]) -> Conditioning {
         if let Prepared::States(states) = &self.prepared {
             let known: Option<Vec<_>> = captions
                 .iter()
                 .map(|caption| states.get(caption.as_ref()).cloned())
                 .collect();
             if let Some(known) = known {
-                return Conditioning::States(Tensor::cat(known, 0));
+                return Conditioning::States(TextStates::cat(known));
             }
         }
-        let rows = captions.iter().map(|caption| self.rows(caption.as_ref()));
-        Conditioning::Tokens(rows.collect())
-    }
-
-    fn rows(&self, caption: &str) -> Vec<Vec<u32>> {
-        let known = match &self.prepared {
-            Prepared::Tokens(tokens) => tokens.get(caption).cloned(),
-            Prepared::States(_) => None,
-        };
-        known.unwrap_or_else(|| token_rows(&self.tokenizer, caption, self.max_token_length))
+        let tokens = captions.iter().map(|caption| {
+            let caption = caption.as_ref();
+            let known = match &self.prepared {
+                Prepared::Tokens(tokens) => tokens.get(caption).cloned(),
+                Prepared::States(_) => None,
+            };
+            known.unwrap_or_else(|| caption_tokens(model, caption, self.max_token_length))
+        });
+        Conditioning::Tokens(tokens.collect())
     }
 }
 
-/// Hidden states of the frozen text encoder, in files.
+/// Hidden states of frozen text encoders, in files.
 struct States<'a> {
     model: &'a StableDiffusion,
     clip_skip: usize,
@@ -142,38 +138,71 @@ struct States<'a> {
 
 impl States<'_> {
     /// `[1, tokens, d]`, if an earlier run has left it.
-    fn read(&self, rows: &[Vec<u32>]) -> Option<Tensor<3>> {
+    fn read(&self, tokens: &CaptionTokens) -> Option<TextStates> {
         let (cache, encoder) = self.cache.as_ref()?;
-        let tokens = rows.iter().map(|row| row.len() - 2).sum::<usize>() + 2; // begin and end of all chunks together
-        let shape = [1, tokens, self.model.text_encoder.width()];
-        let [values] = cache
-            .get(&self.key(encoder, rows), &[("states", &shape)])?
-            .try_into()
-            .ok()?;
-        let data = TensorData::new(values, shape);
-        Some(Tensor::from_data(data, (self.device, DType::F32)))
+        let rows = tokens.first.iter();
+        let length = rows.map(|row| row.len() - 2).sum::<usize>() + 2; // begin and end of all chunks together
+        let (width, pooled_width) = self.model.text_widths();
+        let states = [1, length, width];
+        let pooled = pooled_width.map(|width| [1, width]);
+        let mut wanted: Vec<(&str, &[usize])> = vec![("states", &states)];
+        wanted.extend(pooled.as_ref().map(|shape| ("pooled", &shape[..])));
+        let mut found = cache.get(&self.key(encoder, tokens), &wanted)?.into_iter();
+        let data = TensorData::new(found.next()?, states);
+        let states = Tensor::from_data(data, (self.device, DType::F32));
+        let pooled = match pooled {
+            None => None,
+            Some(shape) => {
+                let data = TensorData::new(found.next()?, shape);
+                Some(Tensor::from_data(data, (self.device, DType::F32)))
+            }
+        };
+        Some(TextStates { states, pooled })
     }
 
-    fn keep(&self, rows: &[Vec<u32>], state: &Tensor<3>) -> Result<(), TrainError> {
+    fn keep(&self, tokens: &CaptionTokens, state: &TextStates) -> Result<(), TrainError> {
         let Some((cache, encoder)) = &self.cache else {
             return Ok(());
         };
-        let tensor = CachedTensor {
-            name: "states",
-            shape: &state.dims(),
-            values: &read(state.clone())?,
+        let states = read(state.states.clone())?;
+        let pooled = match &state.pooled {
+            None => None,
+            Some(pooled) => Some((pooled.dims(), read(pooled.clone())?)),
         };
-        cache.put(&self.key(encoder, rows), &[tensor]);
+        let shape = state.states.dims();
+        let mut tensors = vec![CachedTensor {
+            name: "states",
+            shape: &shape,
+            values: &states,
+        }];
+        if let Some((shape, values)) = &pooled {
+            tensors.push(CachedTensor {
+                name: "pooled",
+                shape,
+                values,
+            });
+        }
+        cache.put(&self.key(encoder, tokens), &tensors);
         Ok(())
     }
 
-    fn key(&self, encoder: &str, rows: &[Vec<u32>]) -> CacheKey {
-        let (ids, clip_skip) = (format!("{rows:?}"), self.clip_skip.to_string());
+    fn key(&self, encoder: &str, tokens: &CaptionTokens) -> CacheKey {
+        let (first, second) = (&tokens.first, &tokens.second);
+        let ids = if second.is_empty() {
+            format!("{first:?}")
+        } else {
+            format!("{first:?} {second:?}")
+        };
+        let clip_skip = self.clip_skip.to_string();
         CacheKey::new(CacheKind::Text, &[&ids, &clip_skip, encoder])
     }
 }
 
-/// The rows of 77 ids of one caption; `max_token_length` does not count begin and end.
-pub fn token_rows(tokenizer: &Tokenizer, caption: &str, max_token_length: usize) -> Vec<Vec<u32>> {
-    tokenizer.chunks(caption, max_token_length + 2)
+/// The token ids of one caption; `max_token_length` does not count begin and end.
+pub fn caption_tokens(
+    model: &StableDiffusion,
+    caption: &str,
+    max_token_length: usize,
+) -> CaptionTokens {
+    model.tokens(caption, max_token_length + 2)
 }

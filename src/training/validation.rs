@@ -3,6 +3,7 @@
 
 use burn::tensor::{DType, Tensor};
 
+use crate::diffusion::{TextStates, TimeIds};
 use crate::training::TrainError;
 use crate::training::data::{Latents, read};
 use crate::training::judge::Measured;
@@ -24,6 +25,8 @@ pub struct HeldOut {
     pub sha256: String,
     /// Its caption.
     pub caption: String,
+    /// Its sizes.
+    pub time_ids: TimeIds,
     /// Its latents.
     pub latents: Latents,
 }
@@ -36,7 +39,7 @@ pub fn validate(
 ) -> Result<Measured, TrainError> {
     let mut losses = Vec::with_capacity(images.len() * TIMESTEPS.len());
     for image in images {
-        let states = trainer.encode(&captions.batch(&[&image.caption])); // [1, tokens, d]
+        let states = trainer.encode(&captions.batch(trainer.model, &[&image.caption]))?; // [1, tokens, d]
         for timesteps in TIMESTEPS.chunks(SAMPLES_AT_ONCE) {
             losses.push(image_loss(trainer, image, &states, timesteps));
         }
@@ -75,7 +78,7 @@ fn standard_error(losses: &[f64], per_image: usize) -> f64 {
 fn image_loss(
     trainer: &Trainer<'_>,
     image: &HeldOut,
-    states: &Tensor<3>,
+    states: &TextStates,
     timesteps: &[usize],
 ) -> Tensor<1> {
     let count = timesteps.len();
@@ -94,8 +97,9 @@ fn image_loss(
     let objective = trainer.objective();
     let target = objective.target(schedule, latents, noise, timesteps);
     let times: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
-    let context = states.clone().repeat_dim(0, count);
-    let prediction = trainer.model.unet.forward(noisy, &times, context);
+    let condition = states.clone().repeat(count);
+    let condition = condition.with_sizes(&vec![image.time_ids; count]);
+    let prediction = trainer.model.unet.forward(noisy, &times, condition);
     squared_errors(prediction, target)
 }
 

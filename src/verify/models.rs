@@ -5,9 +5,11 @@ use burn::tensor::Tensor;
 use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
 use super::report::Checker;
+use crate::diffusion::conditioning::TextEncoders;
 use crate::diffusion::devices::{AdapterClass, DeviceInfo};
 use crate::diffusion::{
-    NoiseSchedule, Padding, Precision, PredictionType, StableDiffusion, Tokenizer,
+    CaptionTokens, Condition, Family, NoiseSchedule, Padding, Precision, PredictionType,
+    StableDiffusion, TextStates, TimeIds, Tokenizer,
 };
 
 /// Absolute, on outputs of up to about 4. The reference's own error in f32 is 2e-6 to 4e-6.
@@ -33,7 +35,7 @@ pub fn check(
     model: &StableDiffusion,
     quick: bool,
 ) -> Result<(), VerifyError> {
-    tokens(check, goldens, &model.tokenizer)?;
+    tokens(check, goldens, model)?;
     vae(check, goldens, model, quick)?;
     networks(check, goldens, model, OUTPUT_TOLERANCE, quick)?;
     schedule(check, goldens, &model.schedule)
@@ -51,11 +53,12 @@ pub fn networks(
     unet(check, goldens, model, tolerance, quick)
 }
 
-/// The three ways to pad, each at three lengths.
+/// The three ways to pad, each at three lengths; then the tokenizers that the model itself has, which pad as sd-scripts
+/// pads for its family.
 fn tokens(
     check: &mut Checker<'_>,
     goldens: &Goldens,
-    tokenizer: &Tokenizer,
+    model: &StableDiffusion,
 ) -> Result<(), VerifyError> {
     let Some(file) = goldens.file("tokens")? else {
         return Ok(());
@@ -66,7 +69,7 @@ fn tokens(
         ("tokenizer_2", Padding::Declared('!', 0)),
         ("tokenizer_2_kohya", Padding::Id(0)),
     ] {
-        let tokenizer = tokenizer.clone().with_padding(padding);
+        let tokenizer = model.tokenizer.clone().with_padding(padding);
         for length in [77, 152, 227] {
             let key = format!("{name}.ids_{length}");
             if !file.has(&key) {
@@ -83,6 +86,24 @@ fn tokens(
             );
         }
     }
+    let first = match model.family {
+        Family::Sd1 | Family::Sdxl => "tokenizer",
+        Family::Sd2 => "tokenizer_2",
+    };
+    let mut own: Vec<(&str, &Tokenizer)> = vec![(first, &model.tokenizer)];
+    let second = model.tokenizer_2.as_ref();
+    own.extend(second.map(|second| ("tokenizer_2_kohya", second)));
+    for (place, (name, tokenizer)) in own.into_iter().enumerate() {
+        let key = format!("{name}.ids_152");
+        if file.has(&key) {
+            let rows = captions
+                .iter()
+                .flat_map(|caption| tokenizer.chunks(caption, 152));
+            let ours: Vec<Vec<u32>> = rows.collect();
+            let label = format!("tokens of the model's tokenizer {}", place + 1);
+            check.equal(&label, &ours.concat(), &file.rows(&key)?.concat());
+        }
+    }
     Ok(())
 }
 
@@ -96,7 +117,11 @@ fn text_encoder(
     let Some(file) = goldens.file("text_encoder")? else {
         return Ok(());
     };
-    let (encoder, ids) = (&model.text_encoder, file.rows("input_ids")?);
+    let text = model.text()?;
+    if text.second.is_some() {
+        return two_text_encoders(check, &file, text, tolerance, quick);
+    }
+    let (encoder, ids) = (&text.first, file.rows("input_ids")?);
     let key = "last_hidden_state";
     let name = "text encoder, last layer";
     check.tensor(name, encoder.forward(&ids, 1), &file, key, tolerance)?;
@@ -129,6 +154,46 @@ fn text_encoder(
     Ok(())
 }
 
+/// SDXL's: the states of both encoders, and what they condition the UNet with together.
+fn two_text_encoders(
+    check: &mut Checker<'_>,
+    file: &GoldenFile,
+    text: &TextEncoders,
+    tolerance: f64,
+    quick: bool,
+) -> Result<(), VerifyError> {
+    let (first, second) = (file.rows("input_ids_1")?, file.rows("input_ids_2")?);
+    let pairs = first.iter().zip(&second);
+    let captions: Vec<CaptionTokens> = pairs
+        .map(|(first, second)| CaptionTokens {
+            first: vec![first.clone()],
+            second: vec![second.clone()],
+        })
+        .collect();
+    let encoded = text.encode(&captions, 1);
+    let name = "text encoders, context";
+    check.tensor(name, encoded.states, file, "context", tolerance)?;
+    if let Some(pooled) = encoded.pooled {
+        check.tensor("text encoders, pooled", pooled, file, "pooled", tolerance)?;
+    }
+    if quick {
+        return Ok(());
+    }
+    let encoders = [Some(&text.first), text.second.as_ref()]
+        .into_iter()
+        .flatten();
+    for ((number, encoder), ids) in (1..).zip(encoders).zip([&first, &second]) {
+        let (last, raw) = (encoder.forward(ids, 1), encoder.hidden_state_raw(ids, 2));
+        let name = format!("text encoder {number}, last layer");
+        let key = format!("te{number}_last_after_ln");
+        check.tensor(&name, last, file, &key, tolerance)?;
+        let name = format!("text encoder {number}, penultimate layer, raw");
+        let key = format!("te{number}_penultimate_no_ln");
+        check.tensor(&name, raw, file, &key, tolerance)?;
+    }
+    Ok(())
+}
+
 fn vae(
     check: &mut Checker<'_>,
     goldens: &Goldens,
@@ -141,7 +206,8 @@ fn vae(
     let vae = model.vae()?;
     let scale = vae.scaling_factor();
     let moments = vae.encode(file.tensor("image")?);
-    let sampled = moments.sample(file.tensor("eps")?).mul_scalar(scale);
+    let eps = file.has("eps").then(|| file.tensor("eps")).transpose()?;
+    let sampled = eps.map(|eps| moments.sample(eps).mul_scalar(scale));
     check.tensor(
         "vae, mean",
         moments.mean,
@@ -156,26 +222,30 @@ fn vae(
         "moments_logvar",
         OUTPUT_TOLERANCE,
     )?;
-    check.tensor(
-        "vae, sampled latent",
-        sampled,
-        &file,
-        "sampled_scaled",
-        OUTPUT_TOLERANCE,
-    )?;
+    if let Some(sampled) = sampled {
+        check.tensor(
+            "vae, sampled latent",
+            sampled,
+            &file,
+            "sampled_scaled",
+            OUTPUT_TOLERANCE,
+        )?;
+    }
     if quick {
         return Ok(());
     }
-    let moments = vae.encode(file.tensor("image_rect")?);
-    check.tensor(
-        "vae, mean, rectangle",
-        moments.mean,
-        &file,
-        "rect_mean",
-        OUTPUT_TOLERANCE,
-    )?;
-    let name = "vae, logvar, rectangle";
-    check.tensor(name, moments.logvar, &file, "rect_logvar", OUTPUT_TOLERANCE)?;
+    if file.has("image_rect") {
+        let moments = vae.encode(file.tensor("image_rect")?);
+        check.tensor(
+            "vae, mean, rectangle",
+            moments.mean,
+            &file,
+            "rect_mean",
+            OUTPUT_TOLERANCE,
+        )?;
+        let name = "vae, logvar, rectangle";
+        check.tensor(name, moments.logvar, &file, "rect_logvar", OUTPUT_TOLERANCE)?;
+    }
     let latent: Tensor<4> = file.tensor("latent_in")?;
     let decoded = vae.decode(latent.div_scalar(scale));
     check.tensor("vae, decoded", decoded, &file, "decoded", OUTPUT_TOLERANCE)?;
@@ -214,11 +284,30 @@ fn unet(
             ));
             continue;
         }
-        let predicted = model.unet.forward(sample, &times, context);
+        let predicted = model.unet.forward(sample, &times, told(&file, context)?);
         let name = format!("unet, {}", key.trim_start_matches("pred_"));
         check.tensor(&name, predicted, &file, key, tolerance)?;
     }
     Ok(())
+}
+
+/// States with the pooled text and the sizes, where a file has them.
+pub fn told(file: &GoldenFile, states: Tensor<3>) -> Result<Condition, VerifyError> {
+    let pooled = file.has("pooled").then(|| file.tensor("pooled"));
+    let states = TextStates {
+        states,
+        pooled: pooled.transpose()?,
+    };
+    Ok(states.with_sizes(&time_ids(file, "time_ids")?))
+}
+
+/// Rows of six sizes; none where a file has none.
+pub fn time_ids(file: &GoldenFile, key: &str) -> Result<Vec<TimeIds>, VerifyError> {
+    if !file.has(key) {
+        return Ok(Vec::new());
+    }
+    let values: Vec<f32> = file.values(key)?.iter().map(|&id| id as f32).collect();
+    Ok(values.as_chunks().0.to_vec())
 }
 
 /// The timestep in a part of a key: 500 in `t500`.

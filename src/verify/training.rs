@@ -4,8 +4,9 @@ use serde_json::json;
 
 use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
+use super::models::time_ids;
 use super::report::Checker;
-use crate::diffusion::{LoadError, PredictionType, StableDiffusion};
+use crate::diffusion::{CaptionTokens, LoadError, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork};
 use crate::plugin_host::PluginHost;
 use crate::training::{
@@ -37,7 +38,7 @@ struct Recipe {
     typical_share: f64,
 }
 
-const RECIPES: [Recipe; 3] = [
+const RECIPES: [Recipe; 6] = [
     Recipe {
         tag: "eps",
         initial: "lora_init_linear",
@@ -63,6 +64,31 @@ const RECIPES: [Recipe; 3] = [
         worst_element: 1e-4,
         // The reference's own f32 against f64: 1.0e-3; against its f32 on another CPU: 2.5e-3.
         typical_share: 0.995,
+    },
+    Recipe {
+        tag: "v",
+        initial: "lora_init_linear",
+        settings: |settings| settings.prediction = Some(PredictionType::VPrediction),
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
+    },
+    Recipe {
+        tag: "v_ztsnr_minsnr5",
+        initial: "lora_init_linear",
+        settings: |settings| {
+            settings.prediction = Some(PredictionType::VPrediction);
+            settings.zero_terminal_snr = Some(true);
+            settings.min_snr_gamma = Some(5.0);
+        },
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
+    },
+    Recipe {
+        tag: "v_conv",
+        initial: "lora_init_conv",
+        settings: |settings| settings.prediction = Some(PredictionType::VPrediction),
+        worst_element: 1e-4,
+        typical_share: TYPICAL_SHARE,
     },
 ];
 
@@ -234,12 +260,24 @@ fn without_noise(actual: &[f64], expected: &[f64]) -> (f64, f64) {
 
 fn batch(inputs: &GoldenFile, index: usize) -> Result<MicroBatch, VerifyError> {
     let timesteps = inputs.timesteps(&format!("timesteps_{index}"))?;
-    let rows = inputs.rows(&format!("ids_{index}"))?;
+    let rows = |key: &str| -> Result<Vec<Vec<u32>>, VerifyError> {
+        let key = format!("{key}_{index}");
+        let found = inputs.has(&key).then(|| inputs.rows(&key));
+        Ok(found.transpose()?.unwrap_or_default())
+    };
+    let (only, first, second) = (rows("ids")?, rows("ids1")?, rows("ids2")?);
+    let only = only.into_iter().map(|row| vec![row].into());
+    let pairs = first.into_iter().zip(second);
+    let pairs = pairs.map(|(first, second)| CaptionTokens {
+        first: vec![first],
+        second: vec![second],
+    });
     Ok(MicroBatch {
         latents: inputs.tensor(&format!("latents_{index}"))?,
         noise: inputs.tensor(&format!("noise_{index}"))?,
         loss_weights: vec![1.0; timesteps.len()],
         timesteps,
-        conditioning: Conditioning::Tokens(rows.into_iter().map(|row| vec![row]).collect()),
+        conditioning: Conditioning::Tokens(only.chain(pairs).collect()),
+        time_ids: time_ids(inputs, &format!("time_ids_{index}"))?,
     })
 }

@@ -9,6 +9,7 @@ mod examples;
 mod grids;
 mod images;
 mod limits;
+mod models;
 mod openapi;
 mod operations;
 mod plugins;

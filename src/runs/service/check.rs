@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::{RunError, RunProblem, RunService, recorded_at};
 use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
-use crate::models::BaseModel;
+use crate::models::{BaseModel, Family};
 use crate::plugin_host::SettingError;
 use crate::preparation::color_correction;
 use crate::runs::spec::{RunSpec, SnapshotDataset, SnapshotImage, SnapshotSubset};
@@ -61,6 +61,7 @@ impl RunService {
             let message = format!("cannot be trained: {problem}");
             problems.push(RunProblem::new("/base_model", "invalid_value", message));
         }
+        problems.extend(check_clip_skip(&base, &request.settings));
         let device = request.device.as_deref().unwrap_or(&self.default_device);
         let device = device.to_owned();
         problems.extend(check_device(device.clone()).await?);
@@ -220,6 +221,18 @@ fn of_plugin(
     };
     let errors = checked.err().unwrap_or_default();
     errors.into_iter().map(problem).collect()
+}
+
+/// SDXL was trained on the states before the last of both text encoders: there is nothing to choose.
+fn check_clip_skip(base: &BaseModel, settings: &TrainSettings) -> Option<RunProblem> {
+    let family = base.info.as_ref().ok()?.family;
+    let found = settings.clip_skip;
+    (family == Family::Sdxl && found != 1).then(|| {
+        let message = format!(
+            "is {found}, expected 1: SDXL takes the states before the last of its text encoders in any case"
+        );
+        RunProblem::new("/clip_skip", "invalid_value", message)
+    })
 }
 
 fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunProblem> {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use burn::tensor::{Gradients, Tensor};
 
 use super::{Conditioning, MicroBatch, StepTimes, Trainer};
-use crate::diffusion::{Keep, Part};
+use crate::diffusion::{Keep, TextStates};
 use crate::networks::Leaves;
 use crate::training::TrainError;
 use crate::training::objective::weighted_mse;
@@ -22,22 +22,22 @@ impl Trainer<'_> {
         let mut leaves = self.network.attach(self.model, self.keep == Keep::Graphs);
 
         let started = Instant::now();
-        let (context, text) = match &batch.conditioning {
-            Conditioning::Tokens(captions) if self.network.covers(Part::TextEncoder) => {
-                let encoder = &self.model.text_encoder;
-                let (states, trace) =
-                    encoder.encode_chunks_kept(captions, self.clip_skip, self.keep);
-                (states, Some(trace))
+        let (states, text) = match &batch.conditioning {
+            Conditioning::Tokens(captions) if self.network.covers_text() => {
+                let encoders = self.model.text()?;
+                let (states, traces) = encoders.encode_kept(captions, self.clip_skip, self.keep);
+                (states, Some(traces))
             }
             given => (self.encode(given), None),
         };
+        let condition = states.with_sizes(&batch.time_ids);
         times.text_encoder_s += self.seconds_since(started)?;
 
         let started = Instant::now();
         let (noisy, target, timesteps) = self.noisy(batch);
         let unet = &self.model.unet;
         let (prediction, trace) =
-            unet.forward_kept(noisy, &timesteps, context, text.is_some(), self.keep);
+            unet.forward_kept(noisy, &timesteps, condition, text.is_some(), self.keep);
         let prediction = prediction.autodiff().require_grad();
         let loss = weighted_mse(prediction.clone(), target, &self.loss_weights(batch));
         let value = loss.clone().without_autodiff();
@@ -52,10 +52,10 @@ impl Trainer<'_> {
         let mut gradients = loss.mul_scalar(share).backward();
         let mut collect = |gradients: &mut Gradients| add_gradients(sums, &leaves, gradients);
         if let Some(gradient) = prediction.grad_remove(&mut gradients) {
-            let of_context = self.model.unet.backward(trace, gradient, &mut collect);
-            if let (Some(trace), Some(gradient)) = (text, of_context) {
-                let encoder = &self.model.text_encoder;
-                encoder.backward(trace, self.clip_skip, gradient, &mut collect);
+            let of_condition = self.model.unet.backward(trace, gradient, &mut collect);
+            if let Some(traces) = text {
+                let encoders = self.model.text()?;
+                encoders.backward(traces, of_condition, &mut collect);
             }
         }
         times.backward_s += self.seconds_since(started)?;
@@ -63,11 +63,12 @@ impl Trainer<'_> {
     }
 
     /// The loss of one batch: `[1]`.
-    pub fn loss(&self, batch: &MicroBatch) -> Tensor<1> {
+    pub fn loss(&self, batch: &MicroBatch) -> Result<Tensor<1>, TrainError> {
         let (noisy, target, timesteps) = self.noisy(batch);
-        let context = self.encode(&batch.conditioning); // [batch, tokens, d]
-        let prediction = self.model.unet.forward(noisy, &timesteps, context);
-        weighted_mse(prediction, target, &self.loss_weights(batch))
+        let states = self.encode(&batch.conditioning)?; // [batch, tokens, d]
+        let condition = states.with_sizes(&batch.time_ids);
+        let prediction = self.model.unet.forward(noisy, &timesteps, condition);
+        Ok(weighted_mse(prediction, target, &self.loss_weights(batch)))
     }
 
     /// Noisy latents, what to predict from them, and their timesteps.
@@ -92,14 +93,11 @@ impl Trainer<'_> {
     }
 
     /// The hidden states that condition the UNet: `[batch, tokens, d]`.
-    pub fn encode(&self, conditioning: &Conditioning) -> Tensor<3> {
-        match conditioning {
-            Conditioning::Tokens(captions) => {
-                let encoder = &self.model.text_encoder;
-                encoder.encode_chunks(captions, self.clip_skip)
-            }
+    pub fn encode(&self, conditioning: &Conditioning) -> Result<TextStates, TrainError> {
+        Ok(match conditioning {
+            Conditioning::Tokens(captions) => self.model.text()?.encode(captions, self.clip_skip),
             Conditioning::States(states) => states.clone(),
-        }
+        })
     }
 }
 

@@ -40,17 +40,19 @@ impl Trainer<'_> {
             Some(parameter.part)
         });
         let parts: Vec<Part> = parts.collect();
-        let of_part = |part: Part| {
-            let own = parts.iter().zip(squares).filter(|(p, _)| **p == part);
-            let squares = own.map(|(_, square)| f64::from(*square));
-            self.network
-                .covers(part)
-                .then(|| squares.sum::<f64>().sqrt())
+        let of_half = |text: bool| {
+            let own = parts
+                .iter()
+                .zip(squares)
+                .filter(|(part, _)| part.is_text() == text);
+            own.map(|(_, square)| f64::from(*square))
+                .sum::<f64>()
+                .sqrt()
         };
         let norms = Norms {
             all: sum(squares).sqrt(),
-            unet: of_part(Part::UNet),
-            text_encoder: of_part(Part::TextEncoder),
+            unet: self.network.covers(Part::UNet).then(|| of_half(false)),
+            text_encoder: self.network.covers_text().then(|| of_half(true)),
         };
         Ok((sum(losses) / count as f64, norms))
     }
@@ -77,7 +79,7 @@ impl Trainer<'_> {
                 grad_scale,
                 lr: match parameter.part {
                     Part::UNet => output.lr_unet,
-                    Part::TextEncoder => output.lr_text_encoder,
+                    Part::TextEncoder | Part::TextEncoder2 => output.lr_text_encoder,
                 },
                 weight_decay: true,
             });

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 
 use self::gradients::clip_factor;
 use crate::diffusion::devices::is_cpu;
-use crate::diffusion::{Keep, StableDiffusion};
+use crate::diffusion::{CaptionTokens, Keep, StableDiffusion, TextStates, TimeIds};
 use crate::networks::LoraNetwork;
 use crate::training::TrainError;
 use crate::training::guard::{Cause, NonFinite, weights_are_finite};
@@ -30,6 +30,8 @@ pub struct MicroBatch {
     pub timesteps: Vec<usize>,
     /// Captions.
     pub conditioning: Conditioning,
+    /// Sizes of the pictures, one for each sample; only SDXL is told them.
+    pub time_ids: Vec<TimeIds>,
     /// One loss weight per sample: 1, or that of regularization images.
     pub loss_weights: Vec<f64>,
 }
@@ -38,11 +40,10 @@ pub struct MicroBatch {
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "there is one per batch")]
 pub enum Conditioning {
-    /// Token ids for the text encoder: per caption one or more rows of 77. Of an encoder that is not trained, too, where
-    /// captions are not the same each time.
-    Tokens(Vec<Vec<Vec<u32>>>),
-    /// Hidden states `[batch, tokens, d]` of a text encoder that is not trained.
-    States(Tensor<3>),
+    /// Token ids for the text encoders. Of encoders that are not trained, too, where captions are not the same each time.
+    Tokens(Vec<CaptionTokens>),
+    /// Hidden states of text encoders that are not trained.
+    States(TextStates),
 }
 
 /// What a step did.
@@ -118,6 +119,14 @@ impl<'a> Trainer<'a> {
         settings: &TrainSettings,
     ) -> Self {
         network.attach(model, false);
+        if let Some(zero_terminal) = settings.zero_terminal_snr {
+            let original = model.schedule.original();
+            model.schedule = if zero_terminal {
+                original.zero_terminal()
+            } else {
+                original.clone()
+            };
+        }
         let scaled = settings.precision == ComputePrecision::Fp16 && !is_cpu(&network.device());
         Self {
             objective: Objective {

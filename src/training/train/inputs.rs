@@ -6,18 +6,19 @@ use burn::tensor::Device;
 
 use super::RunPlace;
 use super::output::Reporter;
+use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan, Moment, TrainingImage};
-use crate::diffusion::{PredictionType, StableDiffusion};
+use crate::diffusion::StableDiffusion;
 use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
     LatentEncoder, Latents, Looks, Prepared, TrainingSet, encode_all, encode_held_out,
-    measured_caption, stack,
+    measured_caption, stack, time_ids,
 };
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::record::RunFacts;
 use crate::training::settings::{TrainLength, TrainSettings};
-use crate::training::step::MicroBatch;
+use crate::training::step::{MicroBatch, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
 
@@ -104,7 +105,7 @@ impl Selection {
         &'a self,
         data: &'a TrainingSet,
         place: &RunPlace,
-        prediction: PredictionType,
+        trainer: &Trainer<'_>,
         base_model: BaseModelRecord,
     ) -> RunFacts<'a> {
         RunFacts {
@@ -112,7 +113,9 @@ impl Selection {
             train: &self.images,
             held_out: self.held_out.len(),
             plan: &self.plan,
-            prediction,
+            family: trainer.model.family,
+            prediction: trainer.objective().prediction,
+            zero_terminal_snr: trainer.model.schedule.is_zero_terminal(),
             total_steps: self.length.steps,
             total_epochs: self.length.epochs,
             base_model,
@@ -143,6 +146,14 @@ impl Inputs {
     ) -> Result<Self, TrainError> {
         let Selection { images, plan, .. } = selection;
         let looks = Looks::new(data)?;
+        let varying = images
+            .iter()
+            .any(|image| image.captioning.varies(&image.caption));
+        let frozen_text = settings.text_encoder_lr == 0.0;
+        let draws = !settings.samples.prompts.is_empty();
+        if frozen_text {
+            model.unload_text(); // not beside the VAE
+        }
         let mut encoder = LatentEncoder::new(model, device, data, looks.clone(), settings.seed);
         let latents = encode_all(&mut encoder, images, plan, |phase| reporter.phase(phase))?;
         let held_out = encode_held_out(&mut encoder, &selection.held_out, &data.buckets)?;
@@ -152,9 +163,10 @@ impl Inputs {
             "pictures are encoded"
         );
         let fresh = latents.iter().any(|found| matches!(found, Prepared::Fresh));
-        if settings.samples.prompts.is_empty() && !fresh {
+        if !draws && !fresh {
             model.unload_vae();
         }
+        allocator::release();
         let mut fixed: Vec<String> = images
             .iter()
             .filter(|image| !image.captioning.varies(&image.caption))
@@ -166,6 +178,9 @@ impl Inputs {
         let captions = Captions::prepare(model, fixed, settings, cache, device, |phase| {
             reporter.phase(phase)
         })?;
+        if frozen_text && !draws && !varying {
+            model.unload_text();
+        }
         Ok(Self {
             latents,
             looks,
@@ -240,7 +255,10 @@ impl<'a> BatchSource<'a> {
             noise: normal_tensor(&mut noise_rng, latents.dims(), self.device),
             latents,
             timesteps: timesteps(&mut timestep_rng, captions.len(), self.schedule_steps),
-            conditioning: self.captions.batch(&captions),
+            conditioning: self.captions.batch(model, &captions),
+            time_ids: images()
+                .map(|image| time_ids(image, batch.bucket))
+                .collect(),
             loss_weights: images()
                 .map(|image| if image.regularization { prior } else { 1.0 })
                 .collect(),

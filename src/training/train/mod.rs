@@ -106,8 +106,7 @@ pub fn train(
         owner.insert("the base model".to_owned(), format!("{name} {sha256}"));
         (folder, owner)
     });
-    let prediction = trainer.objective().prediction;
-    let facts = selection.facts(data, place, prediction, base_model);
+    let facts = selection.facts(data, place, &trainer, base_model);
     let files = Files {
         settings,
         output_dir: &place.output_dir,
