@@ -127,7 +127,7 @@ impl Place {
             });
         let prepared = prepared.expect("captions");
         let states = captions.iter().map(|caption| {
-            let Conditioning::States(states) = prepared.batch(&model, &[caption]) else {
+            let Conditioning::States(states) = prepared.batch(&self.model, &[caption]) else {
                 panic!("tokens of a frozen text encoder");
             };
             bits(&read(states.states).expect("numbers"))
