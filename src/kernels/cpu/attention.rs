@@ -3,10 +3,13 @@
 //! The backward computes each block's probabilities again from the saved logarithm of the row sums
 //! (Dao et al. 2022, arXiv:2205.14135, without its online softmax: a block sees all keys).
 
+mod registers;
+mod squares;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -19,9 +22,12 @@ use super::instructions::Level;
 use super::pack::Strides;
 use super::view::{View, tensor};
 use crate::kernels::Precision;
+use registers::Kernels;
 
 /// Queries of a block.
 const BLOCK: usize = 128;
+/// Queries of a square.
+const QUERIES: usize = 64;
 
 /// Heads with their sizes.
 #[derive(Clone, Copy)]
@@ -97,17 +103,16 @@ pub fn backward(
     let room = |rows: usize| Vec::<f32>::with_capacity(size(rows));
     let (mut dq, mut dk, mut dv) = (room(queries), room(keys), room(keys));
     let to = [&mut dq, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
-    #[cfg(target_arch = "x86_64")]
-    let output = View::of(output)
-        .filter(View::is_f32)
-        .filter(|_| Level::best() == Level::Amx);
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = output;
+    let output = View::of(output).filter(View::is_f32)?;
     (0..batch * heads).into_par_iter().for_each(|head| {
+        let outputs = [&output, &gradient];
+        let of_head = &sums[head * queries..][..queries];
         #[cfg(target_arch = "x86_64")]
-        if let Some(output) = &output {
-            let sums = &sums[head * queries..][..queries];
-            return tiles::backward(&inputs, [output, &gradient], head, sums, to);
+        if Level::best() == Level::Amx {
+            return tiles::backward(&inputs, outputs, head, of_head, to);
+        }
+        if let Some(kernels) = Kernels::of(d) {
+            return squares::backward(&inputs, kernels, outputs, head, of_head, to);
         }
         for first in (0..queries).step_by(BLOCK) {
             inputs.backward_block(head, first, &sums[head * queries..], &gradient, to);
@@ -124,11 +129,20 @@ pub fn backward(
 }
 
 impl Inputs {
-    /// Every head, by the squares of a matrix unit where there is one.
+    /// Every head: by squares, on a matrix unit where there is one; heads too large for squares by blocks of queries.
     fn forward_heads(&self, sums: &mut [f32], to: Shared<f32>) {
         #[cfg(target_arch = "x86_64")]
         if Level::best() == Level::Amx {
-            return self.forward_by_tiles(sums, to);
+            let pack = |head| tiles::Keys::new(self, head);
+            return self.forward_by_squares(sums, pack, |keys, [head, first], sums| {
+                tiles::forward(self, keys, head, first, sums, to);
+            });
+        }
+        if let Some(kernels) = Kernels::of(self.shape.d) {
+            let pack = |head| squares::Keys::new(self, kernels, head);
+            return self.forward_by_squares(sums, pack, |keys, [head, first], sums| {
+                squares::forward(self, keys, head, first, sums, to);
+            });
         }
         sums.par_chunks_mut(self.shape.queries)
             .enumerate()
@@ -142,18 +156,20 @@ impl Inputs {
             });
     }
 
-    #[cfg(target_arch = "x86_64")]
-    fn forward_by_tiles(&self, sums: &mut [f32], to: Shared<f32>) {
+    /// Packs the keys of each head once, and calls with them for some queries at a time.
+    fn forward_by_squares<K: Sync>(
+        &self,
+        sums: &mut [f32],
+        pack: impl Fn(usize) -> K + Sync,
+        compute: impl Fn(&K, [usize; 2], &mut [f32]) + Sync,
+    ) {
         sums.par_chunks_mut(self.shape.queries)
             .enumerate()
             .for_each(|(head, sums)| {
-                let keys = tiles::Keys::new(self, head);
-                sums.par_chunks_mut(tiles::QUERIES)
+                let keys = pack(head);
+                sums.par_chunks_mut(QUERIES)
                     .enumerate()
-                    .for_each(|(block, sums)| {
-                        let first = block * tiles::QUERIES;
-                        tiles::forward(self, &keys, head, first, sums, to);
-                    });
+                    .for_each(|(block, sums)| compute(&keys, [head, block * QUERIES], sums));
             });
     }
 
@@ -200,6 +216,87 @@ impl Inputs {
         let Shape { heads, d, .. } = self.shape;
         let (image, head) = (head / heads, head % heads);
         to.at(((image * rows + first) * heads + head) * d)
+    }
+
+    /// Hides what lies behind a query from it.
+    fn hide(&self, query: usize, keys: &Range<usize>, scores: &mut [f32]) {
+        if self.causal && query + 1 < keys.end {
+            scores[(query + 1).saturating_sub(keys.start)..].fill(-1e30);
+        }
+    }
+
+    /// `Σ o do` of each query of a head.
+    fn along(&self, [output, gradient]: [&View<4>; 2], head: usize) -> Vec<f32> {
+        let (o, dy) = (self.rows(output, head, 0), self.rows(gradient, head, 0));
+        let mut along = Vec::with_capacity(self.shape.queries);
+        for row in 0..self.shape.queries {
+            let of = |row: usize, element: usize, rows: &Rows<'_>| {
+                rows.data[row * rows.row + element * rows.element]
+            };
+            along.push(
+                (0..self.shape.d)
+                    .map(|i| of(row, i, &o) * of(row, i, &dy))
+                    .sum(),
+            );
+        }
+        along
+    }
+
+    /// Divides rows `[…][width]` of queries from `first` on by their sums, and writes both.
+    fn finish(
+        &self,
+        output: &mut [f32],
+        width: usize,
+        running: &Running,
+        [head, first]: [usize; 2],
+        sums: &mut [f32],
+        to: Shared<f32>,
+    ) {
+        for (row, (values, sum)) in output.chunks_exact_mut(width).zip(&mut *sums).enumerate() {
+            elementwise::scale(values, 1.0 / running.total[row]);
+            *sum = running.most[row] + running.total[row].ln();
+        }
+        let rows = first..first + sums.len();
+        self.write_rows(to, [head, self.shape.queries], rows, output, width);
+    }
+
+    /// Writes some of `all` rows of a head's result from `[…][width]`.
+    fn write_rows(
+        &self,
+        to: Shared<f32>,
+        [head, all]: [usize; 2],
+        rows: Range<usize>,
+        values: &[f32],
+        width: usize,
+    ) {
+        let Shape { heads, d, .. } = self.shape;
+        let to = self.place(to, head, all, rows.start);
+        for (row, values) in values.chunks_exact(width).take(rows.len()).enumerate() {
+            // SAFETY: rows of this head belong to one task.
+            unsafe {
+                to.add(row * heads * d)
+                    .copy_from_nonoverlapping(values.as_ptr(), d);
+            }
+        }
+    }
+
+    /// The same, value by value.
+    #[cfg(target_arch = "x86_64")]
+    fn write(
+        &self,
+        to: Shared<f32>,
+        [head, all]: [usize; 2],
+        rows: Range<usize>,
+        element: impl Fn(usize, usize) -> f32,
+    ) {
+        let Shape { heads, d, .. } = self.shape;
+        let to = self.place(to, head, all, rows.start);
+        for row in 0..rows.len() {
+            for column in 0..d {
+                // SAFETY: rows of this head belong to one task.
+                unsafe { to.add(row * heads * d + column).write(element(row, column)) }
+            }
+        }
     }
 
     fn size(&self, first: usize) -> usize {
@@ -315,6 +412,31 @@ impl Inputs {
                 multiply_into(of_keys, &p.by_column(), &dy.by_column(), to, stride, start);
             }
         });
+    }
+}
+
+/// Largest score so far, and the sum of exponentials relative to it, of the queries of a square.
+struct Running {
+    most: [f32; QUERIES],
+    total: [f32; QUERIES],
+}
+
+impl Running {
+    fn new() -> Self {
+        Self {
+            most: [f32::NEG_INFINITY; QUERIES],
+            total: [0.0; QUERIES],
+        }
+    }
+
+    /// Takes more scores of a query, which become exponentials, and tells by what earlier ones have to be multiplied.
+    fn take(&mut self, row: usize, scores: &mut [f32], scale: f32) -> f32 {
+        let max = self.most[row].max(elementwise::maximum(scores) * scale);
+        let shrink = (self.most[row] - max).exp();
+        elementwise::probabilities(scores, scale, max);
+        self.total[row] = self.total[row] * shrink + elementwise::total(scores);
+        self.most[row] = max;
+        shrink
     }
 }
 

@@ -70,17 +70,6 @@ struct Run {
 }
 
 impl Patches<'_> {
-    /// Where a lane looks through a tap, in the first channel.
-    fn source(&self, lane: usize, tap: usize) -> Option<usize> {
-        let [height, width] = self.lanes;
-        let (image, pixel) = (lane / (height * width), lane % (height * width));
-        let [ky, kx] = [tap / self.window.kernel[1], tap % self.window.kernel[1]];
-        let y = self.along(0, pixel / width, ky)?;
-        let x = self.along(1, pixel % width, kx)?;
-        let [rows, columns] = self.size;
-        Some((image * self.channels * rows + y) * columns + x)
-    }
-
     fn along(&self, axis: usize, lane: usize, tap: usize) -> Option<usize> {
         let (stride, padding) = (self.window.stride[axis], self.window.padding[axis]);
         let at = match self.direction {
@@ -96,25 +85,48 @@ impl Patches<'_> {
         (at < self.size[axis]).then_some(at)
     }
 
+    /// Lanes of a panel that read neighbouring pixels, row of the grid by row.
     fn runs(&self, lanes: &Range<usize>, tap: usize) -> ([Run; MAX_LANES], usize) {
         let mut runs = [Run::default(); MAX_LANES];
         let mut count = 0;
-        for (to, lane) in lanes.clone().enumerate() {
-            let Some(from) = self.source(lane, tap) else {
-                continue;
-            };
-            if count > 0 {
-                let run = &mut runs[count - 1];
-                if run.to + run.length == to && run.from + run.length == from {
-                    run.length += 1;
-                    continue;
-                }
+        let width = self.lanes[1];
+        // With a stride between them no two lanes read neighbours.
+        let most = if self.window.stride[1] == 1 { width } else { 1 };
+        let mut lane = lanes.start;
+        while lane < lanes.end {
+            let row_end = (lane / width + 1) * width;
+            let end = lanes.end.min(row_end).min(lane + most);
+            if let Some(run) = self.run_of_row(lane..end, tap) {
+                runs[count] = Run {
+                    to: lane - lanes.start + run.to,
+                    ..run
+                };
+                count += 1;
             }
-            let length = 1;
-            runs[count] = Run { to, from, length };
-            count += 1;
+            lane = end;
         }
         (runs, count)
+    }
+
+    /// What neighbouring lanes of one row of the grid see, in the first channel: one row of pixels, and padding beside it.
+    fn run_of_row(&self, lanes: Range<usize>, tap: usize) -> Option<Run> {
+        let [height, width] = self.lanes;
+        let [rows, columns] = self.size;
+        let (image, pixel) = (
+            lanes.start / (height * width),
+            lanes.start % (height * width),
+        );
+        let [ky, kx] = [tap / self.window.kernel[1], tap % self.window.kernel[1]];
+        let y = self.along(0, pixel / width, ky)?;
+        // The first lane that sees anything: those before it see the padding.
+        let (skipped, first) = (0..lanes.len())
+            .find_map(|lane| Some((lane, self.along(1, pixel % width + lane, kx)?)))?;
+        let length = (lanes.len() - skipped).min(columns - first);
+        Some(Run {
+            to: skipped,
+            from: (image * self.channels * rows + y) * columns + first,
+            length,
+        })
     }
 }
 
@@ -203,5 +215,67 @@ fn by_tap(depth: Range<usize>, channels: usize, mut each: impl FnMut(usize, Rang
         let end = depth.end.min((tap + 1) * channels);
         each(tap, first..first + end - at, at - depth.start);
         at = end;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_what_each_lane_sees() {
+        for (direction, kernel, stride, padding) in [
+            (Direction::ToResult, 3, 1, 1),
+            (Direction::ToImage, 3, 1, 1),
+            (Direction::ToResult, 3, 2, 1),
+            (Direction::ToImage, 3, 2, 1),
+            (Direction::ToImage, 4, 2, 0),
+            (Direction::ToResult, 1, 1, 0),
+            (Direction::ToResult, 5, 1, 2),
+        ] {
+            let window = Window {
+                kernel: [kernel; 2],
+                stride: [stride; 2],
+                padding: [padding; 2],
+            };
+            let image = [9, 6];
+            let result = window.output(image);
+            let (size, lanes) = match direction {
+                Direction::ToResult => (image, result),
+                Direction::ToImage => (result, image),
+            };
+            let patches = Patches {
+                pixels: &[],
+                channels: 3,
+                size,
+                lanes,
+                window,
+                direction,
+            };
+            let seen = |lane: usize, tap: usize| {
+                let (image, pixel) = (lane / (lanes[0] * lanes[1]), lane % (lanes[0] * lanes[1]));
+                let y = patches.along(0, pixel / lanes[1], tap / kernel)?;
+                let x = patches.along(1, pixel % lanes[1], tap % kernel)?;
+                Some((image * 3 * size[0] + y) * size[1] + x)
+            };
+            let all = 2 * lanes[0] * lanes[1];
+            for first in (0..all).step_by(14) {
+                let panel = first..all.min(first + 14);
+                for tap in 0..kernel * kernel {
+                    let mut found = vec![None; panel.len()];
+                    let (runs, count) = patches.runs(&panel, tap);
+                    for run in &runs[..count] {
+                        for at in 0..run.length {
+                            found[run.to + at] = Some(run.from + at);
+                        }
+                    }
+                    let expected: Vec<_> = panel.clone().map(|lane| seen(lane, tap)).collect();
+                    assert_eq!(
+                        found, expected,
+                        "{direction:?} {window:?} {panel:?} tap {tap}"
+                    );
+                }
+            }
+        }
     }
 }

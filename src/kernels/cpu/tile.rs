@@ -126,8 +126,9 @@ unsafe fn portable_6x16(
     }
 }
 
+/// `a b + c`, fused where the target's baseline has an instruction for it.
 #[inline(always)]
-fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+pub fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
     // Without the instruction a fused multiply-add is a function call.
     if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
         a.mul_add(b, c)

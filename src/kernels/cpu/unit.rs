@@ -67,11 +67,11 @@ impl Unit {
         }
     }
 
-    /// Most rows and columns of a block: packed, both sides of it fit into a second-level cache. The matrix unit needs
-    /// larger ones, to have as much to do as packing takes.
+    /// Most rows and columns of a block: packed, the left side of it fits into a second-level cache, and both are
+    /// multiplied often enough that packing them takes a small part of the time.
     pub fn block(self) -> [usize; 2] {
         match self {
-            Self::Vector(_) => [224, 384],
+            Self::Vector(_) => [640, 768],
             #[cfg(target_arch = "x86_64")]
             Self::Matrix => [640, 512],
         }

@@ -14,10 +14,8 @@ use super::super::parts::{Count, LANES, PartPanels, STEP, Side, pack_parts};
 use super::super::tile::Into;
 use super::super::unit::{Line, room};
 use super::super::{Shared, View, elementwise};
-use super::{Inputs, Shape};
+use super::{Inputs, QUERIES, Running, Shape};
 
-/// Queries of a square.
-pub const QUERIES: usize = 64;
 /// Keys of a square.
 const KEYS: usize = 512;
 /// Distance of a square's rows: no power of two, of which the cache would hold few.
@@ -180,7 +178,7 @@ pub fn forward(
     to: Shared<f32>,
 ) {
     let parts = inputs.precision.parts();
-    let Shape { d, heads, .. } = inputs.shape;
+    let d = inputs.shape.d;
     let rows = sums.len();
     let width = d.next_multiple_of(LANES);
     let worker = Worker {
@@ -191,8 +189,7 @@ pub fn forward(
     let q = Packed::new(&q.by_row(), rows, d, Side::Left, parts);
     let (mut square, mut p) = (vec![0.0_f32; QUERIES * PITCH], Packed::default());
     let mut output = vec![0.0_f32; QUERIES * width];
-    let mut most = [f32::NEG_INFINITY; QUERIES];
-    let mut total = [0.0_f32; QUERIES];
+    let mut running = Running::new();
     for chunk in chunks(inputs.shape.keys) {
         let k = keys.k.some(panels(&chunk), 0);
         worker.multiply(
@@ -206,11 +203,7 @@ pub fn forward(
         for (row, scores) in square.chunks_exact_mut(PITCH).take(rows).enumerate() {
             let scores = &mut scores[..chunk.len()];
             inputs.hide(first + row, &chunk, scores);
-            let max = most[row].max(elementwise::maximum(scores) * inputs.scale);
-            let shrink = (most[row] - max).exp();
-            elementwise::probabilities(scores, inputs.scale, max);
-            total[row] = total[row] * shrink + elementwise::total(scores);
-            most[row] = max;
+            let shrink = running.take(row, scores, inputs.scale);
             elementwise::scale(&mut output[row * width..][..width], shrink);
         }
         p.square(&square, BY_ROW, [rows, chunk.len()], Side::Left, parts);
@@ -218,17 +211,7 @@ pub fn forward(
         let v = keys.v.all(chunk.start / STEP);
         worker.multiply(&p.all(0), &v, steps, &mut output, width, Into::Present);
     }
-    for (row, values) in output.chunks_exact_mut(width).take(rows).enumerate() {
-        elementwise::scale(values, 1.0 / total[row]);
-        sums[row] = most[row] + total[row].ln();
-        // SAFETY: these rows of the result belong to this task alone.
-        unsafe {
-            let to = inputs
-                .place(to, head, inputs.shape.queries, first)
-                .add(row * heads * d);
-            to.copy_from_nonoverlapping(values.as_ptr(), d);
-        }
-    }
+    inputs.finish(&mut output, width, &running, [head, first], sums, to);
 }
 
 /// Gradients of queries, keys and values of a head.
@@ -304,56 +287,10 @@ pub fn backward(
         }
         for (turned, to) in [(&dk, dk_to), (&dv, dv_to)] {
             let element = |row: usize, column: usize| turned[column * PITCH + row];
-            inputs.write(to, head, keys, chunk.clone(), element);
+            inputs.write(to, [head, keys], chunk.clone(), element);
         }
     }
-    let element = |row: usize, column: usize| dq[row * width + column];
-    inputs.write(dq_to, head, queries, 0..queries, element);
-}
-
-impl Inputs {
-    /// Hides what lies behind a query from it.
-    fn hide(&self, query: usize, chunk: &Range<usize>, scores: &mut [f32]) {
-        if self.causal && query + 1 < chunk.end {
-            scores[(query + 1).saturating_sub(chunk.start)..].fill(-1e30);
-        }
-    }
-
-    /// `Σ o do` of each query of a head.
-    fn along(&self, [output, gradient]: [&View<4>; 2], head: usize) -> Vec<f32> {
-        let (o, dy) = (self.rows(output, head, 0), self.rows(gradient, head, 0));
-        let mut along = Vec::with_capacity(self.shape.queries);
-        for row in 0..self.shape.queries {
-            let of = |row: usize, element: usize, rows: &super::Rows<'_>| {
-                rows.data[row * rows.row + element * rows.element]
-            };
-            along.push(
-                (0..self.shape.d)
-                    .map(|i| of(row, i, &o) * of(row, i, &dy))
-                    .sum(),
-            );
-        }
-        along
-    }
-
-    /// Writes some rows of a head's result.
-    fn write(
-        &self,
-        to: Shared<f32>,
-        head: usize,
-        all: usize,
-        rows: Range<usize>,
-        element: impl Fn(usize, usize) -> f32,
-    ) {
-        let Shape { heads, d, .. } = self.shape;
-        let to = self.place(to, head, all, rows.start);
-        for row in 0..rows.len() {
-            for column in 0..d {
-                // SAFETY: rows of this head belong to one task.
-                unsafe { to.add(row * heads * d + column).write(element(row, column)) }
-            }
-        }
-    }
+    inputs.write_rows(dq_to, [head, queries], 0..queries, &dq, width);
 }
 
 fn chunks(keys: usize) -> impl Iterator<Item = Range<usize>> {
