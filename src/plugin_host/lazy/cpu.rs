@@ -2,7 +2,7 @@
 //! with the pieces of all tensors shared out among the threads. No element depends on which thread computes it.
 #![expect(
     unsafe_code,
-    reason = "results are written to memory that is not yet initialised"
+    reason = "SIMD by run-time detection; results go to memory that is not yet initialised"
 )]
 
 use std::mem::MaybeUninit;
@@ -25,6 +25,35 @@ const PIECE: usize = 8 * BLOCK;
 const TASK: usize = 16 * PIECE;
 /// Tensors begin at multiples of so many elements of a long one: a line of the cache.
 const ALIGN: usize = 16;
+
+/// The widest registers of this processor.
+#[derive(Clone, Copy)]
+enum Level {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Level {
+    fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512bw");
+            if wide {
+                return Self::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+}
 
 /// What each job makes, in the order of its roots.
 pub fn run(jobs: &[Job]) -> Result<Vec<Vec<Made>>, String> {
@@ -179,12 +208,13 @@ impl<'a> Prepared<'a> {
         if memory.len() < wanted {
             memory.resize_with(wanted, || vec![0.0; PIECE]);
         }
+        let level = Level::best();
         let (registers, staged) = memory[..wanted].split_at_mut(self.program.registers);
         for start in (0..task.length).step_by(PIECE) {
             let length = PIECE.min(task.length - start);
             let first = task.first + start;
             let inputs = self.look_at(first, length, staged);
-            self.piece(start, length, &inputs, registers, &mut task.outputs);
+            self.piece_for(level, start, length, &inputs, registers, &mut task.outputs);
         }
     }
 
@@ -212,6 +242,56 @@ impl<'a> Prepared<'a> {
         inputs.collect()
     }
 
+    /// The same code for the widest registers there are. The bits are the same: no operation is contracted.
+    fn piece_for(
+        &self,
+        level: Level,
+        start: usize,
+        length: usize,
+        inputs: &[Argument<'_>],
+        registers: &mut [Vec<f32>],
+        outputs: &mut [Place<'_>],
+    ) {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor has the instructions.
+            Level::Avx512 => unsafe {
+                self.piece_avx512(start, length, inputs, registers, outputs);
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { self.piece_avx2(start, length, inputs, registers, outputs) },
+            Level::Portable => self.piece(start, length, inputs, registers, outputs),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
+    fn piece_avx512(
+        &self,
+        start: usize,
+        length: usize,
+        inputs: &[Argument<'_>],
+        registers: &mut [Vec<f32>],
+        outputs: &mut [Place<'_>],
+    ) {
+        self.piece(start, length, inputs, registers, outputs);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn piece_avx2(
+        &self,
+        start: usize,
+        length: usize,
+        inputs: &[Argument<'_>],
+        registers: &mut [Vec<f32>],
+        outputs: &mut [Place<'_>],
+    ) {
+        self.piece(start, length, inputs, registers, outputs);
+    }
+
+    #[inline(always)]
     fn piece(
         &self,
         start: usize,
@@ -236,6 +316,7 @@ impl<'a> Prepared<'a> {
     }
 }
 
+#[inline(always)]
 fn argument<'a>(
     source: Source,
     inputs: &[Argument<'a>],
@@ -256,6 +337,7 @@ enum Argument<'a> {
     Number(f32),
 }
 
+#[inline(always)]
 fn compute<'a>(operation: Operation, find: impl Fn(Source) -> Argument<'a>, to: &mut [f32]) {
     match operation {
         Operation::Unary(op, a) => unary(op, find(a), to),
@@ -283,6 +365,7 @@ fn compute<'a>(operation: Operation, find: impl Fn(Source) -> Argument<'a>, to: 
 }
 
 impl Argument<'_> {
+    #[inline(always)]
     fn at(self, index: usize) -> f32 {
         match self {
             Self::Slice(values) => values[index],
@@ -291,6 +374,7 @@ impl Argument<'_> {
     }
 }
 
+#[inline(always)]
 fn each(a: Argument<'_>, to: &mut [f32], f: impl Fn(f32) -> f32) {
     match a {
         Argument::Slice(a) => to.iter_mut().zip(a).for_each(|(to, &a)| *to = f(a)),
@@ -298,6 +382,7 @@ fn each(a: Argument<'_>, to: &mut [f32], f: impl Fn(f32) -> f32) {
     }
 }
 
+#[inline(always)]
 fn pairs(a: Argument<'_>, b: Argument<'_>, to: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     match (a, b) {
         (Argument::Slice(a), Argument::Slice(b)) => {
@@ -311,6 +396,7 @@ fn pairs(a: Argument<'_>, b: Argument<'_>, to: &mut [f32], f: impl Fn(f32, f32) 
     }
 }
 
+#[inline(always)]
 fn unary(op: Unary, a: Argument<'_>, to: &mut [f32]) {
     match op {
         Unary::Neg => each(a, to, |x| -x),
@@ -332,11 +418,13 @@ fn unary(op: Unary, a: Argument<'_>, to: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn number_of(condition: bool) -> f32 {
     if condition { 1.0 } else { 0.0 }
 }
 
 /// Small whole powers by multiplication, as burn has them.
+#[inline(always)]
 fn power(x: f32, exponent: f32) -> f32 {
     match exponent {
         0.0 => 1.0,
@@ -348,6 +436,7 @@ fn power(x: f32, exponent: f32) -> f32 {
     }
 }
 
+#[inline(always)]
 fn scalar(op: Scalar, a: Argument<'_>, s: f32, to: &mut [f32]) {
     match op {
         Scalar::Add => each(a, to, |x| x + s),
@@ -361,6 +450,7 @@ fn scalar(op: Scalar, a: Argument<'_>, s: f32, to: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn binary(op: Binary, a: Argument<'_>, b: Argument<'_>, to: &mut [f32]) {
     match op {
         Binary::Add => pairs(a, b, to, |x, y| x + y),

@@ -1,9 +1,11 @@
 //! The gradients of a step: read, clipped, handed to the optimizer.
 
 use burn::tensor::Tensor;
+use rayon::prelude::*;
 
 use super::{StepOutput, Trainer};
 use crate::diffusion::Part;
+use crate::diffusion::devices::is_cpu;
 use crate::training::TrainError;
 use crate::training::data::read;
 use crate::training::optimizer::ParamUpdate;
@@ -27,7 +29,7 @@ impl Trainer<'_> {
     ) -> Result<(f64, Norms), TrainError> {
         let count = losses.len();
         let mut numbers = losses;
-        numbers.extend(gradients.iter().flatten().map(|g| g.clone().square().sum()));
+        numbers.extend(squared_norms(gradients));
         if count == 0 || numbers.len() == count {
             return Err(TrainError::NothingToTrain);
         }
@@ -86,6 +88,16 @@ impl Trainer<'_> {
         }
         self.optimizer.step(updates_done, &mut updates)?;
         Ok(())
+    }
+}
+
+/// The sum of the squares of each gradient. On the CPU the threads share the gradients: there are many small ones.
+fn squared_norms(gradients: &[Option<Tensor<4>>]) -> Vec<Tensor<1>> {
+    let norm = |gradient: &Tensor<4>| gradient.clone().square().sum();
+    let all: Vec<&Tensor<4>> = gradients.iter().flatten().collect();
+    match all.first() {
+        Some(first) if is_cpu(&first.device()) => all.into_par_iter().map(norm).collect(),
+        _ => all.into_iter().map(norm).collect(),
     }
 }
 
