@@ -32,6 +32,7 @@ pub fn cors(pages: &[String]) -> Cors {
             header::IF_NONE_MATCH,
             header::IF_RANGE,
             header::RANGE,
+            HeaderName::from_static("content-digest"),
             HeaderName::from_static("last-event-id"),
             HeaderName::from_static("traceparent"),
             IDEMPOTENCY_KEY,

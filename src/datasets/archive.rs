@@ -7,11 +7,14 @@ mod tests;
 mod zip;
 
 use std::fs::File;
-use std::io::{self, Read, Seek as _, SeekFrom};
+use std::io::{self, BufReader, BufWriter, Read, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::layout::{PathError, Place};
 use super::limits::Limits;
+
+/// Bytes read, or written, at once.
+const BUFFER_BYTES: usize = 256 << 10;
 
 /// What kind of archive a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,16 +237,15 @@ fn write_out(
     budget: &mut Budget,
 ) -> Result<Result<u64, EntryError>, ArchiveError> {
     let most = limit.min(budget.left());
-    let mut file = File::create_new(target)?;
+    let mut file = BufWriter::with_capacity(BUFFER_BYTES, File::create_new(target)?);
     let copied = io::copy(&mut entry.take(most + 1), &mut file);
-    match copied {
+    match copied.and_then(|size| file.flush().map(|()| size)) {
         Ok(size) if size <= most => {
             budget.spend(size)?;
             Ok(Ok(size))
         }
         Ok(size) => {
-            file.set_len(0)?;
-            file.seek(SeekFrom::Start(0))?;
+            file.get_mut().set_len(0)?;
             budget.spend(size)?;
             Ok(Err(EntryError::Damaged(
                 "the entry is larger than it says".to_owned(),
@@ -252,10 +254,14 @@ fn write_out(
         Err(error) if is_full(&error) => Err(error.into()),
         Err(error) => {
             budget.spend(file.stream_position()?)?;
-            file.set_len(0)?;
+            file.get_mut().set_len(0)?;
             Ok(Err(EntryError::Damaged(error.to_string())))
         }
     }
+}
+
+fn open(archive: &Path) -> io::Result<BufReader<File>> {
+    Ok(BufReader::with_capacity(BUFFER_BYTES, File::open(archive)?))
 }
 
 fn is_full(error: &io::Error) -> bool {

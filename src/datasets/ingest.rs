@@ -103,10 +103,10 @@ impl Ingest {
                 Err(remark) => self.refuse(&image, &remark),
             }
         }
-        let paths: Vec<PathBuf> = placed.iter().map(|p| p.image.path.clone()).collect();
+        let files = placed.iter().map(|placed| checked(&placed.image)).collect();
         let mut rows = Vec::with_capacity(placed.len());
         let mut stored = Vec::with_capacity(placed.len());
-        for (placed, blob) in placed.into_iter().zip(self.adopt(paths).await?) {
+        for (placed, blob) in placed.into_iter().zip(self.adopt(files).await?) {
             match blob {
                 Ok(blob) => {
                     rows.push(row(&placed, blob));
@@ -132,11 +132,20 @@ impl Ingest {
 
     async fn adopt(
         &self,
-        paths: Vec<PathBuf>,
+        files: Vec<(PathBuf, StoredBlob)>,
     ) -> Result<Vec<Result<StoredBlob, StoreError>>, DatasetError> {
-        let blobs = self.store.blobs().clone();
-        let adopted = spawn_blocking(move || paths.iter().map(|path| blobs.adopt(path)).collect());
-        Ok(adopted.await?)
+        let blobs = self.store.blobs();
+        let adopted = files.into_iter().map(|(path, known)| {
+            let blobs = blobs.clone();
+            // Each waits for the disk, which has less to do when it is asked for all of them at once.
+            spawn_blocking(move || blobs.adopt_known(&path, known))
+        });
+        let adopted: Vec<_> = adopted.collect();
+        let mut stored = Vec::with_capacity(adopted.len());
+        for blob in adopted {
+            stored.push(blob.await?);
+        }
+        Ok(stored)
     }
 
     /// The subset's id, or why there cannot be one.
@@ -228,6 +237,15 @@ impl Ingest {
     fn gone(&self, error: StoreError) -> DatasetError {
         missing(error, DatasetError::DatasetNotFound(self.dataset_id))
     }
+}
+
+/// A file whose content was read by the check.
+fn checked(image: &PreparedImage) -> (PathBuf, StoredBlob) {
+    let known = StoredBlob {
+        sha256: image.picture.sha256.clone(),
+        size_bytes: image.picture.size_bytes,
+    };
+    (image.path.clone(), known)
 }
 
 fn row(placed: &Placed, blob: StoredBlob) -> NewImage {

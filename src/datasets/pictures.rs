@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::limits::Limits;
 use super::report::Remark;
@@ -25,6 +26,9 @@ pub struct Picture {
     pub height_px: u32,
     /// Whether any pixel is not wholly opaque.
     pub has_alpha: bool,
+    /// Of the file, lower-case hex.
+    pub sha256: String,
+    pub size_bytes: u64,
     /// What its owner should know.
     pub remarks: Vec<Remark>,
 }
@@ -76,11 +80,13 @@ pub fn check(path: &Path, limits: &Limits, trial: Option<&Trial>) -> Result<Pict
     let mut head = Vec::new();
     File::open(path)?.take(64).read_to_end(&mut head)?;
     let format = Format::of(&head).ok_or(pictures::PictureError::NotAnImage)?;
+    let bytes = std::fs::read(path)?;
+    let sha256 = hex::encode(Sha256::digest(&bytes)); // here, as the bytes are at hand, and on all cores
     let findings = match trial {
         Some(trial) if format == Format::Avif => tried(path, limits, trial)?,
-        _ => examine(path, limits)?,
+        _ => decode(&bytes, limits)?,
     };
-    Ok(Picture::new(format, findings))
+    Ok(Picture::new(format, findings, sha256, bytes.len() as u64))
 }
 
 /// Decodes a file in this process.
@@ -88,12 +94,15 @@ pub fn check(path: &Path, limits: &Limits, trial: Option<&Trial>) -> Result<Pict
 /// # Errors
 /// With the reason, when the file is not a whole picture within the limits.
 pub fn examine(path: &Path, limits: &Limits) -> Result<Findings, PictureError> {
-    let bytes = std::fs::read(path)?;
+    decode(&std::fs::read(path)?, limits)
+}
+
+fn decode(bytes: &[u8], limits: &Limits) -> Result<Findings, PictureError> {
     let mut decode_limits = DecodeLimits {
         pixels: limits.image_pixels.min(LARGE_PIXELS),
         ..DecodeLimits::default()
     };
-    match pictures::decode(&bytes, &decode_limits) {
+    match pictures::decode(bytes, &decode_limits) {
         Err(
             pictures::PictureError::TooManyPixels { .. }
             | pictures::PictureError::TooMuchMemory { .. },
@@ -103,7 +112,7 @@ pub fn examine(path: &Path, limits: &Limits) -> Result<Findings, PictureError> {
     // It was refused before anything was allocated for it.
     let _alone = ONE_LARGE.lock().unwrap_or_else(PoisonError::into_inner);
     decode_limits.pixels = limits.image_pixels;
-    Ok(Findings::of(&pictures::decode(&bytes, &decode_limits)?))
+    Ok(Findings::of(&pictures::decode(bytes, &decode_limits)?))
 }
 
 fn tried(path: &Path, limits: &Limits, trial: &Trial) -> Result<Findings, PictureError> {
@@ -140,7 +149,7 @@ impl Findings {
 }
 
 impl Picture {
-    fn new(format: Format, findings: Findings) -> Self {
+    fn new(format: Format, findings: Findings, sha256: String, size_bytes: u64) -> Self {
         let remarks = findings.notes.into_iter().filter_map(|(code, message)| {
             let code = pictures::Note::ALL
                 .into_iter()
@@ -153,6 +162,8 @@ impl Picture {
             width_px: findings.width_px,
             height_px: findings.height_px,
             has_alpha: findings.has_alpha,
+            sha256,
+            size_bytes,
             remarks: remarks.collect(),
         }
     }

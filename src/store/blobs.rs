@@ -110,10 +110,19 @@ impl Blobs {
     /// When the file cannot be read, flushed or moved.
     pub fn adopt(&self, file: &Path) -> Result<StoredBlob, StoreError> {
         let io = |source| StoreError::io(file, source);
-        let mut options = File::options();
-        let mut opened = options.read(true).write(true).open(file).map_err(io)?;
+        let mut opened = File::open(file).map_err(io)?;
         let (sha256, size_bytes) = digest(&mut opened).map_err(io)?;
-        let path = self.path(&sha256);
+        self.adopt_known(file, StoredBlob { sha256, size_bytes })
+    }
+
+    /// The same of a file whose digest and size are known, by whoever has just read it.
+    ///
+    /// # Errors
+    /// When the file cannot be flushed or moved.
+    pub fn adopt_known(&self, file: &Path, known: StoredBlob) -> Result<StoredBlob, StoreError> {
+        let io = |source| StoreError::io(file, source);
+        let opened = File::options().write(true).open(file).map_err(io)?;
+        let path = self.path(&known.sha256);
         let _lock = self.lock(Lock::Store)?;
         if touch(&path)? {
             fs::remove_file(file).map_err(io)?;
@@ -125,7 +134,7 @@ impl Blobs {
             fs::rename(file, &path).map_err(io)?;
             sync_folder(&folder)?;
         }
-        Ok(StoredBlob { sha256, size_bytes })
+        Ok(known)
     }
 
     /// Stores bytes.

@@ -1,11 +1,10 @@
 //! Tar archives: ustar, with GNU's and POSIX' long names. Those names are read here, as a library would take whatever
 //! length an archive says.
 
-use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
 use std::path::Path;
 
-use super::{ArchiveError, Budget, Entry, EntryError, check_size, largest, write_out};
+use super::{ArchiveError, Budget, Entry, EntryError, check_size, largest, open, write_out};
 use crate::datasets::layout::{PathError, Place};
 use crate::datasets::limits::Limits;
 
@@ -42,7 +41,7 @@ pub fn unpack(
     budget: &mut Budget,
 ) -> Result<Vec<Entry>, ArchiveError> {
     let limits = budget.limits;
-    let mut tar = ::tar::Archive::new(BufReader::new(File::open(archive)?));
+    let mut tar = ::tar::Archive::new(open(archive)?);
     let mut unpacked = Vec::new();
     let mut long_name = None;
     let entries = tar.entries_with_seek().map_err(ArchiveError::damaged)?;

@@ -1,14 +1,13 @@
 //! Zip archives. The central directory is read entry by entry, so that memory does not grow with it.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::Read;
 use std::path::Path;
 
 use ::zip::ZipReadOptions;
 use ::zip::read::{Config, ZipFile};
 use ::zip::unstable::read::ZipIterable;
 
-use super::{ArchiveError, Budget, Entry, EntryError, check_size, largest, write_out};
+use super::{ArchiveError, Budget, Entry, EntryError, check_size, largest, open, write_out};
 use crate::datasets::layout::{PathError, Place};
 use crate::datasets::limits::Limits;
 
@@ -18,9 +17,8 @@ pub fn unpack(
     budget: &mut Budget,
 ) -> Result<Vec<Entry>, ArchiveError> {
     let limits = budget.limits;
-    let open = || File::open(archive).map(BufReader::new);
     let mut zip =
-        ZipIterable::try_new(open()?, Config::default()).map_err(ArchiveError::damaged)?;
+        ZipIterable::try_new(open(archive)?, Config::default()).map_err(ArchiveError::damaged)?;
     budget.count(zip.len())?;
     let mut declared = budget.clone();
     for entry in zip.files().map_err(ArchiveError::damaged)? {
@@ -28,7 +26,10 @@ pub fn unpack(
     }
     let mut unpacked = Vec::new();
     let mut entries = zip
-        .files_with_reader(open()?, ZipReadOptions::new().ignore_encryption_flag(true))
+        .files_with_reader(
+            open(archive)?,
+            ZipReadOptions::new().ignore_encryption_flag(true),
+        )
         .map_err(ArchiveError::damaged)?;
     while let Some(entry) = entries.next() {
         let mut entry = entry.map_err(ArchiveError::damaged)?;
