@@ -404,6 +404,12 @@ impl From<DatasetError> for Problem {
                 let message = error.to_string();
                 return Problem::field(Code::InvalidCaption, "/caption", "invalid_value", message);
             }
+            DatasetError::InstancePrompt(_) => {
+                let message = error.to_string();
+                let code = Code::InstancePromptInRegularization;
+                return Problem::field(code, "/caption", "invalid_value", message);
+            }
+            DatasetError::NothingToUndo(_) => Code::NothingToUndo,
             DatasetError::NothingUploaded => Code::NothingUploaded,
             DatasetError::Io(_) | DatasetError::Task(_) | DatasetError::Store(_) => {
                 return internal(error);

@@ -9,6 +9,8 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::auth;
+use super::codes::Code;
 use super::download::{self, Download};
 use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
@@ -16,6 +18,9 @@ use super::patch::{MergePatch, check_if_match, etag, insisted_revision};
 use super::problem::{Problem, ProblemBody};
 use crate::datasets::DatasetService;
 use crate::store::datasets as rows;
+
+/// The most characters that are looked for.
+const MAX_WORDS_CHARS: usize = 1000;
 
 /// The routes of this file, under `/v1`.
 pub fn routes(config: &mut ServiceConfig<'_>) {
@@ -63,7 +68,8 @@ pub struct Image {
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"caption": "lumo, a small robot, smiling"}))]
 pub struct ImagePatch {
-    /// One line of at most 64 KiB; `null` removes the caption.
+    /// At most 64 KiB. Of several lines a run uses the first, or with `enable_wildcards` one of them each time. `null`
+    /// removes the caption. Of a regularization image it must not name an instance prompt of the dataset.
     pub caption: Option<String>,
 }
 
@@ -79,11 +85,19 @@ pub struct ImageQuery {
     pub cursor: Option<String>,
     /// Only images of this subset.
     pub subset_id: Option<Uuid>,
+    /// Only images whose caption has this tag, in capitals or not.
+    #[param(max_length = 1000)]
+    pub tag: Option<String>,
+    /// Only images with this text in the caption or the file name, in capitals or not.
+    #[param(max_length = 1000)]
+    pub text: Option<String>,
+    /// Only images with (`true`) or without a caption.
+    pub captioned: Option<bool>,
 }
 
 /// List the images of a dataset.
 ///
-/// Oldest first, page by page; of one subset with `subset_id`.
+/// Oldest first, page by page; those of a subset, with a tag or a text, with or without a caption.
 #[utoipa::path(
     tag = "images",
     params(("dataset_id" = Uuid, Path, description = "The dataset's id"), ImageQuery),
@@ -103,10 +117,31 @@ pub async fn list_images(
         limit,
         cursor,
         subset_id,
+        tag,
+        text,
+        captioned,
     } = query.into_inner();
+    for (pointer, words) in [("/tag", &tag), ("/text", &text)] {
+        let found = words.as_ref().map_or(0, |words| words.chars().count());
+        if found > MAX_WORDS_CHARS {
+            let message = format!("found {found} characters, expected at most {MAX_WORDS_CHARS}");
+            return Err(Problem::field(
+                Code::InvalidQuery,
+                pointer,
+                "out_of_range",
+                message,
+            ));
+        }
+    }
+    let filter = rows::ImageFilter {
+        subset_id,
+        captioned,
+        tag,
+        text,
+    };
     let page = PageRequest::try_from(PageQuery { limit, cursor })?;
     let rows = datasets
-        .images(*dataset_id, subset_id, page.after_id()?, page.rows())
+        .images(*dataset_id, &filter, page.after_id()?, page.rows())
         .await?;
     Ok(HttpResponse::Ok().json(page.page(rows, |image| image.id.to_string(), Image::from)))
 }
@@ -149,7 +184,7 @@ pub async fn get_image(
         (status = 200, description = "The image", body = Image, headers(("ETag" = String))),
         (status = 404, description = "`dataset_not_found`, `image_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 422, description = "`invalid_caption`, `invalid_body`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 422, description = "`invalid_caption`, `invalid_body`, `instance_prompt_in_regularization`: the caption of a regularization image would name an instance prompt", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 #[patch("/datasets/{dataset_id}/images/{image_id}")]
@@ -163,11 +198,11 @@ pub async fn update_image(
     let image = datasets.image(dataset_id, image_id).await?;
     check_if_match(&request, &etag(image.revision))?;
     let ImagePatch { caption } = patch.apply_to(&ImagePatch {
-        caption: image.caption,
+        caption: image.caption.clone(),
     })?;
-    let image = datasets
-        .set_caption(image_id, caption, Some(image.revision))
-        .await?;
+    let key = auth::key_of(&request);
+    let revision = Some(image.revision);
+    let image = datasets.set_caption(&image, caption, revision, key).await?;
     Ok(image_answer(image))
 }
 

@@ -1,7 +1,9 @@
 //! The REST API: the only module that knows HTTP. One file per resource; the rules are in `openapi/CONVENTIONS.md`.
 
 pub mod auth;
+mod caption_operations;
 mod captioning;
+pub mod captions;
 pub mod codes;
 mod cors;
 pub mod datasets;
@@ -81,6 +83,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(models::routes)
             .configure(datasets::routes)
             .configure(images::routes)
+            .configure(captions::routes)
             .configure(uploads::routes)
             .configure(runs::routes)
             .configure(run_metrics::routes)

@@ -1,18 +1,26 @@
 //! What a dataset may be: uploads become subsets of checked images with captions. Knows files and rows, not HTTP.
 
 pub mod archive;
+pub mod caption_batch;
+pub mod caption_edits;
 pub mod captions;
 pub mod error;
+pub mod export;
 mod ingest;
 pub mod layout;
 pub mod limits;
+mod manifest;
 pub mod pictures;
 pub mod prepare;
 pub mod report;
 pub mod rules;
 pub mod service;
+mod subjects;
 
+pub use caption_batch::{BatchImage, BatchResult, CaptionBatch, TagCounts};
+pub use caption_edits::Operation;
 pub use error::{DatasetError, InvalidField};
+pub use export::{ExportImage, ExportSource, ExportSubset};
 pub use limits::Limits;
 pub use prepare::{StagedFile, SubsetChoice};
 pub use report::{FileKind, FileReport, Outcome, Remark, Summary};

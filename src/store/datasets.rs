@@ -1,6 +1,8 @@
 //! Rows of datasets and their subsets; those of images are in `datasets/images.rs`.
 
+mod captions;
 mod images;
+mod tags;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -18,7 +20,9 @@ use uuid::Uuid;
 use super::rows::{dataset, image, run, subset};
 use super::{Store, StoreError, now_ms, time_of};
 
+pub use captions::{CaptionChange, CaptionEdit, ChangeKind, Undone};
 pub use images::{AddedImage, Image, ImageName, NewImage};
+pub use tags::{ImageFilter, tags_of};
 pub use training::{SubsetAugment, SubsetCaptions, SubsetTraining};
 
 /// A named set of subsets.
@@ -302,8 +306,8 @@ impl Store {
     }
 }
 
-/// Counts a change of a dataset.
-async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), StoreError> {
+/// Counts a change of a dataset, and tells its revision.
+async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<i64, StoreError> {
     let row = dataset::Entity::find_by_id(dataset_id).one(write).await?;
     let row = row.ok_or(StoreError::NotFound)?;
     let revision = row.revision + 1;
@@ -311,7 +315,7 @@ async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), St
     row.revision = Set(revision);
     row.updated_at_ms = Set(now_ms());
     row.update(write).await?;
-    Ok(())
+    Ok(revision)
 }
 
 fn check_revision(expected: Option<i64>, found: i64) -> Result<(), StoreError> {

@@ -51,7 +51,7 @@ pub fn draw_with(
     how: &Drawing,
 ) -> Result<RgbImage, TrainError> {
     let encode = |text: &str| {
-        let rows = token_rows(model, text, how.max_token_length);
+        let rows = token_rows(&model.tokenizer, text, how.max_token_length);
         model.text_encoder.encode_chunks(&[rows], how.clip_skip) // [1, tokens, d]
     };
     let (cond, uncond) = (encode(&prompt.prompt), encode(&prompt.negative_prompt));
