@@ -64,6 +64,9 @@ codes! {
     InvalidDataset = "invalid_dataset", 422, "The dataset's description has a wrong value";
     InvalidSubset = "invalid_subset", 422, "The subset's description has a wrong value";
     InvalidCaption = "invalid_caption", 422, "The caption cannot be kept";
+    InstancePromptInRegularization = "instance_prompt_in_regularization", 422, "A regularization caption would name the subject";
+    NothingToUndo = "nothing_to_undo", 409, "There is no such change to undo";
+    InvalidOperations = "invalid_operations", 422, "The operations have a wrong value";
     SubsetExists = "subset_exists", 409, "The dataset has a subset of this name";
     UploadNotFound = "upload_not_found", 404, "There is no such upload";
     InvalidUpload = "invalid_upload", 422, "The upload's description has a wrong value";

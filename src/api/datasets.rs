@@ -474,6 +474,12 @@ impl From<DatasetError> for Problem {
             DatasetError::UploadNotOpen => Code::UploadNotOpen,
             DatasetError::UploadIncomplete(_) => Code::UploadIncomplete,
             DatasetError::ChecksumMismatch { .. } => Code::ChecksumMismatch,
+            DatasetError::InstancePrompt(_) => {
+                let message = error.to_string();
+                let code = Code::InstancePromptInRegularization;
+                return Problem::field(code, "/caption", "invalid_value", message);
+            }
+            DatasetError::NothingToUndo(_) => Code::NothingToUndo,
             DatasetError::NothingUploaded => Code::NothingUploaded,
             DatasetError::Io(_) | DatasetError::Task(_) | DatasetError::Store(_) => {
                 return internal(error);

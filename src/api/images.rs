@@ -9,6 +9,8 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_actix_web::service_config::ServiceConfig;
 use uuid::Uuid;
 
+use super::auth;
+use super::codes::Code;
 use super::colors::ColorCorrection;
 use super::download::{self, Download};
 use super::extract::Query;
@@ -17,6 +19,9 @@ use super::patch::{MergePatch, check_if_match, etag, insisted_revision};
 use super::problem::{Problem, ProblemBody};
 use crate::datasets::DatasetService;
 use crate::store::datasets as rows;
+
+/// The most characters that are looked for.
+const MAX_WORDS_CHARS: usize = 1000;
 
 /// The routes of this file, under `/v1`.
 pub fn routes(config: &mut ServiceConfig<'_>) {
@@ -70,7 +75,8 @@ pub struct Image {
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"caption": "lumo, a small robot, smiling"}))]
 pub struct ImagePatch {
-    /// One line of at most 256 KiB; `null` removes the caption.
+    /// At most 256 KiB. Of several lines a run uses the first, or with `enable_wildcards` one of them each time. `null`
+    /// removes the caption. Of a regularization image it must not name an instance prompt of the dataset.
     pub caption: Option<String>,
     /// What is done to its colours before it is trained on; `null` leaves it to the dataset. The file stays as it is.
     pub color_correction: Option<ColorCorrection>,
@@ -88,11 +94,19 @@ pub struct ImageQuery {
     pub cursor: Option<String>,
     /// Only images of this subset.
     pub subset_id: Option<Uuid>,
+    /// Only images whose caption has this tag, in capitals or not.
+    #[param(max_length = 1000)]
+    pub tag: Option<String>,
+    /// Only images with this text in the caption or the file name, in capitals or not.
+    #[param(max_length = 1000)]
+    pub text: Option<String>,
+    /// Only images with (`true`) or without a caption.
+    pub captioned: Option<bool>,
 }
 
 /// List the images of a dataset.
 ///
-/// Oldest first, page by page; of one subset with `subset_id`.
+/// Oldest first, page by page; those of a subset, with a tag or a text, with or without a caption.
 #[utoipa::path(
     tag = "images",
     params(("dataset_id" = Uuid, Path, description = "The dataset's id"), ImageQuery),
@@ -112,10 +126,31 @@ pub async fn list_images(
         limit,
         cursor,
         subset_id,
+        tag,
+        text,
+        captioned,
     } = query.into_inner();
+    for (pointer, words) in [("/tag", &tag), ("/text", &text)] {
+        let found = words.as_ref().map_or(0, |words| words.chars().count());
+        if found > MAX_WORDS_CHARS {
+            let message = format!("found {found} characters, expected at most {MAX_WORDS_CHARS}");
+            return Err(Problem::field(
+                Code::InvalidQuery,
+                pointer,
+                "out_of_range",
+                message,
+            ));
+        }
+    }
+    let filter = rows::ImageFilter {
+        subset_id,
+        captioned,
+        tag,
+        text,
+    };
     let page = PageRequest::try_from(PageQuery { limit, cursor })?;
     let rows = datasets
-        .images(*dataset_id, subset_id, page.after_id()?, page.rows())
+        .images(*dataset_id, &filter, page.after_id()?, page.rows())
         .await?;
     Ok(HttpResponse::Ok().json(page.page(rows, |image| image.id.to_string(), Image::from)))
 }
@@ -159,7 +194,7 @@ pub async fn get_image(
         (status = 200, description = "The image", body = Image, headers(("ETag" = String))),
         (status = 404, description = "`dataset_not_found`, `image_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 412, description = "`precondition_failed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 422, description = "`invalid_caption`, `invalid_body`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 422, description = "`invalid_caption`, `invalid_body`, `instance_prompt_in_regularization`: the caption of a regularization image would name an instance prompt", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 #[patch("/datasets/{dataset_id}/images/{image_id}")]
@@ -172,23 +207,25 @@ pub async fn update_image(
     let (dataset_id, image_id) = path.into_inner();
     let image = datasets.image(dataset_id, image_id).await?;
     check_if_match(&request, &etag(image.revision))?;
-    let ImagePatch {
-        caption,
-        color_correction,
-    } = patch.apply_to(&ImagePatch {
-        caption: image.caption,
+    let key = auth::key_of(&request);
+    let before = ImagePatch {
+        caption: image.caption.clone(),
         color_correction: image.color_correction.map(Into::into),
-    })?;
-    let image = datasets
-        .set_caption(image_id, caption, Some(image.revision))
-        .await?;
-    let image = datasets
-        .set_color_correction(
-            image_id,
-            color_correction.map(Into::into),
-            Some(image.revision),
-        )
-        .await?;
+    };
+    let after = patch.apply_to(&before)?;
+    let mut image = image;
+    if after.caption != before.caption || after.color_correction == before.color_correction {
+        let revision = Some(image.revision);
+        image = datasets
+            .set_caption(&image, after.caption, revision, key)
+            .await?;
+    }
+    if after.color_correction != before.color_correction {
+        let (correction, revision) = (after.color_correction.map(Into::into), Some(image.revision));
+        image = datasets
+            .set_color_correction(image_id, correction, revision)
+            .await?;
+    }
     Ok(image_answer(image))
 }
 

@@ -1,11 +1,14 @@
 //! The REST API: the only module that knows HTTP. One file per resource; the rules are in `openapi/CONVENTIONS.md`.
 
 pub mod auth;
+mod caption_operations;
 mod captioners;
+mod captioning;
 mod captioning;
 mod captioning_jobs;
 mod captioning_results;
 mod captioning_settings;
+pub mod captions;
 pub mod codes;
 mod colors;
 mod cors;
@@ -93,6 +96,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(captioning_jobs::routes)
             .configure(captioning_results::routes)
             .configure(images::routes)
+            .configure(captions::routes)
             .configure(uploads::routes)
             .configure(upload_parts::routes)
             .configure(previews::routes)

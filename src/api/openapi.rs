@@ -9,13 +9,17 @@ use utoipa_actix_web::AppExt as _;
 use super::{openapi_links, openapi_schemas, openapi_shared};
 
 /// Tags in the order of a first visit.
-const TAGS: [(&str, &str); 8] = [
+const TAGS: [(&str, &str); 9] = [
     ("models", "Base models found in the model folder"),
     (
         "datasets",
         "Named sets of subsets; a subset is a concept or its regularization",
     ),
     ("images", "Images and their captions"),
+    (
+        "captions",
+        "Many captions at once, their tags, and how they have changed",
+    ),
     (
         "runs",
         "Training runs: settings, state, events, metrics and samples",

@@ -18,7 +18,9 @@ pub enum CaptionRemark {
     ReadAsUtf16,
     #[error("the caption is empty")]
     Empty,
-    #[error("only the first line is used")]
+    #[error(
+        "there are several lines: the first is used, or with `enable_wildcards` one of them each time"
+    )]
     OnlyFirstLine,
 }
 
@@ -42,31 +44,31 @@ pub enum CaptionError {
     NotText,
     #[error("found {found} bytes, expected at most {limit}")]
     TooLarge { found: u64, limit: u64 },
-    #[error("found the control character U+{0:04X}; a caption is one line of text")]
+    #[error("found the control character U+{0:04X}; a caption is lines of text")]
     ControlCharacter(u32),
 }
 
 /// Reads the bytes of a caption file.
 ///
-/// The first line, stripped, is the caption (as in sd-scripts without wildcards). UTF-8 and UTF-16 are told by
+/// Its lines are stripped and empty ones go, as sd-scripts does with wildcards; without them a run uses the first. UTF-8 and UTF-16 are told by
 /// byte order mark or validity; anything else is Windows-1252, if that gives no control characters.
 ///
 /// # Errors
 /// [`CaptionError::NotText`] when no encoding gives plain text.
 pub fn read(bytes: &[u8]) -> Result<Caption, CaptionError> {
     let (text, guessed) = decode(bytes)?;
-    let mut lines = text.split(['\n', '\r']);
-    let first = lines.next().unwrap_or_default().trim().to_owned();
+    let lines = text.split(['\n', '\r']).map(str::trim);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
     let mut remarks = Vec::new();
     remarks.extend(guessed);
-    if first.is_empty() {
+    if lines.is_empty() {
         remarks.push(CaptionRemark::Empty);
     }
-    if lines.any(|line| !line.trim().is_empty()) {
+    if lines.len() > 1 {
         remarks.push(CaptionRemark::OnlyFirstLine);
     }
     Ok(Caption {
-        text: first,
+        text: lines.join("\n"),
         remarks,
     })
 }
@@ -74,7 +76,7 @@ pub fn read(bytes: &[u8]) -> Result<Caption, CaptionError> {
 /// Checks a caption that was given as text.
 ///
 /// # Errors
-/// When it is too long, or is not one line of text.
+/// When it is too long, or is not text.
 pub fn check(text: &str, limit_bytes: u64) -> Result<(), CaptionError> {
     let found = text.len() as u64;
     if found > limit_bytes {
@@ -83,7 +85,10 @@ pub fn check(text: &str, limit_bytes: u64) -> Result<(), CaptionError> {
             limit: limit_bytes,
         });
     }
-    match text.chars().find(|c| c.is_control() && *c != '\t') {
+    match text
+        .chars()
+        .find(|c| c.is_control() && !matches!(c, '\t' | '\n'))
+    {
         Some(control) => Err(CaptionError::ControlCharacter(control.into())),
         None => Ok(()),
     }
@@ -183,21 +188,25 @@ mod tests {
     }
 
     #[test]
-    fn the_first_line_counts() {
+    fn lines_are_kept_without_empty_ones() {
         assert_eq!(
             ok(b"  one, two \r\nthree\n"),
-            ("one, two".to_owned(), vec![CaptionRemark::OnlyFirstLine])
+            (
+                "one, two\nthree".to_owned(),
+                vec![CaptionRemark::OnlyFirstLine]
+            )
         );
         assert_eq!(ok(b""), (String::new(), vec![CaptionRemark::Empty]));
         assert_eq!(ok(b"one\n\n"), ("one".to_owned(), vec![]));
     }
 
     #[test]
-    fn given_captions_are_one_line() {
+    fn given_captions_are_text() {
         assert_eq!(check("one, two", 8), Ok(()));
+        assert_eq!(check("one\ntwo", 8), Ok(()));
         assert_eq!(
-            check("one\ntwo", 8),
-            Err(CaptionError::ControlCharacter(10))
+            check("one\rtwo", 8),
+            Err(CaptionError::ControlCharacter(13))
         );
         assert_eq!(
             check("one, two!", 8),

@@ -24,6 +24,13 @@ pub enum DatasetError {
     InvalidSubset(Vec<InvalidField>),
     #[error("the dataset has another subset named `{0}`")]
     SubsetExists(String),
+    #[error(
+        "the caption of a regularization image would name the subject: found the instance prompt `{0}`, expected a \
+         caption without it. Regularization images show what the model knew before; describe the class instead"
+    )]
+    InstancePrompt(String),
+    #[error("the dataset has no changes of captions at revision {0} that could be undone")]
+    NothingToUndo(i64),
     #[error(transparent)]
     Caption(#[from] CaptionError),
     #[error("the dataset has no upload {0}")]

@@ -11,7 +11,7 @@ use proptest::sample::Index;
 use super::limits::Limits;
 use super::prepare::{self, Checks, StagedFile};
 use super::target::SubsetChoice;
-use super::{captions, dataset_toml, manifest};
+use super::{captions, dataset_toml, tables};
 use crate::pictures::{self, DecodeLimits};
 
 /// What is done to a valid file.
@@ -225,8 +225,8 @@ proptest! {
         for content in [bytes.as_slice(), text.as_bytes()] {
             std::fs::write(&path, content).expect("written");
             let _ = dataset_toml::read(&path);
-            for kind in [manifest::TableKind::Jsonl, manifest::TableKind::Csv] {
-                let _ = manifest::read(kind, &path, &[], &LIMITS);
+            for kind in [tables::TableKind::Jsonl, tables::TableKind::Csv] {
+                let _ = tables::read(kind, &path, &[], &LIMITS);
             }
         }
     }

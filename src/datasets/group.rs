@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use super::dataset_toml::{self, SubsetEntry};
 use super::layout::{self, Place};
 use super::limits::Limits;
-use super::manifest::{self, TableKind};
 use super::prepare::{self, refuse};
 use super::report::{FileKind, FileReport, Outcome, Remark};
+use super::tables::{self, TableKind};
 use super::target::{SubsetChoice, Target};
 use crate::pictures::Format;
 
@@ -200,7 +200,7 @@ impl Group {
                 continue;
             };
             let file = &mut files[found.report];
-            match manifest::read(kind, &found.path, &found.place.folders, limits) {
+            match tables::read(kind, &found.path, &found.place.folders, limits) {
                 Ok(table) => {
                     file.outcome = TAKEN;
                     file.remarks = table.remarks;

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::error::{DatasetError, InvalidField};
 use super::layout::Place;
 use super::limits::Limits;
+use super::manifest;
 use super::prepare::{
     self, Checks, DEFAULT_SUBSET, Prepared, PreparedCaption, PreparedImage, StagedFile,
     SubsetChoice, Target,
@@ -45,13 +46,14 @@ pub async fn ingest(
     choice: SubsetChoice,
     scratch: TempDir,
 ) -> Result<Vec<FileReport>, DatasetError> {
-    let (prepared, scratch) = spawn_blocking(move || {
+    let (found, prepared, scratch) = spawn_blocking(move || {
+        let found = manifest::find(&files);
         let checks = Checks {
             limits: &limits,
             trial: trial.as_ref(),
         };
         let prepared = prepare::prepare(files, &choice, scratch.path(), checks);
-        prepared.map(|prepared| (prepared, scratch))
+        prepared.map(|prepared| (found, prepared, scratch))
     })
     .await??;
     let Prepared {
@@ -75,6 +77,9 @@ pub async fn ingest(
     }
     if !orphans.is_empty() {
         ingest.take_captions(orphans).await?;
+    }
+    if let Some(found) = found {
+        manifest::apply(&ingest.store, &limits, dataset_id, found, &mut ingest.files).await?;
     }
     spawn_blocking(move || drop(scratch)).await?; // removing thousands of files takes a while
     Ok(ingest.files)

@@ -1,244 +1,228 @@
-//! `metadata.jsonl` and `metadata.csv`, as Hugging Face's imagefolder has them: captions by file name, for the files in
-//! the folder of the table and below.
+//! `lorasmith.json`, the file of an export that says what folders and caption files cannot: settings of subsets, names that
+//! no file system takes, images without a caption. An upload that has it comes out as what was exported.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::io::{BufReader, Read as _};
 use std::path::Path;
 
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
-use super::captions::{self, CaptionRemark};
+use super::archive;
+use super::captions;
+use super::error::DatasetError;
 use super::layout::Place;
 use super::limits::Limits;
-use super::report::Remark;
+use super::prepare::StagedFile;
+use super::report::{FileReport, Outcome, Remark};
+use super::rules::{Checker, SubsetWords};
+use crate::store::datasets::{SubsetHints, SubsetSettings, SubsetTraining};
+use crate::store::{Store, StoreError};
 
-/// What kind of table a file is, by its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TableKind {
-    Jsonl,
-    Csv,
+/// The name of the file, in the root of an archive.
+pub const NAME: &str = "lorasmith.json";
+/// The name of sd-scripts' description of the same, beside it.
+pub const SD_SCRIPTS_NAME: &str = "lorasmith.toml";
+/// The form of the file; another number means other fields.
+pub const FORMAT: u32 = 1;
+/// Above what any dataset within the limits has.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// What an export holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// What its owner called the dataset.
+    pub dataset: String,
+    /// Oldest first.
+    pub subsets: Vec<ManifestSubset>,
+    /// In the order of the dataset.
+    pub images: Vec<ManifestImage>,
 }
 
-impl TableKind {
-    pub fn of(place: &Place) -> Option<Self> {
-        match place.file_name.as_str() {
-            "metadata.jsonl" => Some(Self::Jsonl),
-            "metadata.csv" => Some(Self::Csv),
-            _ => None,
-        }
+/// A subset.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestSubset {
+    /// Its name.
+    pub name: String,
+    /// Its folder in the archive.
+    pub folder: String,
+    /// How often an epoch shows each image.
+    pub repeats: u32,
+    /// Whether it is for regularization.
+    pub is_reg: bool,
+    /// The caption of images that have none.
+    pub instance_prompt: Option<String>,
+    /// The caption of regularization images that have none.
+    pub class_prompt: Option<String>,
+    /// Where it differs from a run's settings.
+    #[serde(default, skip_serializing_if = "SubsetTraining::is_default")]
+    pub training: SubsetTraining,
+}
+
+/// An image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestImage {
+    /// Its path in the archive.
+    pub path: String,
+    /// Its name in the dataset.
+    pub file_name: String,
+    /// Its subset's name.
+    pub subset: String,
+    /// Digest of its content.
+    pub sha256: String,
+    /// Its caption, word for word; `None` where it has none, whatever its caption file says.
+    pub caption: Option<String>,
+}
+
+/// The manifest of an upload that is a single archive with one in its root. Blocks.
+pub fn find(files: &[StagedFile]) -> Option<Result<Manifest, Remark>> {
+    let [only] = files else { return None };
+    let text = text_of(&only.path)?;
+    let wrong = |message: String| Remark::new("invalid_manifest", message);
+    let read = serde_json::from_slice::<Manifest>(&text).map_err(|error| wrong(error.to_string()));
+    Some(read.and_then(|manifest| match manifest.format {
+        FORMAT => Ok(manifest),
+        found => Err(wrong(format!(
+            "found the format {found}, expected {FORMAT}"
+        ))),
+    }))
+}
+
+fn text_of(path: &Path) -> Option<Vec<u8>> {
+    let mut head = [0; 4];
+    File::open(path)
+        .and_then(|mut file| file.read_exact(&mut head))
+        .ok()?;
+    if !archive::is_zip(&head) {
+        return None;
     }
+    let file = BufReader::new(File::open(path).ok()?);
+    let mut zip = zip::ZipArchive::new(file).ok()?;
+    let mut text = Vec::new();
+    let entry = zip.by_name(NAME).ok()?;
+    entry.take(MAX_BYTES + 1).read_to_end(&mut text).ok()?;
+    (text.len() as u64 <= MAX_BYTES).then_some(text)
 }
 
-/// The columns that a caption may be in, by rank.
-const CAPTIONS: [&str; 3] = ["text", "caption", "prompt"];
-const FILE_NAME: &str = "file_name";
-/// Bytes of a line besides its caption.
-const MAX_OTHER_BYTES: u64 = 64 << 10;
-
-/// Captions by place, and what is wrong with rows.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Table {
-    pub captions: HashMap<Place, String>,
-    pub remarks: Vec<Remark>,
-}
-
-/// Reads a table that lies in `folders`.
+/// Gives subsets and images what the manifest says, once they have been stored. What it says of images that are not in the
+/// upload is not looked at.
 ///
 /// # Errors
-/// Why the table as a whole is left out. Rows that cannot be used are remarked.
-pub fn read(
-    kind: TableKind,
-    path: &Path,
-    folders: &[String],
+/// When the database fails.
+pub async fn apply(
+    store: &Store,
     limits: &Limits,
-) -> Result<Table, Remark> {
-    let unreadable = |error: io::Error| Remark::new("unreadable", error);
-    let file = File::open(path).map_err(unreadable)?;
-    let found = file.metadata().map_err(unreadable)?.len();
-    if found > limits.table_bytes {
-        let message = format!(
-            "found {found} bytes, expected at most {}",
-            limits.table_bytes
-        );
-        return Err(Remark::new("too_large", message));
-    }
-    let mut rows = Rows {
-        folders,
-        limits,
-        table: Table::default(),
-        wrong: Vec::new(),
-        shortened: 0,
+    dataset_id: Uuid,
+    found: Result<Manifest, Remark>,
+    files: &mut [FileReport],
+) -> Result<(), DatasetError> {
+    let outcome = match found.and_then(|manifest| check(&manifest, limits).map(|()| manifest)) {
+        Ok(manifest) => match restore(store, dataset_id, &manifest, files).await {
+            Err(DatasetError::Store(StoreError::Exists)) => Outcome::Refused(Remark::new(
+                "invalid_manifest",
+                "another subset of the dataset has the name of one in the manifest",
+            )),
+            restored => {
+                restored?;
+                Outcome::Accepted {
+                    image_id: None,
+                    subset: None,
+                }
+            }
+        },
+        Err(remark) => Outcome::Refused(remark),
     };
-    match kind {
-        TableKind::Jsonl => rows.read_jsonl(BufReader::new(file))?,
-        TableKind::Csv => rows.read_csv(BufReader::new(file))?,
+    for file in files.iter_mut() {
+        match file.name.as_str() {
+            NAME => file.outcome = outcome.clone(),
+            SD_SCRIPTS_NAME => file.outcome = Outcome::Ignored,
+            _ => {}
+        }
     }
-    Ok(rows.finish())
+    Ok(())
 }
 
-struct Rows<'a> {
-    folders: &'a [String],
-    limits: &'a Limits,
-    table: Table,
-    /// Rows that are left out: number and reason.
-    wrong: Vec<(usize, String)>,
-    /// Captions of which only the first line counts.
-    shortened: usize,
+/// A manifest is a stranger's, too.
+fn check(manifest: &Manifest, limits: &Limits) -> Result<(), Remark> {
+    let wrong = |message: String| Remark::new("invalid_manifest", message);
+    for subset in &manifest.subsets {
+        let words = SubsetWords {
+            name: Some(("name", &subset.name)),
+            repeats: Some(subset.repeats),
+            instance_prompt: subset.instance_prompt.as_deref(),
+            class_prompt: subset.class_prompt.as_deref(),
+        };
+        let checked = words
+            .check()
+            .and_then(|()| Checker::default().training(&subset.training).finish());
+        checked.map_err(|fields| {
+            let each = fields
+                .iter()
+                .map(|field| format!("{}: {}", field.field, field.message));
+            wrong(each.collect::<Vec<_>>().join("; "))
+        })?;
+    }
+    for image in &manifest.images {
+        if let Some(caption) = &image.caption {
+            captions::check(caption, limits.caption_bytes)
+                .map_err(|error| wrong(format!("{}: {error}", image.path)))?;
+        }
+        let plain = Place::parse(&image.file_name).is_ok_and(|place| place.folders.is_empty());
+        if !plain {
+            return Err(wrong(format!(
+                "{}: `{}` names no file",
+                image.path, image.file_name
+            )));
+        }
+    }
+    Ok(())
 }
 
-impl Rows<'_> {
-    fn read_jsonl(&mut self, mut file: BufReader<File>) -> Result<(), Remark> {
-        let most = self.limits.caption_bytes * 6 + MAX_OTHER_BYTES; // a character may be written as `\u0000`
-        for number in 1.. {
-            let mut line = Vec::new();
-            let read = (&mut file).take(most + 1).read_until(b'\n', &mut line);
-            if read.map_err(|error| Remark::new("unreadable", error))? == 0 {
-                break;
-            }
-            if line.len() as u64 > most {
-                return Err(Remark::new(
-                    "too_large",
-                    format!("line {number} is longer than {most} bytes"),
-                ));
-            }
-            let text = if number == 1 {
-                line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line)
-            } else {
-                &line
-            };
-            if text.trim_ascii().is_empty() {
-                continue;
-            }
-            match serde_json::from_slice::<Value>(text) {
-                Ok(Value::Object(row)) => {
-                    let word = |key: &str| row.get(key).and_then(Value::as_str);
-                    let caption = CAPTIONS.iter().find_map(|key| word(key));
-                    self.take(number, word(FILE_NAME), caption);
-                }
-                Ok(_) => self.leave(number, "expected a JSON object"),
-                Err(error) => self.leave(number, &error.to_string()),
+async fn restore(
+    store: &Store,
+    dataset_id: Uuid,
+    manifest: &Manifest,
+    files: &[FileReport],
+) -> Result<(), DatasetError> {
+    let mut stored = HashMap::new();
+    let mut subset_names: HashMap<&str, &str> = HashMap::new(); // by folder, as the upload has named them
+    for file in files {
+        if let Outcome::Accepted {
+            image_id: Some(id),
+            subset: Some(subset),
+        } = &file.outcome
+        {
+            stored.insert(file.name.as_str(), *id);
+            if let Some((folder, _)) = file.name.rsplit_once('/') {
+                subset_names.insert(folder, subset);
             }
         }
-        Ok(())
     }
-
-    fn read_csv(&mut self, file: BufReader<File>) -> Result<(), Remark> {
-        let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(file);
-        let headers = reader
-            .byte_headers()
-            .map_err(|error| Remark::new("not_a_table", error))?;
-        let column = |name: &str| {
-            headers.iter().position(|found| {
-                let found = found.strip_prefix(b"\xef\xbb\xbf").unwrap_or(found);
-                found.trim_ascii() == name.as_bytes()
-            })
+    for subset in &manifest.subsets {
+        let made = subset_names.get(subset.folder.as_str());
+        let name = made.map_or(subset.name.as_str(), |name| *name);
+        let hints = SubsetHints::default();
+        let row = store.ensure_subset(dataset_id, name, &hints).await?;
+        let settings = SubsetSettings {
+            name: subset.name.clone(),
+            repeats: subset.repeats,
+            is_reg: subset.is_reg,
+            instance_prompt: subset.instance_prompt.clone(),
+            class_prompt: subset.class_prompt.clone(),
+            training: subset.training.clone(),
         };
-        let Some(file_name) = column(FILE_NAME) else {
-            return Err(Remark::new("not_a_table", "found no column `file_name`"));
-        };
-        let caption = CAPTIONS.iter().find_map(|name| column(name));
-        for (row, record) in reader.byte_records().enumerate() {
-            let number = row + 2; // after the headers
-            match record {
-                Ok(record) => {
-                    let word = |at: usize| std::str::from_utf8(record.get(at)?).ok();
-                    self.take(number, word(file_name), caption.and_then(word));
-                }
-                Err(error) => self.leave(number, &error.to_string()),
-            }
-        }
-        Ok(())
+        store.update_subset(row.id, &settings, row.revision).await?;
     }
-
-    fn take(&mut self, number: usize, file_name: Option<&str>, caption: Option<&str>) {
-        let Some(file_name) = file_name else {
-            return self.leave(number, "found no `file_name`");
-        };
-        let Some(caption) = caption else {
-            let expected = CAPTIONS.join("`, `");
-            return self.leave(number, &format!("found none of `{expected}`"));
-        };
-        if caption.len() as u64 > self.limits.caption_bytes {
-            return self.leave(number, "the caption is too long");
-        }
-        let place = match Place::parse(file_name) {
-            Ok(place) => place.within(self.folders),
-            Err(error) => return self.leave(number, &error.to_string()),
-        };
-        match captions::read(caption.as_bytes()) {
-            Ok(read) => {
-                self.shortened += usize::from(read.remarks.contains(&CaptionRemark::OnlyFirstLine));
-                self.table.captions.insert(place, read.text);
-            }
-            Err(error) => self.leave(number, &error.to_string()),
-        }
-    }
-
-    fn leave(&mut self, number: usize, reason: &str) {
-        self.wrong.push((number, reason.to_owned()));
-    }
-
-    fn finish(mut self) -> Table {
-        if let Some((number, reason)) = self.wrong.first() {
-            let rows = self.wrong.len();
-            let message = format!("{rows} rows are left out; the first is row {number}: {reason}");
-            self.table
-                .remarks
-                .push(Remark::new("rows_left_out", message));
-        }
-        if self.shortened > 0 {
-            let message = format!("of {} captions only the first line is used", self.shortened);
-            self.table
-                .remarks
-                .push(Remark::new("only_first_line", message));
-        }
-        self.table
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn table(kind: TableKind, text: &[u8]) -> Result<Table, Remark> {
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        std::fs::write(file.path(), text).expect("written");
-        read(kind, file.path(), &["train".to_owned()], &Limits::default())
-    }
-
-    fn caption<'a>(table: &'a Table, path: &str) -> Option<&'a str> {
-        let place = Place::parse(path).expect("a place");
-        table.captions.get(&place).map(String::as_str)
-    }
-
-    #[test]
-    fn captions_are_found_in_both_kinds() {
-        let jsonl = "{\"file_name\": \"a.png\", \"text\": \"of a\\nand more\", \"caption\": \"no\"}\n\n\
-                     {\"file_name\": \"x/b.png\", \"caption\": \"ein Café\"}\r\n";
-        let csv = "\u{feff}file_name,other,text\na.png,1,of a\nx/b.png,2,\"ein Café\"\n";
-        for (kind, text) in [(TableKind::Jsonl, jsonl), (TableKind::Csv, csv)] {
-            let found = table(kind, text.as_bytes()).expect("a table");
-            assert_eq!(caption(&found, "train/a.png"), Some("of a"));
-            assert_eq!(caption(&found, "train/x/b.png"), Some("ein Café"));
-            let shortened = usize::from(kind == TableKind::Jsonl);
-            assert_eq!(found.remarks.len(), shortened, "{:?}", found.remarks);
-        }
-    }
-
-    #[test]
-    fn wrong_rows_are_remarked_and_the_others_kept() {
-        let rows =
-            b"not json\n[1]\n{\"text\": \"a\"}\n{\"file_name\": \"../a.png\", \"text\": \"a\"}\n\
-                     {\"file_name\": \"n.png\"}\n{\"file_name\": \"b.png\", \"text\": \"b\"}";
-        let found = table(TableKind::Jsonl, rows).expect("a table");
-        assert_eq!(found.captions.len(), 1);
-        assert_eq!(found.remarks[0].code, "rows_left_out");
-        assert!(found.remarks[0].message.starts_with("5 rows"));
-        let refused = table(TableKind::Csv, b"a,b\n1,2\n").expect_err("no table");
-        assert_eq!(refused.code, "not_a_table");
-        let long = format!("{{\"file_name\": \"{}\"", "x".repeat(2 << 20));
-        let refused = table(TableKind::Jsonl, long.as_bytes()).expect_err("too long");
-        assert_eq!(refused.code, "too_large");
-    }
+    let restored = manifest.images.iter().filter_map(|image| {
+        let id = *stored.get(image.path.as_str())?;
+        Some((id, image.file_name.clone(), image.caption.clone()))
+    });
+    let restored: Vec<_> = restored.collect();
+    Ok(store.restore_images(dataset_id, restored).await?)
 }

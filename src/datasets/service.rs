@@ -14,17 +14,18 @@ use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
 use super::report::{FileReport, Summary};
 use super::rules::{Checker, SubsetWords};
+use super::subjects::Subjects;
 use super::trial::Trial;
 use crate::store::datasets::{
-    Correction, Dataset, DatasetCounts, Image, Subset, SubsetCounts, SubsetSettings,
+    Correction, Dataset, DatasetCounts, Image, ImageFilter, Subset, SubsetCounts, SubsetSettings,
 };
 use crate::store::{Store, StoreError};
 
 /// Datasets, their subsets and images. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct DatasetService {
-    store: Store,
-    limits: Limits,
+    pub(super) store: Store,
+    pub(super) limits: Limits,
     trial: Option<Trial>,
     /// Whoever looks at pictures that have come.
     uploaded: Arc<Notify>,
@@ -204,19 +205,19 @@ impl DatasetService {
         })
     }
 
-    /// A dataset's images after `after`, oldest first; of one subset, if it is given.
+    /// A dataset's images after `after` that a filter means, oldest first.
     ///
     /// # Errors
     /// [`DatasetError::DatasetNotFound`]. An unknown subset has no images.
     pub async fn images(
         &self,
         dataset_id: Uuid,
-        subset_id: Option<Uuid>,
+        filter: &ImageFilter,
         after: Option<Uuid>,
         limit: u64,
     ) -> Result<Vec<Image>, DatasetError> {
         self.exists(dataset_id).await?;
-        let images = self.store.list_images(dataset_id, subset_id, after, limit);
+        let images = self.store.list_images(dataset_id, filter, after, limit);
         Ok(images.await?)
     }
 
@@ -237,18 +238,30 @@ impl DatasetService {
     /// Replaces or removes an image's caption; with an expected revision only at that revision.
     ///
     /// # Errors
-    /// [`DatasetError::Caption`], [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
+    /// [`DatasetError::Caption`], [`DatasetError::InstancePrompt`], [`DatasetError::ImageNotFound`],
+    /// [`DatasetError::Changed`].
     pub async fn set_caption(
         &self,
-        image_id: Uuid,
+        image: &Image,
         caption: Option<String>,
         expected: Option<i64>,
+        api_key_id: Option<Uuid>,
     ) -> Result<Image, DatasetError> {
         if let Some(caption) = &caption {
             captions::check(caption, self.limits.caption_bytes)?;
+            let subsets = self.store.list_subsets(image.dataset_id).await?;
+            let before = image.caption.as_deref().unwrap_or_default();
+            if let Some(prompt) =
+                Subjects::of(&subsets).newly_named(image.subset_id, before, caption)
+            {
+                return Err(DatasetError::InstancePrompt(prompt.to_owned()));
+            }
         }
-        let updated = self.store.set_caption(image_id, caption, expected).await;
-        updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+        let updated = self
+            .store
+            .set_caption(image.id, caption, expected, api_key_id)
+            .await;
+        updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image.id)))
     }
 
     /// Says what is done to an image's colours; with an expected revision only at that revision.

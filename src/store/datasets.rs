@@ -1,7 +1,9 @@
 //! Rows of datasets and their subsets; those of images are in `datasets/images.rs`.
 
+mod captions;
 mod correction;
 mod images;
+mod tags;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -19,9 +21,11 @@ use uuid::Uuid;
 use super::rows::{dataset, image, run, subset};
 use super::{Store, StoreError, now_ms, time_of};
 
+pub use captions::{CaptionChange, CaptionEdit, ChangeKind, Undone};
 pub use correction::Correction;
 pub(super) use images::change_captions;
 pub use images::{AddedImage, Image, ImageName, NewImage};
+pub use tags::{ImageFilter, tags_of};
 pub use training::{SubsetAugment, SubsetCaptions, SubsetTraining};
 
 /// A named set of subsets.
@@ -358,8 +362,8 @@ async fn lock<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), Sto
     row.map(|_| ()).ok_or(StoreError::NotFound)
 }
 
-/// Counts a change of a dataset.
-async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), StoreError> {
+/// Counts a change of a dataset, and tells its revision.
+async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<i64, StoreError> {
     lock(write, dataset_id).await?; // so that no change is counted once for two
     let row = dataset::Entity::find_by_id(dataset_id).one(write).await?;
     let row = row.ok_or(StoreError::NotFound)?;
@@ -368,7 +372,7 @@ async fn touch<C: ConnectionTrait>(write: &C, dataset_id: Uuid) -> Result<(), St
     row.revision = Set(revision);
     row.updated_at_ms = Set(now_ms());
     row.update(write).await?;
-    Ok(())
+    Ok(revision)
 }
 
 fn check_revision(expected: Option<i64>, found: i64) -> Result<(), StoreError> {

@@ -91,7 +91,7 @@ impl TrainingSet {
             .collect();
         let medians: Result<Vec<_>, _> = images
             .par_iter()
-            .map(|image| Ok(Tones::of(&decode(&image.path)?).medians()))
+            .map(|image| Ok(Tones::of(&decode(&image.path, image.background)?).medians()))
             .collect();
         medians
             .map(|medians| set_median(&medians))

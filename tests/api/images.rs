@@ -65,7 +65,7 @@ fn a_caption_is_patched_at_its_revision() {
         .problem(422, "invalid_body");
     assert_eq!(unknown["errors"][0]["pointer"], "/captoin");
     let lines = service
-        .patch(&path, None, &json!({"caption": "a\nb"}))
+        .patch(&path, None, &json!({"caption": "a\rb"}))
         .problem(422, "invalid_caption");
     assert_eq!(lines["errors"][0]["pointer"], "/caption");
     let long = service.patch(&path, None, &json!({"caption": "x".repeat(70_000)}));

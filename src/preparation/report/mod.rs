@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use uuid::Uuid;
 
 use super::measures::Measured;
-use crate::dataloader::{Augment, BucketSettings, EpochPlan, TrainingImage};
+use crate::dataloader::{Augment, BucketSettings, CaptionSettings, EpochPlan, TrainingImage};
 use crate::store::datasets::{Dataset, Image, Subset};
 
 /// Images that a finding names; it counts all of them.
@@ -262,6 +262,8 @@ fn bucket_uses(
             caption: String::new(),
             repeats: entry.subset.repeats,
             regularization: entry.subset.is_reg,
+            captioning: CaptionSettings::default(),
+            background: None,
             augment: Augment::default(),
             correction: None,
         })

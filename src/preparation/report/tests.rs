@@ -5,6 +5,7 @@ use time::OffsetDateTime;
 
 use super::*;
 use crate::preparation::Measures;
+use crate::store::datasets::SubsetTraining;
 
 struct Maker(ReportInput);
 
@@ -83,6 +84,8 @@ impl Maker {
             height_px: size.1,
             caption: caption.map(str::to_owned),
             color_correction: None,
+            has_alpha: false,
+            background: None,
             revision: 1,
             created_at: OffsetDateTime::UNIX_EPOCH,
             updated_at: OffsetDateTime::UNIX_EPOCH,
@@ -95,6 +98,7 @@ impl Maker {
             is_reg,
             instance_prompt: (!is_reg && subset == "10_lumo").then(|| "lumo".to_owned()),
             class_prompt: None,
+            training: SubsetTraining::default(),
             revision: 1,
             created_at: OffsetDateTime::UNIX_EPOCH,
         };

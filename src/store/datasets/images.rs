@@ -11,9 +11,13 @@ use time::OffsetDateTime;
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
-use super::{Correction, Subset, check_revision, row_count, row_int, touch};
+use super::captions::{Author, ChangeKind, write_caption};
+use super::{Correction, ImageFilter, Subset, check_revision, row_count, row_int, touch};
 use crate::store::rows::{image, subset};
 use crate::store::{Store, StoreError, now_ms, time_of};
+
+/// Images that are looked through for words at once.
+const LOOKED_THROUGH_AT_ONCE: u64 = 500;
 
 /// An image and its caption. The content is the blob of `sha256`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +88,11 @@ impl Store {
         images: Vec<NewImage>,
     ) -> Result<Vec<AddedImage>, StoreError> {
         let write = self.begin().await?;
-        touch(&write, dataset_id).await?;
+        let author = Author {
+            kind: ChangeKind::Upload,
+            revision: touch(&write, dataset_id).await?,
+            api_key_id: None,
+        };
         let mut added = Vec::with_capacity(images.len());
         for new in images {
             let present = image::Entity::find()
@@ -96,7 +104,7 @@ impl Store {
                 Some(row) => {
                     let id = row.id;
                     let row = match new.caption {
-                        Some(caption) => write_caption(&write, row, Some(caption)).await?,
+                        Some(caption) => write_caption(&write, row, Some(caption), &author).await?,
                         None => row,
                     };
                     if new.background.is_some() && new.background != row.background {
@@ -111,35 +119,61 @@ impl Store {
         Ok(added)
     }
 
-    /// A dataset's images after `after`, oldest first; of one subset, if it is given.
+    /// A dataset's images after `after` that a filter means, oldest first.
     ///
     /// # Errors
     /// When the database fails. A missing dataset has no images.
     pub async fn list_images(
         &self,
         dataset_id: Uuid,
-        subset_id: Option<Uuid>,
-        after: Option<Uuid>,
+        filter: &ImageFilter,
+        mut after: Option<Uuid>,
         limit: u64,
     ) -> Result<Vec<Image>, StoreError> {
+        let at_once = match filter.has_words() {
+            true => limit.max(LOOKED_THROUGH_AT_ONCE),
+            false => limit,
+        };
+        let mut found = Vec::new();
+        loop {
+            let rows = self.image_rows(dataset_id, filter, after, at_once).await?;
+            after = rows.last().map(|row| row.id);
+            let is_end = (rows.len() as u64) < at_once;
+            let subsets = self.subsets_by_id(dataset_id).await?;
+            let named = rows.into_iter().filter_map(|row| {
+                let name = subsets.get(&row.subset_id)?.name.clone();
+                Some(Image::of(row, name))
+            });
+            found.extend(named.filter(|image| filter.matches(image)));
+            if is_end || found.len() as u64 >= limit {
+                found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Rows that a filter means, as far as a database can tell.
+    async fn image_rows(
+        &self,
+        dataset_id: Uuid,
+        filter: &ImageFilter,
+        after: Option<Uuid>,
+        limit: u64,
+    ) -> Result<Vec<image::Model>, StoreError> {
         let mut query = image::Entity::find().filter(image::Column::DatasetId.eq(dataset_id));
-        if let Some(subset_id) = subset_id {
+        if let Some(subset_id) = filter.subset_id {
             query = query.filter(image::Column::SubsetId.eq(subset_id));
         }
+        query = match filter.captioned {
+            Some(true) => query.filter(image::Column::Caption.is_not_null()),
+            Some(false) => query.filter(image::Column::Caption.is_null()),
+            None => query,
+        };
         if let Some(after) = after {
             query = query.filter(image::Column::Id.gt(after));
         }
-        let rows = query
-            .order_by_asc(image::Column::Id)
-            .limit(limit)
-            .all(&self.db)
-            .await?;
-        let subsets = self.subsets_by_id(dataset_id).await?;
-        let named = rows.into_iter().filter_map(|row| {
-            let name = subsets.get(&row.subset_id)?.name.clone();
-            Some(Image::of(row, name))
-        });
-        Ok(named.collect())
+        let query = query.order_by_asc(image::Column::Id).limit(limit);
+        Ok(query.all(&self.db).await?)
     }
 
     /// Every image of a dataset with its subset, oldest first: what a run trains on.
@@ -212,13 +246,21 @@ impl Store {
         image_id: Uuid,
         caption: Option<String>,
         expected_revision: Option<i64>,
+        api_key_id: Option<Uuid>,
     ) -> Result<Image, StoreError> {
         let write = self.begin().await?;
         let row = image::Entity::find_by_id(image_id).one(&write).await?;
         let row = row.ok_or(StoreError::NotFound)?;
         check_revision(expected_revision, row.revision)?;
-        touch(&write, row.dataset_id).await?;
-        let row = write_caption(&write, row, caption).await?;
+        if row.caption == caption {
+            return named(&write, row).await; // the dataset has not changed either
+        }
+        let author = Author {
+            kind: ChangeKind::Edit,
+            revision: touch(&write, row.dataset_id).await?,
+            api_key_id,
+        };
+        let row = write_caption(&write, row, caption, &author).await?;
         let image = named(&write, row).await?;
         write.commit().await?;
         Ok(image)
@@ -265,10 +307,46 @@ impl Store {
         captions: Vec<(Uuid, String)>,
     ) -> Result<(), StoreError> {
         let write = self.begin().await?;
-        touch(&write, dataset_id).await?;
+        let author = Author {
+            kind: ChangeKind::Upload,
+            revision: touch(&write, dataset_id).await?,
+            api_key_id: None,
+        };
         for (image_id, caption) in captions {
             if let Some(row) = image::Entity::find_by_id(image_id).one(&write).await? {
-                write_caption(&write, row, Some(caption)).await?;
+                write_caption(&write, row, Some(caption), &author).await?;
+            }
+        }
+        Ok(write.commit().await?)
+    }
+
+    /// Gives images of a dataset the names and captions that they had elsewhere, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when there is no such dataset, or when the database fails.
+    pub async fn restore_images(
+        &self,
+        dataset_id: Uuid,
+        images: Vec<(Uuid, String, Option<String>)>,
+    ) -> Result<(), StoreError> {
+        let write = self.begin().await?;
+        let author = Author {
+            kind: ChangeKind::Upload,
+            revision: touch(&write, dataset_id).await?,
+            api_key_id: None,
+        };
+        for (image_id, file_name, caption) in images {
+            let row = image::Entity::find_by_id(image_id).one(&write).await?;
+            let Some(row) = row.filter(|row| row.dataset_id == dataset_id) else {
+                continue;
+            };
+            let row = write_caption(&write, row, caption, &author).await?;
+            if row.file_name != file_name {
+                let row = image::ActiveModel {
+                    file_name: Set(file_name),
+                    ..row.into()
+                };
+                row.update(&write).await?;
             }
         }
         Ok(write.commit().await?)
@@ -315,7 +393,7 @@ pub(in crate::store) async fn change_captions<C: ConnectionTrait>(
     ids: &[Uuid],
     mut decide: impl FnMut(usize, Option<Option<&str>>) -> Option<String>,
 ) -> Result<(), StoreError> {
-    let mut touched = false;
+    let mut author = None;
     for (index, id) in ids.iter().enumerate() {
         let row = image::Entity::find_by_id(*id)
             .filter(image::Column::DatasetId.eq(dataset_id))
@@ -325,33 +403,18 @@ pub(in crate::store) async fn change_captions<C: ConnectionTrait>(
         if let (Some(row), Some(caption)) = (row, caption)
             && row.caption.as_deref() != Some(&caption)
         {
-            if !touched {
-                touch(write, dataset_id).await?;
-                touched = true;
-            }
-            write_caption(write, row, Some(caption)).await?;
+            let author = match &mut author {
+                Some(author) => author,
+                none => none.insert(Author {
+                    kind: ChangeKind::Captioner,
+                    revision: touch(write, dataset_id).await?,
+                    api_key_id: None,
+                }),
+            };
+            write_caption(write, row, Some(caption), author).await?;
         }
     }
     Ok(())
-}
-
-/// A caption that says the same is no change: the revision, and with it the ETag, stays.
-async fn write_caption<C: ConnectionTrait>(
-    write: &C,
-    row: image::Model,
-    caption: Option<String>,
-) -> Result<image::Model, StoreError> {
-    if row.caption == caption {
-        return Ok(row);
-    }
-    let revision = row.revision + 1;
-    let row = image::ActiveModel {
-        caption: Set(caption),
-        revision: Set(revision),
-        updated_at_ms: Set(now_ms()),
-        ..row.into()
-    };
-    Ok(row.update(write).await?)
 }
 
 async fn write_background<C: ConnectionTrait>(

@@ -3,7 +3,9 @@
 use sea_orm::EntityTrait as _;
 use uuid::Uuid;
 
-use super::{AddedImage, NewImage, SubsetAugment, SubsetHints, SubsetSettings, SubsetTraining};
+use super::{
+    AddedImage, ImageFilter, NewImage, SubsetAugment, SubsetHints, SubsetSettings, SubsetTraining,
+};
 use crate::store::StoreError;
 use crate::store::rows::run;
 use crate::store::runs::NewRun;
@@ -208,12 +210,16 @@ async fn the_same_content_is_one_image_of_a_subset() {
         (2, 3, 1, 2)
     );
 
+    let of = |subset_id| ImageFilter {
+        subset_id: Some(subset_id),
+        ..ImageFilter::default()
+    };
     let page = store
-        .list_images(dataset, Some(one), None, 1)
+        .list_images(dataset, &of(one), None, 1)
         .await
         .expect("a page");
     let rest = store
-        .list_images(dataset, Some(one), Some(page[0].id), 5)
+        .list_images(dataset, &of(one), Some(page[0].id), 5)
         .await
         .expect("a page");
     assert_eq!(
@@ -238,7 +244,7 @@ async fn captions_change_at_their_revision() {
     let image = ids(&added)[0];
     let set = async |caption: Option<&str>, expected| {
         store
-            .set_caption(image, caption.map(str::to_owned), expected)
+            .set_caption(image, caption.map(str::to_owned), expected, None)
             .await
     };
     assert_eq!(set(Some("one"), Some(1)).await.expect("set").revision, 2);

@@ -28,7 +28,7 @@ impl Trainer<'_> {
                 let (states, traces) = encoders.encode_kept(captions, self.clip_skip, self.keep);
                 (states, Some(traces))
             }
-            given => (self.encode(given), None),
+            given => (self.encode(given)?, None),
         };
         let condition = states.with_sizes(&batch.time_ids);
         times.text_encoder_s += self.seconds_since(started)?;

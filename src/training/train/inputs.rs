@@ -204,7 +204,6 @@ pub(super) struct BatchSource<'a> {
 impl<'a> BatchSource<'a> {
     pub(super) fn new(
         settings: &'a TrainSettings,
-        data: &'a TrainingSet,
         selection: &'a Selection,
         inputs: &'a Inputs,
         schedule_steps: usize,

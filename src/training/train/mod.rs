@@ -94,7 +94,7 @@ pub fn train(
     network.detach(model);
     let inputs = Inputs::prepare(model, data, settings, &selection, &device, &mut reporter)?;
     let schedule_steps = model.schedule.len();
-    let source = BatchSource::new(settings, data, &selection, &inputs, schedule_steps, &device);
+    let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
 
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
     let base_model = base_model_record(&data.base_model).map_err(|source| {
