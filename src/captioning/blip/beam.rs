@@ -235,11 +235,11 @@ mod tests {
     fn a_second_best_token_may_begin_the_best_caption() {
         // Behind 1 all is equally probable, behind 2 the end is certain.
         let mut search = BeamSearch::new(&[3], rules(2));
-        search.advance(&[&[-9.0, 0.1, 0.0, -9.0]; 2]);
+        search.advance(&[&[-9.0, 0.1, 0.0, -9.0][..]; 2]);
         assert_eq!(search.running().collect::<Vec<_>>(), [(0, 1), (0, 2)]);
-        search.advance(&[&[0.0; 4], &[9.0, 0.0, 0.0, 0.0]]);
+        search.advance(&[&[0.0; 4][..], &[9.0, 0.0, 0.0, 0.0][..]]);
         while !search.is_done() {
-            search.advance(&[&[0.0; 4]; 2]);
+            search.advance(&[&[0.0; 4][..]; 2]);
         }
         assert_eq!(search.best().0, [3, 2, 0]);
     }
@@ -249,7 +249,7 @@ mod tests {
         let mut search = BeamSearch::new(&[3], rules(3));
         for _ in 0..4 {
             if !search.is_done() {
-                search.advance(&[&[f32::NAN; 4]; 3]);
+                search.advance(&[&[f32::NAN; 4][..]; 3]);
             }
         }
         assert!(search.is_done());

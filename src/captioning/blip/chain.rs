@@ -29,7 +29,7 @@ pub struct Nucleus {
     /// Below 1 makes probable tokens more probable.
     pub temperature: f32,
     /// Decides.
-    pub random: ChaCha12Rng,
+    pub random: Box<ChaCha12Rng>,
 }
 
 /// A caption that grows.
@@ -89,14 +89,14 @@ impl Nucleus {
 }
 
 /// The random numbers of a picture: the same for the same pixels, whatever is captioned before or beside it.
-pub fn generator(seed: u64, size: (u32, u32), pixels: &[u8]) -> ChaCha12Rng {
+pub fn generator(seed: u64, size: (u32, u32), pixels: &[u8]) -> Box<ChaCha12Rng> {
     let mut key = Sha256::new();
     key.update(b"caption");
     key.update(seed.to_le_bytes());
     key.update(size.0.to_le_bytes());
     key.update(size.1.to_le_bytes());
     key.update(pixels);
-    ChaCha12Rng::from_seed(key.finalize().into())
+    Box::new(ChaCha12Rng::from_seed(key.finalize().into()))
 }
 
 #[cfg(test)]
