@@ -18,7 +18,7 @@ pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
         let values = area(&square, width, height);
         values
             .into_iter()
-            .map(|value| value.round_ties_even())
+            .map(f32::round_ties_even)
             .collect()
     } else {
         lanczos(&square, width, height)
