@@ -16,10 +16,7 @@ pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
     image::imageops::replace(&mut square, picture, left.into(), top.into());
     let bytes = if side as usize > width.max(height) {
         let values = area(&square, width, height);
-        values
-            .into_iter()
-            .map(f32::round_ties_even)
-            .collect()
+        values.into_iter().map(f32::round_ties_even).collect()
     } else {
         lanczos(&square, width, height)
     };

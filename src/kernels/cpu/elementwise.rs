@@ -228,6 +228,15 @@ vectorised! {
 }
 
 vectorised! {
+    /// `y = x · Φ(x)`
+    pub fn gelus(x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = gelu(*x);
+        }
+    }
+}
+
+vectorised! {
     /// `y = x · sigmoid(1.702 x)`
     pub fn quick_gelu(x: &[f32], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
