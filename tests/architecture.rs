@@ -79,7 +79,8 @@ const MAY_USE: [(&str, &[&str]); 22] = [
 ];
 
 /// Where a crate, or a word, may appear.
-const KNOWN_IN: [(&str, &[&str]); 10] = [
+const KNOWN_IN: [(&str, &[&str]); 11] = [
+    ("tract_onnx", &["src/captioning/taggers/"]),
     ("actix_cors", &["src/api/"]),
     ("actix_web", &["src/api/"]),
     ("utoipa", &["src/api/"]),

@@ -161,13 +161,12 @@ pub struct BlipOptions {
     #[schema(minimum = 0, maximum = 1)]
     pub top_p: f64,
     /// Of nucleus sampling: at most so many tokens; `null` for any number.
-    #[schema(minimum = 1, maximum = 100000)]
+    #[schema(minimum = 1)]
     pub top_k: Option<u32>,
     /// Of nucleus sampling: below 1 makes probable tokens more probable.
     #[schema(minimum = 0.01, maximum = 100)]
     pub temperature: f64,
     /// Of nucleus sampling: the same seed draws the same caption for the same picture.
-    #[schema(maximum = 9007199254740991_u64)]
     pub seed: u64,
     /// The least tokens of a caption, those of the prompt included.
     #[schema(minimum = 0, maximum = 512)]

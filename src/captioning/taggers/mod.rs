@@ -163,12 +163,10 @@ impl Tagger {
         if picture.width() == 0 || picture.height() == 0 {
             return Err(CaptionError::Picture("it is empty".to_owned()));
         }
-        match self.kind {
-            TaggerKind::Wd14 => {
-                prepare::for_wd(picture, width, height).map_err(CaptionError::Picture)
-            }
-            TaggerKind::DeepDanbooru => Ok(prepare::for_deepdanbooru(picture, width, height)),
-        }
+        Ok(match self.kind {
+            TaggerKind::Wd14 => prepare::for_wd(picture, width, height),
+            TaggerKind::DeepDanbooru => prepare::for_deepdanbooru(picture, width, height),
+        })
     }
 
     /// The probability of every tag, in the order of the list.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as Size;
 use tract_onnx::pb::type_proto::Value as Kind;
-use tract_onnx::pb::{GraphProto, ModelProto, TensorProto, ValueInfoProto};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use tract_onnx::prelude::*;
 
 use crate::captioning::CaptionError;
@@ -120,7 +120,10 @@ fn read(path: &Path, fallback: (usize, usize)) -> Result<Network, String> {
         ));
     }
     let onnx = tract_onnx::onnx();
-    let proto = onnx.proto_model_for_read(&mut file).map_err(words)?;
+    let mut proto = onnx.proto_model_for_read(&mut file).map_err(words)?;
+    if let Some(graph) = &mut proto.graph {
+        floor_modulos(graph);
+    }
     let graph = proto.graph.as_ref().ok_or("holds no network")?;
     check_size(graph)?;
     let input = input_of(graph, fallback)?;
@@ -160,6 +163,40 @@ fn build(
     let model = parsed.model.with_input_fact(0, fact).map_err(words)?;
     let first = model.outputs.first().copied().ok_or("gives nothing")?;
     model.with_output_outlets(&[first]).map_err(words)
+}
+
+/// The remainder of ONNX has the sign of its divisor, tract's that of its dividend: `mod(mod(a, b) + b, b)` is the same
+/// with either. tf2onnx writes rolled windows with it.
+fn floor_modulos(graph: &mut GraphProto) {
+    let nodes = std::mem::take(&mut graph.node);
+    for mut node in nodes {
+        let has_sign_of_dividend = node
+            .attribute
+            .iter()
+            .any(|attribute| attribute.name == "fmod" && attribute.i != 0);
+        let ([_, divisor], [_]) = (node.input.as_slice(), node.output.as_slice()) else {
+            graph.node.push(node);
+            continue;
+        };
+        if node.op_type != "Mod" || has_sign_of_dividend {
+            graph.node.push(node);
+            continue;
+        }
+        let divisor = divisor.clone();
+        let output = node.output[0].clone();
+        let step = |number: u32| format!("{output}/floored/{number}");
+        let make = |op_type: &str, input: String, output: String| NodeProto {
+            name: output.clone(),
+            op_type: op_type.to_owned(),
+            input: vec![input, divisor.clone()],
+            output: vec![output],
+            ..NodeProto::default()
+        };
+        let sum = make("Add", step(1), step(2));
+        let last = make("Mod", step(2), output.clone());
+        node.output = vec![step(1)];
+        graph.node.extend([node, sum, last]);
+    }
 }
 
 /// How many operations and how many bytes of weights elsewhere there are.
@@ -231,8 +268,8 @@ fn input_of(graph: &GraphProto, fallback: (usize, usize)) -> Result<PictureInput
     let sides: Vec<Option<usize>> = shape
         .dim
         .iter()
-        .map(|side| match side.value {
-            Some(Size::DimValue(size)) => usize::try_from(size).ok().filter(|size| *size > 0),
+        .map(|side| match &side.value {
+            Some(Size::DimValue(size)) => usize::try_from(*size).ok().filter(|size| *size > 0),
             _ => None,
         })
         .collect();

@@ -2,34 +2,25 @@
 
 use std::ops::Range;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::{Rgb, RgbImage};
 
 /// Prepares a picture for a WD tagger: white on both sides until it is a square, averaged areas when it shrinks, Lanczos
 /// (Pillow's) when it grows; BGR, 0 to 255.
 ///
 /// As `tag_images_by_wd14_tagger.py` of sd-scripts.
-///
-/// # Errors
-/// When the picture is empty.
-pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Result<Vec<f32>, String> {
+pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
     let side = picture.width().max(picture.height());
     let mut square = RgbImage::from_pixel(side, side, Rgb([255; 3]));
     let left = (side - picture.width()) / 2;
     let top = (side - picture.height()) / 2;
     image::imageops::replace(&mut square, picture, left.into(), top.into());
-    let target = (pixels(width), pixels(height));
-    let bytes = if side > target.0.max(target.1) {
+    let bytes = if side as usize > width.max(height) {
         let values = area(&square, width, height);
-        values
-            .into_iter()
-            .map(|value| value.round_ties_even())
-            .collect()
+        values.into_iter().map(f32::round_ties_even).collect()
     } else {
-        lanczos(&square, target)?
+        lanczos(&square, width, height)
     };
-    Ok(bgr(bytes))
+    bgr(bytes)
 }
 
 /// Prepares a picture for DeepDanbooru: as large as fits, by averaged areas also when it grows, in the middle, its edges
@@ -127,20 +118,74 @@ fn covered(source: usize, target: usize) -> Vec<(usize, Vec<f32>)> {
         .collect()
 }
 
-fn lanczos(picture: &RgbImage, (width, height): (u32, u32)) -> Result<Vec<f32>, String> {
-    let (own_width, own_height) = picture.dimensions();
-    let source = ImageRef::new(own_width, own_height, picture.as_raw(), PixelType::U8x3)
-        .map_err(|error| error.to_string())?;
-    let mut target = Image::new(width, height, PixelType::U8x3);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
-    Resizer::new()
-        .resize(&source, &mut target, &options)
-        .map_err(|error| error.to_string())?;
-    Ok(target
-        .buffer()
+/// Pillow's Lanczos with three lobes to the bit, for pictures that do not shrink: a pass along the rows, one along the
+/// columns, each with whole-number weights and bytes as its result.
+fn lanczos(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
+    let (own_width, own_height) = (picture.width() as usize, picture.height() as usize);
+    let source: Vec<i64> = picture
+        .as_raw()
         .iter()
-        .map(|byte| f32::from(*byte))
-        .collect())
+        .map(|byte| i64::from(*byte))
+        .collect();
+    let columns = lanczos_weights(own_width, width);
+    let mut narrow = Vec::with_capacity(width * own_height * 3);
+    for line in source.chunks_exact(own_width * 3) {
+        for (first, weights) in &columns {
+            for channel in 0..3 {
+                let values = line[first * 3 + channel..].iter().step_by(3);
+                narrow.push(weighed(values, weights));
+            }
+        }
+    }
+    let stride = width * 3;
+    let mut target = Vec::with_capacity(stride * height);
+    for (first, weights) in &lanczos_weights(own_height, height) {
+        for column in 0..stride {
+            let values = narrow[first * stride + column..].iter().step_by(stride);
+            target.push(weighed(values, weights) as f32);
+        }
+    }
+    target
+}
+
+/// Fractions of a weight.
+const WEIGHT_BITS: u32 = 22;
+
+fn weighed<'a>(values: impl Iterator<Item = &'a i64>, weights: &[i64]) -> i64 {
+    let half = 1 << (WEIGHT_BITS - 1);
+    let sum = values
+        .zip(weights)
+        .fold(half, |sum, (value, weight)| sum + value * weight);
+    (sum >> WEIGHT_BITS).clamp(0, 255)
+}
+
+/// For each target position the first source position that counts, and the weights of that and those after it.
+fn lanczos_weights(source: usize, target: usize) -> Vec<(usize, Vec<i64>)> {
+    const LOBES: f64 = 3.0;
+    let sinc = |x: f64| match x * std::f64::consts::PI {
+        0.0 => 1.0,
+        x => x.sin() / x,
+    };
+    let lobes = |x: f64| match (-LOBES..LOBES).contains(&x) {
+        true => sinc(x) * sinc(x / LOBES),
+        false => 0.0,
+    };
+    let scale = source as f64 / target as f64;
+    (0..target)
+        .map(|index| {
+            let centre = (index as f64 + 0.5) * scale;
+            let first = (centre - LOBES + 0.5).max(0.0) as usize;
+            let end = ((centre + LOBES + 0.5) as usize).min(source);
+            let weights: Vec<f64> = (first..end)
+                .map(|at| lobes(at as f64 - centre + 0.5))
+                .collect();
+            let whole: f64 = weights.iter().sum();
+            let fixed = |weight: &f64| {
+                (weight / whole * f64::from(1 << WEIGHT_BITS)).round() as i64 // half away from 0
+            };
+            (first, weights.iter().map(fixed).collect())
+        })
+        .collect()
 }
 
 fn bgr(mut values: Vec<f32>) -> Vec<f32> {
@@ -148,9 +193,4 @@ fn bgr(mut values: Vec<f32>) -> Vec<f32> {
         pixel.swap(0, 2);
     }
     values
-}
-
-/// Sides of networks are far below 2³².
-fn pixels(side: usize) -> u32 {
-    u32::try_from(side).unwrap_or(u32::MAX)
 }

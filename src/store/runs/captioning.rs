@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 
-use sea_orm::sea_query::Expr;
 use sea_orm::{
     ColumnTrait as _, EntityTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _, Set,
 };
@@ -274,7 +273,7 @@ impl Store {
     ) -> Result<Vec<Run>, StoreError> {
         let mut query = find()
             .filter(run::Column::DatasetId.eq(dataset))
-            .filter(Expr::col(run::Column::Captioner).is_not_null())
+            .filter(run::Column::Captioner.is_not_null())
             .order_by_asc(run::Column::Id)
             .limit(limit);
         if let Some(after) = after {
