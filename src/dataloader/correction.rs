@@ -77,15 +77,17 @@ impl Tones {
         };
         let total: u64 = (0..256).map(count).sum();
         let allowed = (total as f64 * CLIPPED) as u64;
-        let end = |values: &mut dyn Iterator<Item = usize>| {
+        let end = |values: &[usize]| {
             let mut cut = 0;
-            values.find(|value| {
-                cut += count(*value);
+            let found = values.iter().find(|value| {
+                cut += count(**value);
                 cut > allowed
-            })
+            });
+            found.copied()
         };
-        let low = end(&mut (0..256)).unwrap_or(0);
-        let high = end(&mut (0..256).rev()).unwrap_or(255);
+        let rising: Vec<usize> = (0..256).collect();
+        let falling: Vec<usize> = (0..256).rev().collect();
+        let (low, high) = (end(&rising).unwrap_or(0), end(&falling).unwrap_or(255));
         (low, high)
     }
 }

@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_laplacian_is_worked_out_by_hand() {
-        // 3 x 4: two inner pixels, 4·1 − 0 = … : only the pixel of 10 has brightness.
+        // 3 × 4: two inner pixels, and brightness in one of them alone.
         let mut luma = vec![0.0; 12];
         luma[4] = 10.0; // row 1, column 1
         // Laplacians −40 (itself) and +10 (below it): mean −15, variance 625.

@@ -218,43 +218,50 @@ impl PreparationService {
             return Ok(measured);
         }
         let missing = missing.into_iter().map(str::to_owned).collect();
-        let new = self
-            .measure(missing, Some(Instant::now() + PATIENCE))
-            .await?;
+        let new = self.measure(missing).await?;
         measured.extend(new);
         Ok(measured)
     }
 
-    /// Measures pictures until a moment, and keeps what was found.
+    /// Measures pictures for a while, and keeps what was found.
     async fn measure(
         &self,
         missing: Vec<String>,
-        until: Option<Instant>,
     ) -> Result<Vec<(String, Measured)>, PreparationError> {
-        let in_time = || until.is_none_or(|until| Instant::now() < until);
+        let until = Instant::now() + PATIENCE;
         let found: Vec<_> = stream::iter(missing)
-            .map(async |sha256| {
-                let _place = self.gate.acquire().await.ok();
-                if !in_time() {
-                    return None;
-                }
-                let path = self.store.blobs().path(&sha256);
-                let measured = spawn_blocking(move || Measured::of(&path)).await;
-                Some(measured.map(|measured| (sha256, measured)))
-            })
+            .map(|sha256| self.measure_one(sha256, Some(until)))
             .buffer_unordered(AT_ONCE)
-            .filter_map(async |found| found)
             .collect()
             .await;
-        let found: Vec<(String, Measured)> = found.into_iter().collect::<Result<_, _>>()?;
+        let found: Vec<Option<_>> = found.into_iter().collect::<Result<_, _>>()?;
+        let found: Vec<(String, Measured)> = found.into_iter().flatten().collect();
+        self.keep(&found).await?;
+        Ok(found)
+    }
+
+    /// Measures one picture in its turn, unless that comes too late.
+    async fn measure_one(
+        &self,
+        sha256: String,
+        until: Option<Instant>,
+    ) -> Result<Option<(String, Measured)>, PreparationError> {
+        let _place = self.gate.acquire().await.ok();
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Ok(None);
+        }
+        let path = self.store.blobs().path(&sha256);
+        let measured = spawn_blocking(move || Measured::of(&path)).await?;
+        Ok(Some((sha256, measured)))
+    }
+
+    async fn keep(&self, found: &[(String, Measured)]) -> Result<(), PreparationError> {
         let rows = found.iter().filter_map(|(sha256, measured)| {
             let json = serde_json::to_string(measured).ok()?;
             Some((sha256.clone(), json))
         });
-        self.store
-            .keep_picture_measures(FORMAT, rows.collect())
-            .await?;
-        Ok(found)
+        let rows: Vec<_> = rows.collect();
+        Ok(self.store.keep_picture_measures(FORMAT, rows).await?)
     }
 
     /// The median of a set's colours, as a run works it out; of the images that were measured, as long as not all are.
@@ -381,7 +388,8 @@ impl PreparationService {
         let missing: HashSet<String> = missing.into_iter().collect();
         let any = !missing.is_empty();
         for sha256 in missing {
-            self.measure(vec![sha256], None).await?;
+            let found = self.measure_one(sha256, None).await?;
+            self.keep(found.as_slice()).await?;
         }
         Ok(any)
     }

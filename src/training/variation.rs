@@ -11,11 +11,6 @@ impl Augment {
         self.color || self.random_crop
     }
 
-    /// Whether anything changes.
-    pub fn is_on(self) -> bool {
-        self != Self::default()
-    }
-
     /// What is drawn for one showing: the picture's place in the batch of this number. `usual` is how it looks when
     /// nothing is drawn. Everything is drawn in any case, so that one setting does not change what another one gets.
     pub fn draw(self, seed: u64, number: u64, slot: usize, sha256: &str, usual: Look) -> Look {

@@ -151,11 +151,10 @@ fn add_finding(page: &mut String, finding: &Finding, pictures: &HashMap<Uuid, Ve
     );
     if !finding.images.is_empty() {
         page.push_str("<ul class=\"images\">\n");
-        let mut shown = 0;
         for image in shown_of(finding) {
             add_image(page, image, pictures);
-            shown += 1;
         }
+        let shown = finding.images.len().min(SHOWN_OF_A_FINDING) as u64;
         let more = finding.image_count.saturating_sub(shown);
         if more > 0 {
             add(

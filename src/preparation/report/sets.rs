@@ -13,7 +13,7 @@ const MANY: usize = 50;
 const MANY_OF_A_CHARACTER: usize = 30;
 
 pub(super) fn check(entries: &[Entry<'_>], settings: &ReportSettings) -> Vec<Finding> {
-    let mut findings = unreadable(entries);
+    let mut findings: Vec<Finding> = unreadable(entries).into_iter().collect();
     let mut subsets: BTreeMap<&str, usize> = BTreeMap::new();
     for entry in entries.iter().filter(|entry| !entry.subset.is_reg) {
         *subsets.entry(&entry.subset.name).or_default() += 1;
