@@ -21,7 +21,7 @@ use super::origin::Facts;
 use super::reporter::{Reporter, Stop};
 use super::spec::{RESUME, RunSpec, SnapshotImage};
 use super::state;
-use crate::dataloader::{Augment, TensorCache, TrainingImage};
+use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
 use crate::models::ModelCatalog;
@@ -523,7 +523,7 @@ pub(super) fn training_set(
             caption: image.caption,
             repeats: image.repeats,
             regularization: image.regularization,
-            augment: Augment::default(),
+            augment: spec.settings.augment,
             correction: image.color_correction,
         })
         .collect();

@@ -185,8 +185,7 @@ impl Workload {
             gradient_checkpointing: settings.gradient_checkpointing,
             picture_px: largest(pictures),
             preview_px: largest(previews),
-            encodes: (data.images.iter())
-                .any(|image| augment(settings.augment, &data.buckets, image).is_fresh()),
+            encodes: (data.images.iter()).any(|image| augment(&data.buckets, image).is_fresh()),
             chunks: settings.max_token_length.div_ceil(75).max(1) as f64,
             place,
             // On the CPU values stay f32 in memory, whatever is computed in.

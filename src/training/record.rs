@@ -49,7 +49,7 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     let buckets = &facts.set.buckets;
     let any = |changed: fn(Augment) -> bool| {
         let mut images = facts.train.iter();
-        images.any(|image| changed(augment(settings.augment, buckets, image)))
+        images.any(|image| changed(augment(buckets, image)))
     };
     TrainingRecord {
         output_name: settings.output_name.clone(),

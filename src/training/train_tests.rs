@@ -222,10 +222,14 @@ pub(super) fn run_with(
     let device = Device::flex();
     let mut network =
         LoraNetwork::create(&mut model, &settings.network, parts, settings.seed, &device)?;
+    let mut data = pictures(folder);
+    for image in &mut data.images {
+        image.augment = settings.augment;
+    }
     train(
         &mut model,
         &mut network,
-        &pictures(folder),
+        &data,
         settings,
         optimizer,
         &Constant,

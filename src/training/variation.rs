@@ -5,14 +5,13 @@ use rand::RngExt as _;
 use crate::dataloader::{Augment, BucketSettings, CropMode, Look, Tint, TrainingImage, Window};
 use crate::training::random::{Stream, generator};
 
-/// What may be changed about an image of a run: what its subset allows, and what the run allows for all of them.
-/// Regularization pictures change like the others, as with sd-scripts.
-pub fn augment(run: Augment, buckets: &BucketSettings, image: &TrainingImage) -> Augment {
+/// What may be changed about an image of a run; where it is cut, the run can say for all of them. Regularization pictures
+/// change like the others, as with sd-scripts.
+pub fn augment(buckets: &BucketSettings, image: &TrainingImage) -> Augment {
     let own = image.augment;
     Augment {
-        flip: own.flip || run.flip,
-        color: own.color || run.color,
-        random_crop: own.random_crop || run.random_crop || buckets.crop == CropMode::Random,
+        random_crop: own.random_crop || buckets.crop == CropMode::Random,
+        ..own
     }
 }
 

@@ -144,7 +144,7 @@ impl Inputs {
         let Selection { images, plan, .. } = selection;
         let looks = Looks::new(data)?;
         let mut encoder = LatentEncoder::new(model, device, data, looks.clone(), settings.seed);
-        let change = |image: &TrainingImage| augment(settings.augment, &data.buckets, image);
+        let change = |image: &TrainingImage| augment(&data.buckets, image);
         let latents = encode_all(&mut encoder, images, plan, change, |phase| {
             reporter.phase(phase)
         })?;
@@ -244,7 +244,7 @@ impl<'a> BatchSource<'a> {
         let index = batch.images[slot];
         let (image, seed) = (&self.images[index], self.settings.seed);
         let looks = &self.inputs.looks;
-        let augment: Augment = augment(self.settings.augment, self.buckets, image);
+        let augment: Augment = augment(self.buckets, image);
         let look = augment.draw(seed, number, slot, &image.sha256, looks.usual(image));
         if let Prepared::Kept { plain, flipped } = &self.inputs.latents[index] {
             let chosen = flipped.as_ref().filter(|_| look.flipped);
