@@ -4,7 +4,6 @@ pub mod auth;
 mod caption_operations;
 mod captioners;
 mod captioning;
-mod captioning;
 mod captioning_jobs;
 mod captioning_results;
 mod captioning_settings;

@@ -1,16 +1,15 @@
-//! Which changes a picture may go through each time it is shown.
+//! Which changes a picture's pixels may undergo from one showing to the next.
 
 use serde::{Deserialize, Serialize};
 
-/// What may be changed about a picture from one showing to the next; nothing by default. As sd-scripts' `flip_aug`,
-/// `color_aug` and `random_crop` of a subset.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Random changes of a picture, as sd-scripts has them. Everything is off by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Augment {
-    /// Mirror it left to right every other time.
+    /// Every second showing is mirrored left to right (`flip_aug`). It harms what is not symmetric: faces, letters.
     pub flip: bool,
-    /// Shift its hue or its brightness a little, one time in three.
+    /// Hue or gamma of every third showing are shifted a little (`color_aug`).
     pub color: bool,
-    /// Cut it anywhere instead of around its centre.
+    /// What does not fit into the bucket is cropped at a random place instead of evenly on both sides (`random_crop`).
     pub random_crop: bool,
 }

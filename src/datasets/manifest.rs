@@ -99,7 +99,7 @@ fn text_of(path: &Path) -> Option<Vec<u8>> {
     File::open(path)
         .and_then(|mut file| file.read_exact(&mut head))
         .ok()?;
-    if !archive::is_zip(&head) {
+    if archive::Kind::of(&head) != Some(archive::Kind::Zip) {
         return None;
     }
     let file = BufReader::new(File::open(path).ok()?);

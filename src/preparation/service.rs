@@ -18,7 +18,7 @@ use super::thumbnails::{self, Thumbnail, Thumbnails, fit_within};
 use crate::dataloader::{
     BucketSettings, ColorCorrection, CropMode, Look, Window, decode, frame, resize, set_median,
 };
-use crate::store::datasets::{Correction, Dataset, Image, Subset};
+use crate::store::datasets::{Correction, Dataset, Image, ImageFilter, Subset};
 use crate::store::{Store, StoreError};
 
 /// Pictures that are decoded at the same time; one can take half a gigabyte.
@@ -92,7 +92,7 @@ impl PreparationService {
         let dataset = self.dataset(dataset_id).await?;
         let images = self
             .store
-            .list_images(dataset_id, None, after, limit)
+            .list_images(dataset_id, &ImageFilter::default(), after, limit)
             .await?;
         let measured = match settings.crop {
             CropMode::Smart => self.measured(dataset_id, &images).await?,
