@@ -68,7 +68,7 @@ fn a_caption_is_patched_at_its_revision() {
         .patch(&path, None, &json!({"caption": "a\rb"}))
         .problem(422, "invalid_caption");
     assert_eq!(lines["errors"][0]["pointer"], "/caption");
-    let long = service.patch(&path, None, &json!({"caption": "x".repeat(70_000)}));
+    let long = service.patch(&path, None, &json!({"caption": "x".repeat(270_000)}));
     long.problem(422, "invalid_caption");
 }
 
