@@ -32,6 +32,8 @@ pub mod patch;
 pub mod plugins;
 pub mod problem;
 pub mod run_actions;
+pub mod run_dataset;
+mod run_export;
 pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
@@ -91,6 +93,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_plan::routes)
             .configure(run_actions::routes)
             .configure(run_provenance::routes)
+            .configure(run_dataset::routes)
             .configure(run_grids::routes)
             .configure(events::routes)
             .configure(run_logs::routes)
