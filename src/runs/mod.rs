@@ -32,7 +32,7 @@ pub use grid::{GridRequest, GridSpec};
 pub use origin::Difference;
 pub use pace::Pace;
 pub use pinned::{ComparedWith, DatasetDiff, PinnedDataset};
-pub use plan::{PlannedBucket, PlannedMemory, RunPlan};
+pub use plan::{PlannedBucket, PlannedMemory, PlannedSubset, RunPlan};
 pub use queue::{Place, room};
 pub use reproduction::{Mismatch, Reproduction};
 pub use service::{Extension, NewRunRequest, RunError, RunProblem, RunService};

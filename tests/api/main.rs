@@ -1,6 +1,7 @@
 //! The REST API as a client sees it: the real application on a port, a database file, requests over TCP.
 
 mod auth;
+mod captions;
 #[path = "../support/database.rs"]
 mod database;
 mod datasets;
