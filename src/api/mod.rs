@@ -40,6 +40,8 @@ mod previews;
 pub mod problem;
 mod reports;
 pub mod run_actions;
+pub mod run_dataset;
+mod run_export;
 pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
@@ -106,6 +108,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_plan::routes)
             .configure(run_actions::routes)
             .configure(run_provenance::routes)
+            .configure(run_dataset::routes)
             .configure(run_grids::routes)
             .configure(events::routes)
             .configure(run_logs::routes)

@@ -28,6 +28,8 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
 #[schema(example = json!({
     "device": "cpu", "images": 20, "images_per_epoch": 200, "batch_size": 2, "batches_per_epoch": 101,
     "gradient_accumulation_steps": 1, "steps_per_epoch": 101, "epochs": 10, "total_steps": 1010,
+    "subsets": [{"name": "10_lumo", "regularization": false, "images": 20, "repeats": 10, "images_per_epoch": 200}],
+    "formula": "10_lumo: 20 × 10 = 200; together 200 images an epoch; / batch size 2, rounded up in each bucket, = 101 batches = 101 steps an epoch; 10 epochs: 1010 steps",
     "buckets": [
         {"width_px": 448, "height_px": 576, "images": 1, "images_per_epoch": 9, "batches_per_epoch": 5},
         {"width_px": 512, "height_px": 512, "images": 19, "images_per_epoch": 191, "batches_per_epoch": 96}
@@ -57,6 +59,10 @@ pub struct RunPlan {
     pub epochs: u64,
     /// Optimizer steps.
     pub total_steps: u64,
+    /// What an epoch shows of each subset; held-out images are left out.
+    pub subsets: Vec<PlannedSubset>,
+    /// How the steps come about, in numbers: images × repeats / batch size × epochs.
+    pub formula: String,
     pub buckets: Vec<PlannedBucket>,
     /// Of the machine on the CPU, else of the device; `null` when the model cannot be measured.
     pub memory: Option<PlannedMemory>,
@@ -66,6 +72,19 @@ pub struct RunPlan {
     pub report_url: String,
     /// `null` as long as no run of the same base model, device and resolution has told its step time.
     pub duration: Option<PlannedDuration>,
+}
+
+/// What an epoch shows of a subset.
+#[derive(Serialize, ToSchema)]
+pub struct PlannedSubset {
+    pub name: String,
+    /// Regularization images are balanced as sd-scripts does: as many an epoch as there are others, those that are left
+    /// over are not used, missing ones are shown again.
+    pub regularization: bool,
+    pub images: u64,
+    pub repeats: u32,
+    /// Images × repeats; of regularization, what is left or repeated for the balance.
+    pub images_per_epoch: u64,
 }
 
 /// A size of pictures, and what has it.
@@ -156,6 +175,7 @@ impl RunPlan {
         report_url: String,
     ) -> Self {
         Self {
+            formula: plan.formula(batch_size, gradient_accumulation_steps),
             device: plan.device,
             images: plan.images,
             images_per_epoch: plan.images_per_epoch,
@@ -165,6 +185,7 @@ impl RunPlan {
             steps_per_epoch: plan.steps_per_epoch,
             epochs: plan.epochs,
             total_steps: plan.total_steps,
+            subsets: plan.subsets.into_iter().map(Into::into).collect(),
             buckets: plan.buckets.into_iter().map(Into::into).collect(),
             memory: plan.memory.map(Into::into),
             refusal: plan.refusal.map(|failure| RunFailure {
@@ -177,6 +198,18 @@ impl RunPlan {
                 step_time_s: pace.step_time_s,
                 run_id: pace.run_id,
             }),
+        }
+    }
+}
+
+impl From<domain::PlannedSubset> for PlannedSubset {
+    fn from(subset: domain::PlannedSubset) -> Self {
+        Self {
+            name: subset.name,
+            regularization: subset.regularization,
+            images: subset.images,
+            repeats: subset.repeats,
+            images_per_epoch: subset.images_per_epoch,
         }
     }
 }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::captions;
 use super::error::DatasetError;
+use super::export::{ExportImage, ExportSource, ExportSubset};
 use super::ingest;
 use super::limits::Limits;
 use super::prepare::{StagedFile, SubsetChoice};
@@ -292,6 +293,38 @@ impl DatasetService {
     ) -> Result<(), DatasetError> {
         let deleted = self.store.delete_image(image_id, expected).await;
         deleted.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
+    }
+
+    /// A dataset as it is now, to be exported.
+    ///
+    /// # Errors
+    /// [`DatasetError::DatasetNotFound`].
+    pub async fn export(&self, dataset_id: Uuid) -> Result<ExportSource, DatasetError> {
+        let (dataset, _) = self.get(dataset_id).await?;
+        let images = self.store.all_images(dataset_id).await?;
+        let subsets = self.store.list_subsets(dataset_id).await?;
+        let subset = |subset: Subset| ExportSubset {
+            name: subset.name,
+            repeats: subset.repeats,
+            is_reg: subset.is_reg,
+            instance_prompt: subset.instance_prompt,
+            class_prompt: subset.class_prompt,
+            training: subset.training,
+        };
+        let image = |(image, _): (Image, Subset)| ExportImage {
+            content: self.content_path(&image),
+            sha256: image.sha256,
+            file_name: image.file_name,
+            subset: image.subset_name,
+            caption: image.caption,
+        };
+        Ok(ExportSource {
+            dataset: dataset.name,
+            subsets: subsets.into_iter().map(subset).collect(),
+            images: images.into_iter().map(image).collect(),
+            general: Vec::new(),
+            datasets: Vec::new(),
+        })
     }
 
     /// Where an image's content is.

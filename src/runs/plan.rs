@@ -1,12 +1,12 @@
 //! What a run would do and take, told without starting it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use super::memory::MemoryPlan;
 use super::pace::{self, Pace};
 use super::service::{Checked, NewRunRequest, RunError, RunProblem, RunService};
 use super::worker::training_set;
-use crate::dataloader::EpochPlan;
+use crate::dataloader::{EpochPlan, TrainingImage};
 use crate::diffusion::devices::{self, DeviceInfo, DeviceSpec};
 use crate::store::runs::RunFailure;
 use crate::training::memory::Remedy;
@@ -29,6 +29,8 @@ pub struct RunPlan {
     pub epochs: u64,
     /// Optimizer steps.
     pub total_steps: u64,
+    /// Subsets that are trained on, by name.
+    pub subsets: Vec<PlannedSubset>,
     /// Sizes of pictures, and what has them.
     pub buckets: Vec<PlannedBucket>,
     /// Memory on the CPU; of a GPU its driver does not tell.
@@ -37,6 +39,21 @@ pub struct RunPlan {
     pub refusal: Option<RunFailure>,
     /// The time of a step, when an earlier run has told it.
     pub pace: Option<Pace>,
+}
+
+/// What an epoch shows of a subset.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedSubset {
+    /// Its name.
+    pub name: String,
+    /// Whether it is for regularization: then its pictures are as many as the others' together.
+    pub regularization: bool,
+    /// Pictures that may be trained on.
+    pub images: u64,
+    /// How often an epoch shows each, before regularization is balanced.
+    pub repeats: u32,
+    /// Pictures of an epoch: images × repeats, regularization balanced.
+    pub images_per_epoch: u64,
 }
 
 /// A size of pictures.
@@ -137,11 +154,67 @@ fn plan(
         steps_per_epoch: length.steps_per_epoch,
         epochs: length.epochs,
         total_steps: length.steps,
+        subsets: subsets(data, &images, &epoch),
         buckets,
         memory,
         refusal,
         pace,
     })
+}
+
+fn subsets(data: &TrainingSet, images: &[TrainingImage], epoch: &EpochPlan) -> Vec<PlannedSubset> {
+    let mut shown = vec![0_u64; images.len()];
+    for index in epoch.buckets().values().flatten() {
+        shown[*index] += 1;
+    }
+    let mut subsets: BTreeMap<&str, PlannedSubset> = BTreeMap::new();
+    for (image, shown) in images.iter().zip(shown) {
+        let name = data.subsets.get(&image.id).map_or("", String::as_str);
+        let subset = subsets.entry(name).or_insert_with(|| PlannedSubset {
+            name: name.to_owned(),
+            regularization: image.regularization,
+            images: 0,
+            repeats: image.repeats,
+            images_per_epoch: 0,
+        });
+        subset.images += 1;
+        subset.images_per_epoch += shown;
+    }
+    subsets.into_values().collect()
+}
+
+impl RunPlan {
+    /// How the steps come about, in numbers.
+    pub fn formula(&self, batch_size: u64, gradient_accumulation_steps: u64) -> String {
+        let of_subset = |subset: &PlannedSubset| {
+            let PlannedSubset {
+                name,
+                images,
+                repeats,
+                images_per_epoch,
+                ..
+            } = subset;
+            match subset.regularization {
+                true => format!("{name}: {images} × {repeats} balanced to {images_per_epoch}"),
+                false => format!("{name}: {images} × {repeats} = {images_per_epoch}"),
+            }
+        };
+        let subsets: Vec<String> = self.subsets.iter().map(of_subset).collect();
+        let accumulated = match gradient_accumulation_steps {
+            1 => String::new(),
+            steps => format!(" / {steps} accumulated"),
+        };
+        format!(
+            "{}; together {} images an epoch; / batch size {batch_size}, rounded up in each bucket, = {} \
+             batches{accumulated} = {} steps an epoch; {} epochs: {} steps",
+            subsets.join(", "),
+            self.images_per_epoch,
+            self.batches_per_epoch,
+            self.steps_per_epoch,
+            self.epochs,
+            self.total_steps,
+        )
+    }
 }
 
 fn buckets(epoch: &EpochPlan, batch_size: usize) -> Vec<PlannedBucket> {

@@ -87,8 +87,8 @@ pub struct SnapshotDataset {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotSubset {
-    /// Its id.
-    pub id: Uuid,
+    /// Its id; `None` of runs that have kept none.
+    pub id: Option<Uuid>,
     /// Its name.
     pub name: String,
     /// How often an epoch shows each image.

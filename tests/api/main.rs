@@ -2,6 +2,7 @@
 
 mod auth;
 mod captioning;
+mod captions;
 #[path = "../support/database.rs"]
 mod database;
 mod datasets;

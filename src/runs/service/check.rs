@@ -169,7 +169,7 @@ impl RunService {
 
 fn snapshot_subset(subset: Subset) -> SnapshotSubset {
     SnapshotSubset {
-        id: subset.id,
+        id: Some(subset.id),
         name: subset.name,
         repeats: subset.repeats,
         is_reg: subset.is_reg,
