@@ -114,7 +114,11 @@ impl Careless<'_> {
         let rank = self.dice.below(6);
         let dims: Vec<u64> = (0..rank)
             .map(|_| {
-                [1, 2, 3, 6, 0, u64::MAX][self.dice.below(if self.dice.0 % 9 == 0 { 6 } else { 4 })]
+                [1, 2, 3, 6, 0, u64::MAX][self.dice.below(if self.dice.0.is_multiple_of(9) {
+                    6
+                } else {
+                    4
+                })]
             })
             .collect();
         (dims, rank as u32)
