@@ -11,6 +11,7 @@ decoded to its end by the server. `sha256sum` and a copy with fsync of the same 
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import hashlib
 import http.client
@@ -102,8 +103,9 @@ class Watch:
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        while True:
-            self.most = max(self.most, memory_mb(self.pid, "RssAnon") or 0)
+        while pathlib.Path(f"/proc/{self.pid}/status").exists():
+            with contextlib.suppress(OSError):
+                self.most = max(self.most, memory_mb(self.pid, "RssAnon"))
             time.sleep(0.02)
 
     def take(self) -> str:

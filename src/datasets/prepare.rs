@@ -540,4 +540,34 @@ mod tests {
             ("1_cat_reg", Some(1), Some(true), None, Some("cat"))
         );
     }
+
+    /// Each of the inner archives could pass; together they are beyond what the outer one may unpack to.
+    #[test]
+    fn a_bomb_of_archives_is_refused_and_what_was_before_it_kept() {
+        use std::io::Write as _;
+        let zip = |entries: &[(&str, &[u8])]| {
+            let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+            for (name, content) in entries {
+                let options = zip::write::SimpleFileOptions::default();
+                writer.start_file(*name, options).expect("started");
+                writer.write_all(content).expect("written");
+            }
+            writer.finish().expect("finished").into_inner()
+        };
+        let inner = zip(&[("zeros.txt", &vec![0; 60 << 20])]);
+        let png = png();
+        let outer = zip(&[
+            ("good.png", &png),
+            ("a.zip", &inner),
+            ("b.zip", &inner),
+            ("c.zip", &inner),
+        ]);
+        let found = prepared(&[("bomb.zip", &outer)], &SubsetChoice::default());
+        assert_eq!(found.images.len(), 1);
+        let codes: Vec<_> = ["bomb.zip", "a.zip", "b.zip", "c.zip"]
+            .map(|name| code(&found, name))
+            .to_vec();
+        assert_eq!(codes, ["", "", "unpacks_too_large", "unpacks_too_large"]);
+        assert_eq!(code(&found, "a.zip/zeros.txt"), "too_large");
+    }
 }

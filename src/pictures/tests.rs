@@ -114,9 +114,20 @@ fn a_bomb_is_refused_before_it_is_unpacked() {
     bmp[18..26].copy_from_slice(&[0xff, 0x7f, 0, 0, 0xff, 0x7f, 0, 0]);
     let mut gif = encoded(&picture().into(), ImageFormat::Gif);
     gif[6..10].fill(0xff);
-    for bomb in [png, bmp, gif] {
+    let mut webp = encoded(&picture().into(), ImageFormat::WebP);
+    assert_eq!(&webp[12..16], b"VP8L");
+    webp[21..24].copy_from_slice(&[0xfe, 0xff, 0xff]); // 14 bits of width, 14 of height
+    let mut tiff = encoded(&picture().into(), ImageFormat::Tiff);
+    let directory = u32::from_le_bytes(tiff[4..8].try_into().expect("four")) as usize;
+    for entry in tiff[directory + 2..].chunks_mut(12).take(10) {
+        if matches!(entry[..2], [0 | 1, 1]) {
+            entry[2..4].copy_from_slice(&[4, 0]); // width and height, as 32-bit numbers
+            entry[8..12].copy_from_slice(&[0, 0, 1, 0]);
+        }
+    }
+    for bomb in [png, bmp, gif, webp, tiff] {
         let error = decode(&bomb, &DecodeLimits::default()).expect_err("a bomb");
-        assert_eq!(error.code(), "too_many_pixels", "{error}");
+        assert_eq!(error.code(), "too_many_pixels", "{:?}: {error}", &bomb[..4]);
     }
 }
 
