@@ -32,6 +32,9 @@ const BACKGROUND_PAUSE: Duration = Duration::from_secs(60);
 /// Medians of datasets that are remembered.
 const MEDIANS: usize = 256;
 
+/// A revision of a dataset, and the median of its colours then.
+type MedianAt = (i64, [u8; 3]);
+
 /// Previews and reports. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct PreparationService {
@@ -40,7 +43,7 @@ pub struct PreparationService {
     gate: Arc<Semaphore>,
     wake: Arc<Notify>,
     /// By dataset: its revision, and the median of its colours then.
-    medians: Arc<Mutex<HashMap<Uuid, (i64, [u8; 3])>>>,
+    medians: Arc<Mutex<HashMap<Uuid, MedianAt>>>,
 }
 
 /// What a preview picture shows.

@@ -310,6 +310,8 @@ mod tests {
             subset: subset.to_owned(),
             repeats: 1,
             regularization: false,
+            background: None,
+            color_correction: None,
             training: SubsetTraining::default(),
             file_name: None,
             captioned_by_prompt: false,

@@ -211,7 +211,7 @@ mod tests {
         let cases = told["captions"].as_array().unwrap();
         assert!(cases.len() >= 8);
         for case in cases {
-            let short = case["max_length"].as_u64() < Some(18);
+            let short = case["max_length"].as_u64() < Some(13);
             if quick && !short {
                 continue;
             }
