@@ -18,10 +18,14 @@ const CFG_SCALE: f64 = 7.5;
 /// 6e-5 (Euler) and 2.4e-3 (DDIM as sd-scripts uses it: clipping on the edge), and from itself on another CPU by
 /// 1e-4, 9e-5 and 4.3e-3. Allowed is twice the one; for the clipped sampler the sum of both, since two runs in f32
 /// may be off to either side (ours: 3.1e-3 in vector registers, 5.0e-3 on a matrix unit).
-fn tolerance(kind: SamplerKind) -> f64 {
-    match kind {
-        SamplerKind::DdimSd15 | SamplerKind::Euler => 2e-4,
-        SamplerKind::DdimKohya => 6.7e-3,
+///
+/// SDXL's goldens clip at values of up to 18: there the reference is off from itself by 6.8e-2 (f64) and 1.7e-1
+/// (another CPU), ours by 4.5e-2. The other two samplers, whose arithmetic this one shares, are as exact as ever.
+fn tolerance(kind: SamplerKind, family: Family) -> f64 {
+    match (kind, family) {
+        (SamplerKind::DdimSd15 | SamplerKind::Euler, _) => 2e-4,
+        (SamplerKind::DdimKohya, Family::Sd1 | Family::Sd2) => 6.7e-3,
+        (SamplerKind::DdimKohya, Family::Sdxl) => 2.4e-1,
     }
 }
 
@@ -128,7 +132,13 @@ fn trajectory(
         },
     );
     let steps = Tensor::cat(visited, 0); // [steps + 1, channels, height, width]
-    check.tensor(&label("latents"), steps, file, &key, tolerance(kind))?;
+    check.tensor(
+        &label("latents"),
+        steps,
+        file,
+        &key,
+        tolerance(kind, model.family),
+    )?;
     let key = format!("{}.{name}.image", kind.name());
     if file.has(&key) {
         let vae = model.vae()?;

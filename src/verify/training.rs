@@ -6,7 +6,7 @@ use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
 use super::models::time_ids;
 use super::report::Checker;
-use crate::diffusion::{CaptionTokens, LoadError, PredictionType, StableDiffusion};
+use crate::diffusion::{CaptionTokens, Family, LoadError, PredictionType, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork};
 use crate::plugin_host::PluginHost;
 use crate::training::{
@@ -26,7 +26,11 @@ const TYPICAL_ERROR: f64 = 2e-5;
 const NOISE_SHARE: f64 = 1e-4;
 /// Learning rate of the goldens.
 const LEARNING_RATE: f64 = 1e-3;
+/// The same for SDXL, whose reference in f32 is off from itself in f64 by 2.5e-4; we are by 2.7e-4, and both may be off
+/// to either side.
+const SDXL_NORM_TOLERANCE: f64 = 5.2e-4;
 /// One recorded training. What its name tells is what the goldens were made with.
+#[derive(Clone, Copy)]
 struct Recipe {
     tag: &'static str,
     initial: &'static str,
@@ -36,6 +40,22 @@ struct Recipe {
     worst_element: f64,
     /// Share of trained elements within [`TYPICAL_ERROR`].
     typical_share: f64,
+}
+
+impl Recipe {
+    /// Gradients of SDXL's small text encoders are small themselves: the reference's own f32 against f64 has 4.6e-4 of
+    /// the elements beyond [`TYPICAL_ERROR`] and a worst one of 1.1e-4, on another CPU 6.1e-4 and 7.8e-5; ours against
+    /// f64 has 6.1e-4 and 1.2e-4. Two runs in f32 may be off to either side.
+    fn of_family(self, family: Family) -> Self {
+        match family {
+            Family::Sd1 | Family::Sd2 => self,
+            Family::Sdxl => Self {
+                worst_element: 2.5e-4,
+                typical_share: 0.998,
+                ..self
+            },
+        }
+    }
 }
 
 const RECIPES: [Recipe; 6] = [
@@ -87,8 +107,9 @@ const RECIPES: [Recipe; 6] = [
         tag: "v_conv",
         initial: "lora_init_conv",
         settings: |settings| settings.prediction = Some(PredictionType::VPrediction),
-        worst_element: 1e-4,
-        typical_share: TYPICAL_SHARE,
+        // The reference's own f32 against f64: 4.6e-3 and 1.2e-4; against its f32 on another CPU: 7.0e-3 and 1.9e-4.
+        worst_element: 3e-4,
+        typical_share: 0.99,
     },
 ];
 
@@ -130,7 +151,12 @@ fn trajectory(
     plugins: &PluginHost,
     recipe: &Recipe,
 ) -> Result<(), VerifyError> {
+    let recipe = &recipe.of_family(model.family);
     let tag = recipe.tag;
+    let norm_tolerance = match model.family {
+        Family::Sd1 | Family::Sd2 => NORM_TOLERANCE,
+        Family::Sdxl => SDXL_NORM_TOLERANCE,
+    };
     let Some(log) = goldens.file(&format!("train_{tag}_log"))? else {
         return Ok(());
     };
@@ -171,7 +197,7 @@ fn trajectory(
         LOSS_TOLERANCE,
     );
     let expected = &log.values("grad_norm_before_clip")?[..steps];
-    check.relative(&label("gradient norm"), &norms, expected, NORM_TOLERANCE);
+    check.relative(&label("gradient norm"), &norms, expected, norm_tolerance);
     let golden = format!("train_{tag}_lora_final.safetensors");
     weights(check, goldens, &trainer, &golden, &label("trained"), recipe)?;
     Ok(())
