@@ -167,7 +167,7 @@ impl CaptionSettings {
         let every = u64::from(self.caption_dropout_every_n_epochs);
         let dropped = self.caption_dropout_rate > 0.0
             && rng.random::<f64>() < self.caption_dropout_rate
-            || every > 0 && moment.epoch % every == 0;
+            || every > 0 && moment.epoch.is_multiple_of(every);
         if dropped {
             return String::new();
         }
