@@ -32,9 +32,6 @@ const BACKGROUND_PAUSE: Duration = Duration::from_secs(60);
 /// Medians of datasets that are remembered.
 const MEDIANS: usize = 256;
 
-/// A revision of a dataset, and the median of its colours then.
-type MedianAt = (i64, [u8; 3]);
-
 /// Previews and reports. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct PreparationService {
@@ -42,9 +39,11 @@ pub struct PreparationService {
     thumbnails: Thumbnails,
     gate: Arc<Semaphore>,
     wake: Arc<Notify>,
-    /// By dataset: its revision, and the median of its colours then.
-    medians: Arc<Mutex<HashMap<Uuid, MedianAt>>>,
+    medians: Arc<Mutex<Medians>>,
 }
+
+/// By dataset: its revision, and the median of its colours then.
+type Medians = HashMap<Uuid, (i64, [u8; 3])>;
 
 /// What a preview picture shows.
 #[derive(Clone, Debug, PartialEq)]
@@ -269,7 +268,7 @@ impl PreparationService {
 
     /// The median of a set's colours, as a run works it out; of the images that were measured, as long as not all are.
     async fn median(&self, dataset: &Dataset) -> Result<[u8; 3], PreparationError> {
-        let known = |medians: &HashMap<Uuid, (i64, [u8; 3])>| {
+        let known = |medians: &Medians| {
             let found = medians.get(&dataset.id);
             found
                 .filter(|(revision, _)| *revision == dataset.revision)
