@@ -6,9 +6,12 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
+use serde_json::Map;
 use toml::{Table, Value};
 
 use super::report::Remark;
+use super::rules::Checker;
+use crate::store::datasets::SubsetTraining;
 
 /// Bytes of a file of settings.
 const MAX_BYTES: u64 = 1 << 20;
@@ -27,7 +30,35 @@ const OF_RUNS: [(&str, &str); 8] = [
     ("validation_split", "validation"),
 ];
 
-/// What a subset keeps; everything else is remarked.
+/// What is kept of a subset's training, and where.
+const TRAINING: [(&str, &str, &str); 16] = [
+    ("flip_aug", "augment", "flip_aug"),
+    ("color_aug", "augment", "color_aug"),
+    ("random_crop", "augment", "random_crop"),
+    ("shuffle_caption", "captions", "shuffle_captions"),
+    ("caption_separator", "captions", "caption_separator"),
+    ("keep_tokens", "captions", "keep_tokens"),
+    ("keep_tokens_separator", "captions", "keep_tokens_separator"),
+    ("secondary_separator", "captions", "secondary_separator"),
+    ("caption_dropout_rate", "captions", "caption_dropout_rate"),
+    (
+        "caption_dropout_every_n_epochs",
+        "captions",
+        "caption_dropout_every_n_epochs",
+    ),
+    (
+        "caption_tag_dropout_rate",
+        "captions",
+        "caption_tag_dropout_rate",
+    ),
+    ("caption_prefix", "captions", "caption_prefix"),
+    ("caption_suffix", "captions", "caption_suffix"),
+    ("enable_wildcard", "captions", "enable_wildcards"),
+    ("token_warmup_min", "captions", "token_warmup_min"),
+    ("token_warmup_step", "captions", "token_warmup_step"),
+];
+
+/// What else a subset keeps; everything but these is remarked.
 const KEPT: [&str; 5] = [
     "image_dir",
     "num_repeats",
@@ -37,7 +68,7 @@ const KEPT: [&str; 5] = [
 ];
 
 /// One `[[datasets.subsets]]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SubsetEntry {
     /// Names of folders, the last one being that of the pictures.
     pub image_dir: Vec<String>,
@@ -46,10 +77,12 @@ pub struct SubsetEntry {
     pub class_tokens: Option<String>,
     /// Without its dot, in lower case.
     pub caption_extension: Option<String>,
+    /// Where it says something of its training.
+    pub training: Option<SubsetTraining>,
 }
 
 /// A file of settings.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct DatasetToml {
     pub subsets: Vec<SubsetEntry>,
     pub remarks: Vec<Remark>,
@@ -153,7 +186,40 @@ fn entry(levels: &[&Table; 3]) -> Result<SubsetEntry, String> {
         class_tokens: text("class_tokens")?,
         caption_extension: text("caption_extension")?
             .map(|text| text.trim_start_matches('.').to_ascii_lowercase()),
+        training: training(levels).map_err(|message| format!("`{image_dir}`: {message}"))?,
     })
+}
+
+/// What the tables say of a subset's training, the innermost first.
+fn training(levels: &[&Table; 3]) -> Result<Option<SubsetTraining>, String> {
+    let mut given = [("augment", Map::new()), ("captions", Map::new())];
+    for (theirs, part, ours) in TRAINING {
+        let Some(found) = levels.iter().find_map(|table| table.get(theirs)) else {
+            continue;
+        };
+        let value = serde_json::to_value(found).map_err(|error| format!("{theirs}: {error}"))?;
+        for (name, values) in &mut given {
+            if *name == part {
+                values.insert(ours.to_owned(), value.clone());
+            }
+        }
+    }
+    if given.iter().all(|(_, values)| values.is_empty()) {
+        return Ok(None);
+    }
+    let given: Map<_, _> = given
+        .into_iter()
+        .map(|(name, values)| (name.to_owned(), values.into()))
+        .collect();
+    let training: SubsetTraining =
+        serde_json::from_value(given.into()).map_err(|error| error.to_string())?;
+    match Checker::default().training(&training).finish() {
+        Ok(()) => Ok(Some(training)),
+        Err(fields) => {
+            let each = fields.iter().map(|f| format!("{}: {}", f.field, f.message));
+            Err(each.collect::<Vec<_>>().join("; "))
+        }
+    }
 }
 
 /// Names of folders, of a path on whatever machine the settings were written for.
@@ -178,7 +244,9 @@ impl LeftOut {
                 Value::String(text) => text.is_empty(),
                 _ => false,
             };
-            let is_known = KEPT.contains(&key.as_str()) || known.contains(&key.as_str());
+            let is_training = TRAINING.iter().any(|(theirs, ..)| theirs == key);
+            let is_known =
+                is_training || KEPT.contains(&key.as_str()) || known.contains(&key.as_str());
             if !is_known && !is_off {
                 self.count(key);
             }
@@ -235,6 +303,10 @@ mod tests {
             [[datasets.subsets]]
             image_dir = "/data/x"
             num_repeats = "many"
+            face_crop_aug_range = "1.0,3.0"
+            [[datasets.subsets]]
+            image_dir = "/data/y"
+            keep_tokens = -1
         "#;
         let found = parse(&text.parse().expect("TOML")).expect("settings");
         let subset = |dir: [&str; 2], repeats, is_reg, tokens: &str, extension: &str| SubsetEntry {
@@ -243,10 +315,21 @@ mod tests {
             is_reg,
             class_tokens: Some(tokens.to_owned()),
             caption_extension: Some(extension.to_owned()),
+            training: None,
+        };
+        let training = |flip_aug| {
+            let mut training = SubsetTraining::default();
+            training.captions.shuffle_captions = Some(true);
+            training.augment.color_aug = Some(false);
+            training.augment.flip_aug = flip_aug;
+            Some(training)
         };
         let mut first = subset(["data", "lumo"], 10, false, "lumo robot", "txt");
         first.image_dir.insert(0, "C:".to_owned());
-        let expected = [first, subset(["data", "reg"], 3, true, "robot", "tags")];
+        first.training = training(None);
+        let mut second = subset(["data", "reg"], 3, true, "robot", "tags");
+        second.training = training(Some(true));
+        let expected = [first, second];
         assert_eq!(found.subsets, expected);
         let remarks: Vec<_> = found
             .remarks
@@ -260,8 +343,8 @@ mod tests {
             );
         };
         named("setting_of_runs", "`resolution`");
-        named("setting_not_kept", "`flip_aug`");
-        named("setting_not_kept", "`shuffle_caption`");
+        named("setting_not_kept", "`face_crop_aug_range`");
+        named("invalid_subset", "keep_tokens");
         named("invalid_subset", "without `image_dir`");
         named("invalid_subset", "\"many\"");
         assert_eq!(remarks.len(), 5);

@@ -275,6 +275,7 @@ fn hints(target: &Target) -> SubsetHints {
         is_reg: target.is_reg,
         instance_prompt: target.instance_prompt.clone(),
         class_prompt: target.class_prompt.clone(),
+        training: target.training.clone().map(|training| training.0),
     }
 }
 

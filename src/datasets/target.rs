@@ -1,10 +1,13 @@
 //! Which subset a file of an upload goes to: by the upload's own words, and by what its folder says.
 
+use std::hash::{Hash, Hasher};
+
 use serde::{Deserialize, Serialize};
 
 use super::dataset_toml::SubsetEntry;
 use super::layout::{self, FolderSubset};
 use crate::pictures::Background;
+use crate::store::datasets::SubsetTraining;
 
 /// Where files go whose folder says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,18 @@ pub struct Target {
     pub is_reg: Option<bool>,
     pub instance_prompt: Option<String>,
     pub class_prompt: Option<String>,
+    pub training: Option<Training>,
+}
+
+/// What settings say of a subset's training. Its numbers were read from a file: none of them is not a number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Training(pub SubsetTraining);
+
+impl Eq for Training {}
+
+impl Hash for Training {
+    /// Uploads have few subsets, which their names tell apart.
+    fn hash<H: Hasher>(&self, _: &mut H) {}
 }
 
 /// The subset of loose files when the upload names none.
@@ -72,7 +87,10 @@ impl SubsetChoice {
     /// The subset that settings speak of. They are as exact as a folder's name.
     pub(super) fn target_by(&self, name: String, entry: &SubsetEntry) -> Target {
         let tokens = entry.class_tokens.clone();
-        Self::default().with_tokens(name, entry.repeats, Some(entry.is_reg), tokens)
+        Target {
+            training: entry.training.clone().map(Training),
+            ..Self::default().with_tokens(name, entry.repeats, Some(entry.is_reg), tokens)
+        }
     }
 
     fn with_tokens(
@@ -90,6 +108,7 @@ impl SubsetChoice {
             is_reg,
             instance_prompt: self.instance_prompt.clone().or(instance),
             class_prompt: self.class_prompt.clone().or(class),
+            training: None,
         }
     }
 }

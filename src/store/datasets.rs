@@ -86,12 +86,13 @@ pub struct SubsetSettings {
 }
 
 /// What an upload says about a subset. `None` leaves the value of an existing subset alone.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SubsetHints {
     pub repeats: Option<u32>,
     pub is_reg: Option<bool>,
     pub instance_prompt: Option<String>,
     pub class_prompt: Option<String>,
+    pub training: Option<SubsetTraining>,
 }
 
 impl Store {
@@ -393,7 +394,7 @@ fn new_subset(dataset_id: Uuid, name: &str, hints: &SubsetHints) -> subset::Acti
         class_prompt: Set(hints.class_prompt.clone()),
         revision: Set(1),
         created_at_ms: Set(now_ms()),
-        training: Set(None),
+        training: Set(hints.training.as_ref().and_then(SubsetTraining::to_row)),
     }
 }
 
@@ -406,7 +407,7 @@ impl SubsetHints {
             is_reg: self.is_reg.unwrap_or(present.is_reg),
             instance_prompt: self.instance_prompt.clone().or(present.instance_prompt),
             class_prompt: self.class_prompt.clone().or(present.class_prompt),
-            training: present.training,
+            training: self.training.clone().unwrap_or(present.training),
         }
     }
 }

@@ -169,6 +169,8 @@ fn tables_and_settings_say_what_files_are() {
         [general]
         caption_extension = ".tags"
         flip_aug = true
+        keep_tokens = 2
+        alpha_mask = true
         [[datasets]]
         resolution = 512
         [[datasets.subsets]]
@@ -215,11 +217,13 @@ fn tables_and_settings_say_what_files_are() {
             subset["repeats"],
             subset["is_reg"],
             subset["instance_prompt"],
-            subset["class_prompt"]
+            subset["class_prompt"],
+            subset["augment"]["flip_aug"],
+            subset["captions"]["keep_tokens"],
         ])
     };
-    assert_eq!(subset("lumo"), json!([7, false, "lumo robot", null]));
-    assert_eq!(subset("robots"), json!([1, true, null, "robot"]));
+    assert_eq!(subset("lumo"), json!([7, false, "lumo robot", null, true, 2]));
+    assert_eq!(subset("robots"), json!([1, true, null, "robot", true, 2]));
     let config = file(&upload, "set/config.toml");
     assert_eq!(
         (&config["kind"], &config["outcome"]),
