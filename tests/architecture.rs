@@ -10,7 +10,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
     ("lettering", &[]),
     ("pictures", &[]),
     ("diffusion", &["kernels"]),
-    ("captioning", &["diffusion", "kernels"]),
+    ("captioning", &["diffusion", "kernels", "pictures"]),
     ("networks", &["diffusion", "kernels"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
     ("dataloader", &["pictures"]),

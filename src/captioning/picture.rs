@@ -1,55 +1,24 @@
 //! A picture file as captioners see it: decoded within limits, upright, transparent parts white.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
-use image::{DynamicImage, ImageDecoder as _, ImageReader, Limits, Rgb, RgbImage};
+use image::RgbImage;
 
 use super::CaptionError;
+use crate::pictures::{self, Background, DecodeLimits};
 
-/// The longest side of a picture file.
-const MAX_SIDE_PX: u32 = 32_768;
-/// The most memory that a decoder may take: 512 MiB hold 130 megapixels of RGBA.
-const MAX_DECODE_BYTES: u64 = 512 << 20;
+/// What transparent parts become.
+const WHITE: Background = Background([255; 3]);
 
-/// Decodes a picture by its content.
+/// Decodes a picture by its content, as training does.
 ///
 /// # Errors
 /// [`CaptionError::Picture`].
 pub fn decode(path: &Path) -> Result<RgbImage, CaptionError> {
-    let io = |error: std::io::Error| CaptionError::Picture(error.to_string());
-    let broken = |error: image::ImageError| CaptionError::Picture(error.to_string());
-    let file = BufReader::new(File::open(path).map_err(io)?);
-    let mut reader = ImageReader::new(file).with_guessed_format().map_err(io)?;
-    let mut limits = Limits::default();
-    limits.max_image_width = Some(MAX_SIDE_PX);
-    limits.max_image_height = Some(MAX_SIDE_PX);
-    limits.max_alloc = Some(MAX_DECODE_BYTES);
-    reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(broken)?;
-    let orientation = decoder.orientation().map_err(broken)?;
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(broken)?;
-    picture.apply_orientation(orientation);
-    Ok(on_white(picture))
-}
-
-/// As Pillow's `alpha_composite` on white.
-fn on_white(picture: DynamicImage) -> RgbImage {
-    if !picture.color().has_alpha() {
-        return picture.into_rgb8();
-    }
-    let picture = picture.into_rgba8();
-    let mut flat = RgbImage::new(picture.width(), picture.height());
-    for (target, pixel) in flat.pixels_mut().zip(picture.pixels()) {
-        let [red, green, blue, alpha] = pixel.0.map(u32::from);
-        let mixed = |value: u32| {
-            let sum = value * alpha + 255 * (255 - alpha);
-            ((sum + 127) / 255) as u8 // at most 255
-        };
-        *target = Rgb([mixed(red), mixed(green), mixed(blue)]);
-    }
-    flat
+    let bytes = std::fs::read(path).map_err(|error| CaptionError::Picture(error.to_string()))?;
+    let picture = pictures::decode(&bytes, &DecodeLimits::default());
+    let picture = picture.map_err(|error| CaptionError::Picture(error.to_string()))?;
+    Ok(picture.flatten(Some(WHITE)))
 }
 
 #[cfg(test)]

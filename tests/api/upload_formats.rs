@@ -222,7 +222,10 @@ fn tables_and_settings_say_what_files_are() {
             subset["captions"]["keep_tokens"],
         ])
     };
-    assert_eq!(subset("lumo"), json!([7, false, "lumo robot", null, true, 2]));
+    assert_eq!(
+        subset("lumo"),
+        json!([7, false, "lumo robot", null, true, 2])
+    );
     assert_eq!(subset("robots"), json!([1, true, null, "robot", true, 2]));
     let config = file(&upload, "set/config.toml");
     assert_eq!(
