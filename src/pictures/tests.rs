@@ -116,12 +116,13 @@ fn a_bomb_is_refused_before_it_is_unpacked() {
     gif[6..10].fill(0xff);
     let mut webp = encoded(&picture().into(), ImageFormat::WebP);
     assert_eq!(&webp[12..16], b"VP8L");
-    webp[21..24].copy_from_slice(&[0xfe, 0xff, 0xff]); // 14 bits of width, 14 of height
+    webp[21..24].copy_from_slice(&[0xfe, 0xbf, 0xff]); // 14 bits of width, 14 of height
+    webp[24] |= 0x0f;
     let mut tiff = encoded(&picture().into(), ImageFormat::Tiff);
     let directory = u32::from_le_bytes(tiff[4..8].try_into().expect("four")) as usize;
     for entry in tiff[directory + 2..].chunks_mut(12).take(10) {
-        if matches!(entry[..2], [0 | 1, 1]) {
-            entry[2..4].copy_from_slice(&[4, 0]); // width and height, as 32-bit numbers
+        if matches!(entry[..2], [0 | 1 | 0x16, 1]) {
+            entry[2..4].copy_from_slice(&[4, 0]); // width, height and the rows of the one strip, as 32-bit numbers
             entry[8..12].copy_from_slice(&[0, 0, 1, 0]);
         }
     }
