@@ -16,7 +16,7 @@ use super::page::{Page, PageQuery, PageRequest};
 use super::patch::insisted_revision;
 use super::problem::{FieldError, Problem, ProblemBody};
 use super::twins::same_variants;
-use crate::datasets::caption_edits::MAX_OPERATIONS;
+use crate::datasets::caption_edits::{MAX_OPERATIONS, MAX_TEXT_CHARS};
 use crate::datasets::{BatchImage, BatchResult, CaptionBatch, DatasetService, Operation};
 use crate::store::datasets as rows;
 use crate::store::datasets::ImageFilter;
@@ -374,6 +374,12 @@ pub async fn list_tags(
         let code = "out_of_range";
         return Err(Problem::field(Code::InvalidQuery, "/limit", code, message));
     }
+    let chars = with.as_ref().map_or(0, |tag| tag.chars().count());
+    if chars > MAX_TEXT_CHARS {
+        let message = format!("found {chars} characters, expected at most {MAX_TEXT_CHARS}");
+        let code = "out_of_range";
+        return Err(Problem::field(Code::InvalidQuery, "/with", code, message));
+    }
     let filter = ImageFilter {
         subset_id,
         tag: with,
@@ -419,6 +425,10 @@ impl TryFrom<EditCaptions> for CaptionBatch {
         errors.extend(range("/operations", operations.len(), 1, MAX_OPERATIONS));
         let ids = filter.image_ids.as_ref().map_or(0, Vec::len);
         errors.extend(range("/filter/image_ids", ids, 0, MAX_IMAGE_IDS));
+        for (pointer, words) in [("/filter/tag", &filter.tag), ("/filter/text", &filter.text)] {
+            let chars = words.as_ref().map_or(0, |words| words.chars().count());
+            errors.extend(range(pointer, chars, 0, MAX_TEXT_CHARS));
+        }
         let mut known = Vec::new();
         for (index, operation) in operations.into_iter().take(MAX_OPERATIONS).enumerate() {
             match Operation::try_from(operation) {

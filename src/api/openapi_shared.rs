@@ -214,7 +214,7 @@ fn name_files(operation: &mut Operation) {
 }
 
 fn is_file(kind: &str) -> bool {
-    kind.starts_with("image/") || kind == "application/octet-stream"
+    kind.starts_with("image/") || ["application/octet-stream", "application/zip"].contains(&kind)
 }
 
 /// Examples of ids, bodies and answers.
