@@ -501,3 +501,46 @@ fn a_broken_picture_is_reported_and_a_broken_model_ends_the_job() {
         )
         .expect(201);
 }
+
+/// A tiny BLIP says what transformers says.
+#[test]
+fn blip_captions_as_a_job() {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-blip");
+    let service = Service::start_with(|config| {
+        config.device = "cpu".to_owned();
+        let to = config.models_dir.join("captioners/blip/tiny");
+        std::fs::create_dir_all(&to).expect("a folder");
+        for file in [
+            "config.json",
+            "model.safetensors",
+            "vocab.txt",
+            "preprocessor_config.json",
+        ] {
+            std::fs::copy(tiny.join(file), to.join(file)).expect("copied");
+        }
+    });
+    let dataset = service.dataset("pictures");
+    for name in ["0.png", "1.png", "2.png", "3.png"] {
+        let bytes = std::fs::read(tiny.join(name)).expect("a picture");
+        let files = [(name, bytes.as_slice())];
+        service
+            .upload(&format!("{dataset}/images"), &[], &files)
+            .expect(201);
+    }
+    let body = json!({"captioner": "blip", "mode": "overwrite",
+        "blip": {"beams": 1, "min_length": 8, "max_length": 16, "repetition_penalty": 1.3, "prompt": "a photo of"}});
+    let job = wait(&service, &ask(&service, &dataset, &body), "succeeded");
+    assert_eq!(
+        (&job["captioned"], &job["model"], &job["tagger"]),
+        (&json!(4), &json!("tiny"), &Value::Null)
+    );
+    let goldens = std::fs::read_to_string(tiny.join("goldens.json")).expect("goldens");
+    let goldens: Value = serde_json::from_str(&goldens).expect("JSON");
+    let found = captions(&service, &dataset);
+    for (name, expected) in ["0", "1", "2", "3"]
+        .into_iter()
+        .zip(goldens["captions"][1]["texts"].as_array().expect("texts"))
+    {
+        assert_eq!(found[name], *expected, "{name}");
+    }
+}
