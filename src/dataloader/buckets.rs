@@ -258,7 +258,7 @@ mod tests {
     fn buckets_and_placements_equal_sd_scripts() {
         let text = include_str!("../../tests/fixtures/kohya/kohya_golden_buckets.json");
         let cases: Vec<Value> = serde_json::from_str(text).unwrap();
-        let mut compared = 0;
+        let (mut compared, mut crops) = (0, 0);
         for case in &cases {
             let number = |key: &str, default: u64| {
                 u32::try_from(case[key].as_u64().unwrap_or(default)).unwrap()
@@ -286,12 +286,16 @@ mod tests {
                     resized: pair(&select["resized"]),
                 };
                 assert_eq!(placement, expected, "{image:?} with {settings:?}");
-                let crop: [f64; 4] = serde_json::from_value(select["crop_ltrb"].clone()).unwrap();
-                assert_eq!(crop_ltrb(placement.bucket, image), crop, "{image:?}");
+                // Not every vector tells the crop.
+                if let Ok(crop) = serde_json::from_value::<[f64; 4]>(select["crop_ltrb"].clone()) {
+                    assert_eq!(crop_ltrb(placement.bucket, image), crop, "{image:?}");
+                    crops += 1;
+                }
                 compared += 1;
             }
         }
         assert!(compared >= 60, "only {compared} vectors");
+        assert!(crops >= 15, "only {crops} crops");
     }
 
     #[test]

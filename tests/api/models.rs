@@ -201,7 +201,7 @@ fn every_generation_is_trained_and_drawn_with() {
             );
         }
         let known = |name: &&&String| {
-            *name == "__metadata__"
+            name.as_str() == "__metadata__"
                 || keys.iter().any(|prefix| name.starts_with(prefix))
                 || name.starts_with("lora_unet_")
         };
