@@ -163,8 +163,8 @@ pub struct ReportTag {
         ("If-None-Match" = Option<String>, Header, description = "ETags the client has already"),
     ),
     responses(
-        (status = 200, description = "The report", content((DatasetReport = "application/json"), (String = "text/html")), headers(("ETag" = String))),
-        (status = 202, description = "The report as far as pictures are measured", content((DatasetReport = "application/json"), (String = "text/html")), headers(("Retry-After" = String))),
+        (status = 200, description = "The report", content((DatasetReport = "application/json"), (String = "text/html", example = json!("<!doctype html>\n<html lang=\"en\">…</html>\n"))), headers(("ETag" = String))),
+        (status = 202, description = "The report as far as pictures are measured", content((DatasetReport = "application/json"), (String = "text/html", example = json!("<!doctype html>\n<html lang=\"en\">…</html>\n"))), headers(("Retry-After" = String))),
         (status = 304, description = "The client has it already"),
         (status = 404, description = "`dataset_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
@@ -198,8 +198,8 @@ pub async fn get_report(
     tag = "datasets",
     params(("dataset_id" = Uuid, Path, description = "The dataset's id"), ReportQuery),
     responses(
-        (status = 200, description = "The page", body = String, content_type = "text/html"),
-        (status = 202, description = "The page as far as pictures are measured; it loads again by itself", body = String, content_type = "text/html", headers(("Retry-After" = String))),
+        (status = 200, description = "The page", content((String = "text/html", example = json!("<!doctype html>\n<html lang=\"en\">…</html>\n")))),
+        (status = 202, description = "The page as far as pictures are measured; it loads again by itself", content((String = "text/html", example = json!("<!doctype html>\n<html lang=\"en\">…</html>\n"))), headers(("Retry-After" = String))),
         (status = 404, description = "`dataset_not_found`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 422, description = "`invalid_query`", body = ProblemBody, content_type = "application/problem+json"),
     ),

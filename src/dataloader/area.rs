@@ -13,6 +13,8 @@ pub fn shrink(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
     let columns = taps(picture.width(), width);
     let rows = taps(picture.height(), height);
     let source_width = picture.width() as usize;
+    // OpenCV has a path of its own for this, which rounds halves up: `(a + b + c + d + 2) >> 2`.
+    let halved = picture.dimensions() == (2 * width, 2 * height);
     let source = picture.as_raw();
     let mut target = Vec::with_capacity((width * height * 3) as usize);
     // One pass down the rows: a target row is the weighted sum of its narrowed source rows.
@@ -33,7 +35,7 @@ pub fn shrink(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
                 }
             }
         }
-        target.extend(sums.iter().map(|sum| to_byte(*sum)));
+        target.extend(sums.iter().map(|sum| to_byte(*sum, halved)));
     }
     RgbImage::from_raw(width, height, target).unwrap_or_default()
 }
@@ -76,8 +78,12 @@ fn covered(start: f64, end: f64) -> Vec<Tap> {
     clippy::cast_sign_loss,
     reason = "clamped to a byte"
 )]
-fn to_byte(value: f32) -> u8 {
-    value.round_ties_even().clamp(0.0, 255.0) as u8
+fn to_byte(value: f32, halves_up: bool) -> u8 {
+    let rounded = match halves_up {
+        true => value.round(),
+        false => value.round_ties_even(),
+    };
+    rounded.clamp(0.0, 255.0) as u8
 }
 
 #[cfg(test)]

@@ -150,7 +150,7 @@ fn blur_and_exposure_are_found() {
         false,
         Some("lumo, c"),
         (512, 512),
-        &lift(0.2, 200.0),
+        &lift(0.25, 191.0),
     );
     let found = maker.findings();
     for expected in [
