@@ -168,14 +168,16 @@ pub(super) struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// What the text encoder is told: kohya's rule gives an image without a caption its subset's words.
+    /// What the text encoder is told: kohya's rule gives an image without a caption its subset's words, and of several
+    /// lines the first counts.
     fn caption(&self) -> &str {
         let prompt = match self.subset.is_reg {
             true => &self.subset.class_prompt,
             false => &self.subset.instance_prompt,
         };
         let caption = self.image.caption.as_ref().or(prompt.as_ref());
-        caption.map(String::as_str).unwrap_or_default()
+        let lines = caption.map(String::as_str).unwrap_or_default();
+        lines.lines().next().unwrap_or_default()
     }
 
     fn named(&self, detail: Option<String>) -> FindingImage {
