@@ -20,10 +20,12 @@ const CFG_SCALE: f64 = 7.5;
 /// may be off to either side (ours: 3.1e-3 in vector registers, 5.0e-3 on a matrix unit).
 ///
 /// SDXL's goldens clip at values of up to 18: there the reference is off from itself by 6.8e-2 (f64) and 1.7e-1
-/// (another CPU), ours by 4.5e-2. The other two samplers, whose arithmetic this one shares, are as exact as ever.
+/// (another CPU), ours by 4.5e-2. The other two samplers are off from themselves in f64 by 1.5e-4 and 1.2e-4, on
+/// another CPU by 1.6e-4 and 1e-4; allowed is twice the first here, too (ours: 1.5e-4 and 2.8e-4).
 fn tolerance(kind: SamplerKind, family: Family) -> f64 {
     match (kind, family) {
-        (SamplerKind::DdimSd15 | SamplerKind::Euler, _) => 2e-4,
+        (SamplerKind::DdimSd15 | SamplerKind::Euler, Family::Sd1 | Family::Sd2) => 2e-4,
+        (SamplerKind::DdimSd15 | SamplerKind::Euler, Family::Sdxl) => 3e-4,
         (SamplerKind::DdimKohya, Family::Sd1 | Family::Sd2) => 6.7e-3,
         (SamplerKind::DdimKohya, Family::Sdxl) => 2.4e-1,
     }

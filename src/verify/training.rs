@@ -24,6 +24,9 @@ const TYPICAL_ERROR: f64 = 2e-5;
 /// Share of trained elements whose gradient is rounding noise when it first is not zero. Adam's first step is the
 /// learning rate times the gradient's sign, so their sign is a coin's.
 const NOISE_SHARE: f64 = 1e-4;
+/// The same for SDXL's small fixture: of the reference's own gradients of `lora_down` 3.1e-4 are off from f64 by more
+/// than half, on another CPU 3.9e-4. Of its 12,976 elements that is five.
+const SDXL_NOISE_SHARE: f64 = 4e-4;
 /// Learning rate of the goldens.
 const LEARNING_RATE: f64 = 1e-3;
 /// The same for SDXL, whose reference in f32 is off from itself in f64 by 2.5e-4; we are by 2.7e-4, and both may be off
@@ -40,6 +43,8 @@ struct Recipe {
     worst_element: f64,
     /// Share of trained elements within [`TYPICAL_ERROR`].
     typical_share: f64,
+    /// Share of trained elements that are rounding noise.
+    noise_share: f64,
 }
 
 impl Recipe {
@@ -52,6 +57,7 @@ impl Recipe {
             Family::Sdxl => Self {
                 worst_element: 2.5e-4,
                 typical_share: 0.998,
+                noise_share: SDXL_NOISE_SHARE,
                 ..self
             },
         }
@@ -65,6 +71,7 @@ const RECIPES: [Recipe; 6] = [
         settings: |_| {},
         worst_element: 1e-4,
         typical_share: TYPICAL_SHARE,
+        noise_share: NOISE_SHARE,
     },
     Recipe {
         tag: "v_minsnr5_clipskip2",
@@ -76,6 +83,7 @@ const RECIPES: [Recipe; 6] = [
         },
         worst_element: 1e-4,
         typical_share: TYPICAL_SHARE,
+        noise_share: NOISE_SHARE,
     },
     Recipe {
         tag: "eps_conv",
@@ -84,6 +92,7 @@ const RECIPES: [Recipe; 6] = [
         worst_element: 1e-4,
         // The reference's own f32 against f64: 1.0e-3; against its f32 on another CPU: 2.5e-3.
         typical_share: 0.995,
+        noise_share: NOISE_SHARE,
     },
     Recipe {
         tag: "v",
@@ -91,6 +100,7 @@ const RECIPES: [Recipe; 6] = [
         settings: |settings| settings.prediction = Some(PredictionType::VPrediction),
         worst_element: 1e-4,
         typical_share: TYPICAL_SHARE,
+        noise_share: NOISE_SHARE,
     },
     Recipe {
         tag: "v_ztsnr_minsnr5",
@@ -102,6 +112,7 @@ const RECIPES: [Recipe; 6] = [
         },
         worst_element: 1e-4,
         typical_share: TYPICAL_SHARE,
+        noise_share: NOISE_SHARE,
     },
     Recipe {
         tag: "v_conv",
@@ -110,6 +121,7 @@ const RECIPES: [Recipe; 6] = [
         // The reference's own f32 against f64: 4.6e-3 and 1.2e-4; against its f32 on another CPU: 7.0e-3 and 1.9e-4.
         worst_element: 3e-4,
         typical_share: 0.99,
+        noise_share: NOISE_SHARE,
     },
 ];
 
@@ -255,7 +267,7 @@ fn weights(
                 format!("{missing} tensors are missing")
             },
         );
-        let (typical, largest) = without_noise(&actual, &expected);
+        let (typical, largest) = without_noise(&actual, &expected, recipe.noise_share);
         let name = format!("{label}, {half}, worst element");
         check.add(
             name,
@@ -267,15 +279,15 @@ fn weights(
     Ok(())
 }
 
-/// The largest difference but for [`NOISE_SHARE`] of the elements, and the largest of all.
-fn without_noise(actual: &[f64], expected: &[f64]) -> (f64, f64) {
+/// The largest difference but for a share of the elements, and the largest of all.
+fn without_noise(actual: &[f64], expected: &[f64], noise_share: f64) -> (f64, f64) {
     let mut differences: Vec<f64> = actual
         .iter()
         .zip(expected)
         .map(|(a, b)| (a - b).abs())
         .collect();
     differences.sort_by(f64::total_cmp); // what is not a number comes last
-    let noise = (differences.len() as f64 * NOISE_SHARE) as usize;
+    let noise = (differences.len() as f64 * noise_share) as usize;
     let at = |from_end: usize| {
         let index = differences.len().checked_sub(1 + from_end);
         index.map_or(f64::NAN, |index| differences[index])

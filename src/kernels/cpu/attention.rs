@@ -225,21 +225,18 @@ impl Inputs {
         }
     }
 
-    /// `Σ o do` of each query of a head.
+    /// `Σ o do` of each query of a head, summed in f64: it is taken from every score's gradient alike.
     fn along(&self, [output, gradient]: [&View<4>; 2], head: usize) -> Vec<f32> {
         let (o, dy) = (self.rows(output, head, 0), self.rows(gradient, head, 0));
-        let mut along = Vec::with_capacity(self.shape.queries);
-        for row in 0..self.shape.queries {
-            let of = |row: usize, element: usize, rows: &Rows<'_>| {
-                rows.data[row * rows.row + element * rows.element]
-            };
-            along.push(
-                (0..self.shape.d)
-                    .map(|i| of(row, i, &o) * of(row, i, &dy))
-                    .sum(),
-            );
-        }
-        along
+        let of = |rows: &Rows<'_>, row: usize, element: usize| {
+            f64::from(rows.data[row * rows.row + element * rows.element])
+        };
+        (0..self.shape.queries)
+            .map(|row| {
+                let products = (0..self.shape.d).map(|i| of(&o, row, i) * of(&dy, row, i));
+                products.sum::<f64>() as f32
+            })
+            .collect()
     }
 
     /// Divides rows `[…][width]` of queries from `first` on by their sums, and writes both.
