@@ -236,6 +236,17 @@ impl From<BackendInfo> for Backend {
 
 /// Every device.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "data": [{
+        "id": "vulkan:0", "name": "AMD Radeon RX 7900 XTX", "class": "discrete", "driver": "radv Mesa 24.2",
+        "compiler": "wgsl", "supports_f16": true, "memory_bytes": 17163091968u64, "default": true,
+        "self_check": {"status": "passed", "checked_at": "2026-05-04T09:30:00Z", "failed_checks": []}
+    }],
+    "backends": [
+        {"name": "flex", "code": "avx512", "reaches": ["cpu"]},
+        {"name": "wgpu", "code": "wgsl", "reaches": ["vulkan"]}
+    ]
+}))]
 pub struct Devices {
     pub data: Vec<Device>,
     /// What this build can compute with, whether this machine has such a device or not.

@@ -315,7 +315,7 @@ impl From<PreparationError> for Problem {
                 "out_of_range",
                 message,
             ),
-            PreparationError::Picture(_) | PreparationError::Resize(_) => {
+            PreparationError::Picture(_) | PreparationError::Encode(_) => {
                 tracing::warn!(error = %detail, "a picture cannot be shown");
                 Self::new(Code::ImageUnreadable, "the image's file cannot be decoded")
             }

@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 
 use super::{
     BucketSettings, ColorCorrection, DataError, Energy, Placement, Tint, Tones, Window, area,
 };
+use crate::pictures::pillow::{self, Filter};
 use crate::pictures::{self, Background, DecodeLimits};
 
 /// A picture at its training size.
@@ -60,11 +59,7 @@ pub fn load_pixels(
             planned: bucket,
         });
     }
-    let made = frame(picture, placement, look).map_err(|reason| DataError::Decode {
-        path: path.to_owned(),
-        reason,
-    })?;
-    Ok(normalize(&made))
+    Ok(normalize(&frame(picture, placement, look)))
 }
 
 /// Decodes by content, within limits, upright, in sRGB, without alpha.
@@ -85,16 +80,13 @@ pub fn decode(path: &Path, background: Option<Background>) -> Result<RgbImage, D
 }
 
 /// A decoded picture at its training size, with all that is made of it.
-///
-/// # Errors
-/// With the reason, when it cannot be resized.
-pub fn frame(picture: RgbImage, placement: Placement, look: Look) -> Result<RgbImage, String> {
+pub fn frame(picture: RgbImage, placement: Placement, look: Look) -> RgbImage {
     // Colours and edges are of the whole picture: another bucket changes neither.
     let tables = look
         .correction
         .map(|(recipe, target)| recipe.tables(&Tones::of(&picture), target));
     let energy = (look.window == Window::Smart).then(|| Energy::of(&picture));
-    let resized = resize(picture, placement.resized)?;
+    let resized = resize(picture, placement.resized);
     let (left, top) = placement.origin(look.window, energy.as_ref());
     let (width, height) = placement.bucket;
     let mut cut = image::imageops::crop_imm(&resized, left, top, width, height).to_image();
@@ -107,39 +99,18 @@ pub fn frame(picture: RgbImage, placement: Placement, look: Look) -> Result<RgbI
     if look.flipped {
         image::imageops::flip_horizontal_in_place(&mut cut);
     }
-    Ok(cut)
+    cut
 }
 
 /// A picture at another size: areas are averaged where neither side grows, else Lanczos.
-///
-/// # Errors
-/// With the reason, when it cannot be resized.
-pub fn resize(picture: RgbImage, (width, height): (u32, u32)) -> Result<RgbImage, String> {
+pub fn resize(picture: RgbImage, (width, height): (u32, u32)) -> RgbImage {
     if picture.dimensions() == (width, height) {
-        Ok(picture)
+        picture
     } else if width <= picture.width() && height <= picture.height() {
-        Ok(area::shrink(&picture, width, height))
+        area::shrink(&picture, width, height)
     } else {
-        enlarge(&picture, width, height)
+        pillow::resize(&picture, width, height, Filter::Lanczos)
     }
-}
-
-/// Lanczos with three lobes, as Pillow's.
-fn enlarge(picture: &RgbImage, width: u32, height: u32) -> Result<RgbImage, String> {
-    let source = ImageRef::new(
-        picture.width(),
-        picture.height(),
-        picture.as_raw(),
-        PixelType::U8x3,
-    )
-    .map_err(|error| error.to_string())?;
-    let mut target = Image::new(width, height, PixelType::U8x3);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
-    Resizer::new()
-        .resize(&source, &mut target, &options)
-        .map_err(|error| error.to_string())?;
-    RgbImage::from_raw(width, height, target.into_vec())
-        .ok_or_else(|| "the resized picture has another size".to_owned())
 }
 
 fn normalize(picture: &RgbImage) -> Pixels {
@@ -237,7 +208,7 @@ mod tests {
             correction: Some((ColorCorrection::AutoLevels, [0; 3])),
             ..Look::default()
         };
-        let made = frame(picture.clone(), placement, look).unwrap();
+        let made = frame(picture.clone(), placement, look);
         // Levels are spread already: of the crop alone 60 and 120 would have become 0 and 255.
         assert_eq!(
             (made.get_pixel(0, 0).0[0], made.get_pixel(15, 0).0[0]),
@@ -247,7 +218,7 @@ mod tests {
             window: Window::Drawn([0, 0]),
             ..Look::default()
         };
-        let made = frame(picture, placement, look).unwrap();
+        let made = frame(picture, placement, look);
         assert_eq!(
             (made.get_pixel(0, 0).0[0], made.get_pixel(15, 0).0[0]),
             (0, 60)
@@ -283,7 +254,7 @@ mod tests {
                 bucket: pair("bucket"),
                 resized: pair("resized"),
             };
-            let made = frame(golden("source.png"), placement, Look::default()).unwrap();
+            let made = frame(golden("source.png"), placement, Look::default());
             let (most, mean) = apart(&made, &golden(case["file"].as_str().unwrap()));
             // Values lie half-way between two bytes now and then, and are rounded either way.
             assert!(most <= 1 && mean < 0.02, "{placement:?}: {most}, {mean}");

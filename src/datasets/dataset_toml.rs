@@ -344,7 +344,7 @@ mod tests {
         };
         named("setting_of_runs", "`resolution`");
         named("setting_not_kept", "`face_crop_aug_range`");
-        named("invalid_subset", "keep_tokens");
+        named("invalid_subset", "/data/y");
         named("invalid_subset", "without `image_dir`");
         named("invalid_subset", "\"many\"");
         assert_eq!(remarks.len(), 5);

@@ -83,7 +83,7 @@ struct Rows<'a> {
     table: Table,
     /// Rows that are left out: number and reason.
     wrong: Vec<(usize, String)>,
-    /// Captions of which only the first line counts.
+    /// Captions of several lines.
     shortened: usize,
 }
 
@@ -188,7 +188,10 @@ impl Rows<'_> {
                 .push(Remark::new("rows_left_out", message));
         }
         if self.shortened > 0 {
-            let message = format!("of {} captions only the first line is used", self.shortened);
+            let message = format!(
+                "{} captions have several lines: the first is used, or with `enable_wildcards` one of them each time",
+                self.shortened
+            );
             self.table
                 .remarks
                 .push(Remark::new("only_first_line", message));
@@ -219,7 +222,11 @@ mod tests {
         let csv = "\u{feff}file_name,other,text\na.png,1,of a\nx/b.png,2,\"ein Café\"\n";
         for (kind, text) in [(TableKind::Jsonl, jsonl), (TableKind::Csv, csv)] {
             let found = table(kind, text.as_bytes()).expect("a table");
-            assert_eq!(caption(&found, "train/a.png"), Some("of a"));
+            let lines = match kind {
+                TableKind::Jsonl => "of a\nand more",
+                TableKind::Csv => "of a",
+            };
+            assert_eq!(caption(&found, "train/a.png"), Some(lines));
             assert_eq!(caption(&found, "train/x/b.png"), Some("ein Café"));
             let shortened = usize::from(kind == TableKind::Jsonl);
             assert_eq!(found.remarks.len(), shortened, "{:?}", found.remarks);

@@ -6,6 +6,7 @@ mod avif;
 mod colour;
 mod container;
 mod heif;
+pub mod pillow;
 #[cfg(test)]
 mod tests;
 

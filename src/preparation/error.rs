@@ -18,7 +18,7 @@ pub enum PreparationError {
     #[error("the picture cannot be shown: {0}")]
     Picture(#[from] DataError),
     #[error("the picture cannot be shown: {0}")]
-    Resize(String),
+    Encode(String),
     #[error("a background task has failed: {0}")]
     Task(#[from] tokio::task::JoinError),
     #[error(transparent)]

@@ -56,7 +56,7 @@ impl Measured {
                 crate::dataloader::DataError::Decode { reason, .. } => reason,
                 _ => "the file cannot be read".to_owned(),
             })?;
-            Measures::of(&picture)
+            Ok(Measures::of(&picture))
         });
         match measured {
             Ok(Ok(measures)) => Self::Whole(Box::new(measures)),
@@ -75,15 +75,14 @@ impl Measured {
 }
 
 impl Measures {
-    /// # Errors
-    /// With the reason, when the picture cannot be resized.
-    pub fn of(picture: &RgbImage) -> Result<Self, String> {
+    /// Of a picture.
+    pub fn of(picture: &RgbImage) -> Self {
         let common = fit_within(picture.dimensions(), COMMON_SIDE_PX);
-        let small = resize(picture.clone(), common)?;
-        let tiny = small_copy(&small, TINY_SIDE_PX)?;
+        let small = resize(picture.clone(), common);
+        let tiny = small_copy(&small, TINY_SIDE_PX);
         let luma = luma(&small);
         let [darkest, brightest] = [0.05, 0.95].map(|share| quantile(&luma, share));
-        Ok(Self {
+        Self {
             phash: perceptual_hash(&small),
             tiny: tiny.into_raw(),
             sharpness: laplacian_variance(&luma, small.width() as usize),
@@ -91,12 +90,12 @@ impl Measures {
             brightest,
             medians: Tones::of(picture).medians(),
             energy: Energy::of(picture),
-        })
+        }
     }
 }
 
 /// Neither side of a tiny picture may be enlarged by averaging.
-fn small_copy(picture: &RgbImage, side: u32) -> Result<RgbImage, String> {
+fn small_copy(picture: &RgbImage, side: u32) -> RgbImage {
     resize(picture.clone(), (side, side))
 }
 
@@ -162,9 +161,9 @@ mod tests {
 
     #[test]
     fn a_blurred_picture_is_less_sharp() {
-        let sharp = Measures::of(&stripes(300, 200)).unwrap();
+        let sharp = Measures::of(&stripes(300, 200));
         let blurred = imageops::blur(&stripes(300, 200), 4.0);
-        let blurred = Measures::of(&blurred).unwrap();
+        let blurred = Measures::of(&blurred);
         assert!(sharp.sharpness > 1000.0, "{}", sharp.sharpness);
         assert!(blurred.sharpness < 100.0, "{}", blurred.sharpness);
     }
@@ -191,7 +190,7 @@ mod tests {
                 Rgb([wave as u8, (wave * 0.7) as u8, 90])
             })
         };
-        let hash = |picture: &RgbImage| Measures::of(picture).unwrap().phash;
+        let hash = |picture: &RgbImage| Measures::of(picture).phash;
         let first = hash(&scene(640, 480));
         let smaller = hash(&scene(400, 300));
         assert!((first ^ smaller).count_ones() <= 4);

@@ -429,12 +429,12 @@ impl Planned {
             None => picture,
             Some((settings, look)) => {
                 let placement = settings.place(picture.width(), picture.height());
-                frame(picture, placement, *look).map_err(PreparationError::Resize)?
+                frame(picture, placement, *look)
             }
         };
         let size = fit_within(picture.dimensions(), self.side_px);
-        let small = resize(picture, size).map_err(PreparationError::Resize)?;
-        thumbnails::encode(&small).map_err(PreparationError::Resize)
+        let small = resize(picture, size);
+        thumbnails::encode(&small).map_err(PreparationError::Encode)
     }
 }
 

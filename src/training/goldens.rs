@@ -80,7 +80,7 @@ pub(super) struct AdamW {
 impl Optimizer for AdamW {
     fn step(&mut self, step: u64, params: &mut [ParamUpdate<'_>]) -> Result<(), OptimizerError> {
         for param in params {
-            let grad = param.grad.clone();
+            let grad = param.grad.clone().mul_scalar(param.grad_scale);
             if step == 0 {
                 let values = grad.to_data().iter::<f32>().collect();
                 self.first_gradients.insert(param.name.to_owned(), values);

@@ -147,7 +147,7 @@ fn other_methods_are_told_which_there_are() {
     let dataset = service.dataset("a");
     for (method, path, allowed) in [
         ("PUT", "/v1/datasets".to_owned(), "GET, POST"),
-        ("PATCH", dataset.clone(), "DELETE, GET"),
+        ("PUT", dataset.clone(), "DELETE, GET, PATCH"),
         ("DELETE", format!("{dataset}/images"), "GET, POST"),
         (
             "POST",

@@ -4,7 +4,6 @@
 //! those of transformers.
 
 mod beam;
-mod bicubic;
 mod chain;
 mod config;
 mod decoder;

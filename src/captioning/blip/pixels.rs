@@ -5,9 +5,9 @@ use std::path::Path;
 use image::RgbImage;
 use serde::Deserialize;
 
-use super::bicubic;
 use crate::diffusion::LoadError;
 use crate::diffusion::config::read_json;
+use crate::pictures::pillow::{self, Filter};
 
 /// Pillow's number of the bicubic filter.
 const BICUBIC: u32 = 3;
@@ -107,7 +107,7 @@ impl Processor {
 
     /// `[3, height, width]`; none for a picture without pixels.
     pub fn pixels(&self, picture: &RgbImage) -> Vec<f32> {
-        let resized = bicubic::resize(picture, self.width, self.height);
+        let resized = pillow::resize(picture, self.width, self.height, Filter::Bicubic);
         let plane = (self.width * self.height) as usize;
         let mut values = vec![0.0; 3 * plane];
         for (index, pixel) in resized.pixels().enumerate() {

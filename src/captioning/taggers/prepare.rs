@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use image::{Rgb, RgbImage};
 
+use crate::pictures::pillow::{self, Filter};
+
 /// Prepares a picture for a WD tagger: white on both sides until it is a square, averaged areas when it shrinks, Lanczos
 /// (Pillow's) when it grows; BGR, 0 to 255.
 ///
@@ -18,7 +20,8 @@ pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
         let values = area(&square, width, height);
         values.into_iter().map(f32::round_ties_even).collect()
     } else {
-        lanczos(&square, width, height)
+        let resized = pillow::resize(&square, width as u32, height as u32, Filter::Lanczos);
+        resized.into_raw().into_iter().map(f32::from).collect()
     };
     bgr(bytes)
 }
@@ -114,76 +117,6 @@ fn covered(source: usize, target: usize) -> Vec<(usize, Vec<f32>)> {
             let whole: f64 = kept.iter().map(|at| part(*at)).sum();
             let shares = kept.iter().map(|at| (part(*at) / whole) as f32);
             (kept.first().copied().unwrap_or(0), shares.collect())
-        })
-        .collect()
-}
-
-/// Pillow's Lanczos with three lobes to the bit, for pictures that do not shrink: a pass along the rows, one along the
-/// columns, each with whole-number weights and bytes as its result.
-fn lanczos(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
-    let (own_width, own_height) = (picture.width() as usize, picture.height() as usize);
-    let source: Vec<i64> = picture
-        .as_raw()
-        .iter()
-        .map(|byte| i64::from(*byte))
-        .collect();
-    let columns = lanczos_weights(own_width, width);
-    let mut narrow = Vec::with_capacity(width * own_height * 3);
-    for line in source.chunks_exact(own_width * 3) {
-        for (first, weights) in &columns {
-            for channel in 0..3 {
-                let values = line[first * 3 + channel..].iter().step_by(3);
-                narrow.push(weighed(values, weights));
-            }
-        }
-    }
-    let stride = width * 3;
-    let mut target = Vec::with_capacity(stride * height);
-    for (first, weights) in &lanczos_weights(own_height, height) {
-        for column in 0..stride {
-            let values = narrow[first * stride + column..].iter().step_by(stride);
-            target.push(weighed(values, weights) as f32);
-        }
-    }
-    target
-}
-
-/// Fractions of a weight.
-const WEIGHT_BITS: u32 = 22;
-
-fn weighed<'a>(values: impl Iterator<Item = &'a i64>, weights: &[i64]) -> i64 {
-    let half = 1 << (WEIGHT_BITS - 1);
-    let sum = values
-        .zip(weights)
-        .fold(half, |sum, (value, weight)| sum + value * weight);
-    (sum >> WEIGHT_BITS).clamp(0, 255)
-}
-
-/// For each target position the first source position that counts, and the weights of that and those after it.
-fn lanczos_weights(source: usize, target: usize) -> Vec<(usize, Vec<i64>)> {
-    const LOBES: f64 = 3.0;
-    let sinc = |x: f64| match x * std::f64::consts::PI {
-        0.0 => 1.0,
-        x => x.sin() / x,
-    };
-    let lobes = |x: f64| match (-LOBES..LOBES).contains(&x) {
-        true => sinc(x) * sinc(x / LOBES),
-        false => 0.0,
-    };
-    let scale = source as f64 / target as f64;
-    (0..target)
-        .map(|index| {
-            let centre = (index as f64 + 0.5) * scale;
-            let first = (centre - LOBES + 0.5).max(0.0) as usize;
-            let end = ((centre + LOBES + 0.5) as usize).min(source);
-            let weights: Vec<f64> = (first..end)
-                .map(|at| lobes(at as f64 - centre + 0.5))
-                .collect();
-            let whole: f64 = weights.iter().sum();
-            let fixed = |weight: &f64| {
-                (weight / whole * f64::from(1 << WEIGHT_BITS)).round() as i64 // half away from 0
-            };
-            (first, weights.iter().map(fixed).collect())
         })
         .collect()
 }

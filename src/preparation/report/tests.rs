@@ -67,7 +67,7 @@ impl Maker {
         looks: &RgbImage,
     ) -> &mut Self {
         let sha256 = format!("{:064x}", self.0.rows.len());
-        let measures = Measures::of(looks).expect("measures");
+        let measures = Measures::of(looks);
         self.0
             .measured
             .insert(sha256.clone(), Measured::Whole(Box::new(measures)));
