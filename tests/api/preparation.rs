@@ -132,12 +132,26 @@ fn a_thumbnail_is_small_and_kept() {
 fn colours_are_corrected_beforehand_applied_and_taken_back() {
     let service = Service::start();
     let dataset = service.dataset("a");
-    // Reds from 100 to 159, little else: something to spread.
+    // Reds from 0 to 199, little else: something to spread. The others are brighter: something to be matched.
+    let [bright, brighter] = [220, 230].map(|value| {
+        let picture = RgbImage::from_pixel(64, 64, Rgb([value; 3]));
+        let mut bytes = Cursor::new(Vec::new());
+        picture
+            .write_to(&mut bytes, ImageFormat::Png)
+            .expect("an encoder");
+        bytes.into_inner()
+    });
     let ids = upload(
         &service,
         &dataset,
-        &[("a.png", &scene(64, 64, 0)), ("b.png", &png(60))],
+        &[
+            ("a.png", &scene(64, 64, 0)),
+            ("b.png", &bright),
+            ("c.png", &brighter),
+        ],
     );
+    // All of them are measured by then: the set's median is of what is.
+    service.get(&format!("{dataset}/report")).expect(200);
     let image = format!("{dataset}/images/{}", ids[0]);
     let content = service.get(&format!("{image}/content")).bytes;
     let shown = |query: &str| {
@@ -189,7 +203,11 @@ fn colours_are_corrected_beforehand_applied_and_taken_back() {
 fn a_report_names_what_speaks_against_training() {
     let service = Service::start();
     let dataset = service.dataset("a <b>set</b>");
-    let twin = scene(300, 300, 40);
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/demo/dataset/10_lumo/lumo_09.png"
+    );
+    let twin = std::fs::read(path).expect("a picture of the demo");
     let other = {
         let picture = image::load_from_memory(&twin)
             .expect("a picture")
