@@ -11,7 +11,7 @@ use burn::tensor::activation;
 
 use super::error::LoadError;
 use super::weights::WeightsAt;
-use crate::kernels::{self, Geometry, LowRank, Precision};
+use crate::kernels::{self, Geometry, LowRank, Precision, Value};
 
 /// A trainable addition to a frozen layer.
 pub trait Adapter: Send + Sync + Debug {
@@ -125,14 +125,20 @@ impl Linear {
     /// - `x`: `[.., d_in]`
     /// - output: `[.., d_out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.forward_for(Value::Read, x)
+    }
+
+    /// The same, or the graph alone where nothing reads the output.
+    pub fn forward_for<const D: usize>(&self, value: Value, x: Tensor<D>) -> Tensor<D> {
         let mut shape = x.dims();
         let rows = x.shape().num_elements() / self.d_in();
         let x = x.reshape([rows, self.d_in()]);
         let (weight, bias) = (&self.weight, self.bias.as_ref());
         let y = match &self.adapter {
-            None => kernels::linear(x, weight, bias, self.precision),
+            None => kernels::linear(x, weight, bias, self.precision, value),
             Some(adapter) => {
-                kernels::linear_with_branch(x, weight, bias, adapter.branch(), self.precision)
+                let branch = adapter.branch();
+                kernels::linear_with_branch(x, weight, bias, branch, self.precision, value)
             }
         };
         shape[D - 1] = self.d_out();
@@ -218,6 +224,11 @@ impl Conv2d {
     /// - `x`: `[batch, c_in, height, width]`
     /// - output: `[batch, c_out, height', width']`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        self.forward_for(Value::Read, x)
+    }
+
+    /// The same, or the graph alone where nothing reads the output.
+    pub fn forward_for(&self, value: Value, x: Tensor<4>) -> Tensor<4> {
         let [_, _, kernel_height, kernel_width] = self.weight.dims();
         let geometry = Geometry {
             kernel: [kernel_height, kernel_width],
@@ -230,6 +241,7 @@ impl Conv2d {
             self.bias.as_ref(),
             geometry,
             self.precision,
+            value,
         );
         match &self.adapter {
             Some(adapter) => adapter.conv(self, x, y),

@@ -7,6 +7,7 @@ use burn::tensor::ops::{InterpolateMode, InterpolateOptions};
 use super::error::LoadError;
 use super::layers::{Conv2d, GroupNorm, LayerMut, Layers, Linear};
 use super::weights::WeightsAt;
+use crate::kernels::Value;
 
 /// Two convolutions and a skip path; in the UNet shifted by the timestep embedding.
 ///
@@ -58,6 +59,11 @@ impl ResnetBlock {
     /// - `time`: `[batch, d_time]`, after its activation
     /// - output: `[batch, c_out, height, width]`
     pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>) -> Tensor<4> {
+        self.forward_for(Value::Read, x, time)
+    }
+
+    /// The same, or the graph alone where nothing reads the output.
+    pub fn forward_for(&self, value: Value, x: Tensor<4>, time: Option<&Tensor<2>>) -> Tensor<4> {
         let hidden = self.conv1.forward(self.norm1.forward_silu(x.clone()));
         let hidden = match (&self.time_emb_proj, time) {
             (Some(projection), Some(time)) => {
@@ -67,9 +73,10 @@ impl ResnetBlock {
             }
             _ => hidden,
         };
-        let hidden = self.conv2.forward(self.norm2.forward_silu(hidden));
+        let hidden = self.norm2.forward_silu(hidden);
+        let hidden = self.conv2.forward_for(value, hidden);
         let skip = match &self.conv_shortcut {
-            Some(conv) => conv.forward(x),
+            Some(conv) => conv.forward_for(value, x),
             None => x,
         };
         skip + hidden
@@ -123,12 +130,17 @@ impl Downsample {
     /// - `x`: `[batch, c, height, width]`
     /// - output: `[batch, c, height / 2, width / 2]`, rounded up in the UNet, down in the VAE
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        self.forward_for(Value::Read, x)
+    }
+
+    /// The same, or the graph alone where nothing reads the output.
+    pub fn forward_for(&self, value: Value, x: Tensor<4>) -> Tensor<4> {
         let x = if self.pads_one_side {
             x.pad((0, 1, 0, 1), 0.0)
         } else {
             x
         };
-        self.conv.forward(x)
+        self.conv.forward_for(value, x)
     }
 
     /// Whether its convolution has an adapter.
@@ -163,6 +175,11 @@ impl Upsample {
     /// - `x`: `[batch, c, height, width]`
     /// - output: `[batch, c, size[0], size[1]]`
     pub fn forward(&self, x: Tensor<4>, size: [usize; 2]) -> Tensor<4> {
+        self.forward_for(Value::Read, x, size)
+    }
+
+    /// The same, or the graph alone where nothing reads the output.
+    pub fn forward_for(&self, value: Value, x: Tensor<4>, size: [usize; 2]) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
         let x = if size == [height * 2, width * 2] {
             // Repeating by broadcast has a gradient on every backend.
@@ -173,7 +190,7 @@ impl Upsample {
             let options = InterpolateOptions::new(InterpolateMode::Nearest);
             interpolate(x, options.with_output_size(size))
         };
-        self.conv.forward(x)
+        self.conv.forward_for(value, x)
     }
 
     /// Whether its convolution has an adapter.

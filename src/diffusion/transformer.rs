@@ -6,7 +6,7 @@ use super::attention::{attention, merge_heads, split_heads};
 use super::error::LoadError;
 use super::layers::{Conv2d, GroupNorm, LayerMut, LayerNorm, Layers, Linear};
 use super::weights::WeightsAt;
-use crate::kernels::geglu;
+use crate::kernels::{Value, geglu};
 
 /// Epsilon of the norm before a transformer; fixed in the reference implementation, whatever the configuration says.
 const NORM_EPS: f64 = 1e-6;
@@ -46,7 +46,7 @@ enum Projection {
 
 /// `x + attn1(norm1(x))`, then `x + attn2(norm2(x), text)`, then `x + ff(norm3(x))`.
 #[derive(Debug)]
-struct TransformerBlock {
+pub struct TransformerBlock {
     norm1: LayerNorm,
     attn1: Attention,
     norm2: LayerNorm,
@@ -82,26 +82,39 @@ impl Transformer2d {
         })
     }
 
+    /// What the first block reads, or the graph alone where nothing reads it.
+    ///
     /// # Shapes
-    /// - `x` and output: `[batch, channels, height, width]`
-    /// - `context`: `[batch, tokens, d_context]`
-    pub fn forward(&self, x: Tensor<4>, context: &Tensor<3>) -> Tensor<4> {
-        let [_, _, height, width] = x.dims();
-        let mut hidden = self.proj_in.enter(self.norm.forward(x.clone())); // [batch, pixels, channels]
-        for block in &self.transformer_blocks {
-            hidden = block.forward(hidden, context);
-        }
-        x + self.proj_out.leave(hidden, height, width)
+    /// - `x`: `[batch, channels, height, width]`
+    /// - output: `[batch, height * width, channels]`
+    pub fn enter_for(&self, value: Value, x: Tensor<4>) -> Tensor<3> {
+        self.proj_in.enter(value, self.norm.forward(x))
     }
 
-    /// Whether a layer of it has an adapter.
-    pub fn is_adapted(&self) -> bool {
+    /// What the last block has made of the pixels, added to what they were, `x`; or the graph alone where nothing
+    /// reads it.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, height * width, channels]`
+    /// - `x` and output: `[batch, channels, height, width]`
+    pub fn leave_for(&self, value: Value, hidden: Tensor<3>, x: Tensor<4>) -> Tensor<4> {
+        let [_, _, height, width] = x.dims();
+        x + self.proj_out.leave(value, hidden, [height, width])
+    }
+
+    /// What is between entering and leaving.
+    pub fn blocks(&self) -> &[TransformerBlock] {
+        &self.transformer_blocks
+    }
+
+    /// Whether the layer before the blocks has an adapter.
+    pub fn entry_is_adapted(&self) -> bool {
         self.proj_in.is_adapted()
-            || self.proj_out.is_adapted()
-            || self
-                .transformer_blocks
-                .iter()
-                .any(TransformerBlock::is_adapted)
+    }
+
+    /// Whether the layer behind the blocks has an adapter.
+    pub fn exit_is_adapted(&self) -> bool {
+        self.proj_out.is_adapted()
     }
 
     /// Layers below `path`, for adapters.
@@ -125,18 +138,18 @@ impl Projection {
     }
 
     /// `[batch, c, height, width]` to `[batch, height * width, c]`
-    fn enter(&self, x: Tensor<4>) -> Tensor<3> {
+    fn enter(&self, value: Value, x: Tensor<4>) -> Tensor<3> {
         match self {
-            Self::Conv(conv) => pixels_to_tokens(conv.forward(x)),
-            Self::Linear(linear) => linear.forward(pixels_to_tokens(x)),
+            Self::Conv(conv) => pixels_to_tokens(conv.forward_for(value, x)),
+            Self::Linear(linear) => linear.forward_for(value, pixels_to_tokens(x)),
         }
     }
 
     /// `[batch, height * width, c]` to `[batch, c, height, width]`
-    fn leave(&self, x: Tensor<3>, height: usize, width: usize) -> Tensor<4> {
+    fn leave(&self, value: Value, x: Tensor<3>, [height, width]: [usize; 2]) -> Tensor<4> {
         match self {
-            Self::Conv(conv) => conv.forward(tokens_to_pixels(x, height, width)),
-            Self::Linear(linear) => tokens_to_pixels(linear.forward(x), height, width),
+            Self::Conv(conv) => conv.forward_for(value, tokens_to_pixels(x, height, width)),
+            Self::Linear(linear) => tokens_to_pixels(linear.forward_for(value, x), height, width),
         }
     }
 
@@ -180,21 +193,28 @@ impl TransformerBlock {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, context: &Tensor<3>) -> Tensor<3> {
+    /// The result, or the graph alone where nothing reads it.
+    ///
+    /// # Shapes
+    /// - `x` and output: `[batch, pixels, channels]`
+    /// - `context`: `[batch, tokens, d_context]`
+    pub fn forward_for(&self, value: Value, x: Tensor<3>, context: &Tensor<3>) -> Tensor<3> {
         let normed = self.norm1.forward(x.clone());
         let x = x + self.attn1.forward(normed.clone(), normed);
         let normed = self.norm2.forward(x.clone());
         let x = x + self.attn2.forward(normed, context.clone());
         let normed = self.norm3.forward(x.clone());
-        x + self.feed_forward(normed)
+        x + self.feed_forward(value, normed)
     }
 
     /// GEGLU (Shazeer 2020, arXiv:2002.05202): `ff_out(values * gelu(gates))`
-    fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.ff_out.forward(geglu(self.ff_in.forward(x)))
+    fn feed_forward(&self, value: Value, x: Tensor<3>) -> Tensor<3> {
+        let hidden = geglu(self.ff_in.forward(x));
+        self.ff_out.forward_for(value, hidden)
     }
 
-    fn is_adapted(&self) -> bool {
+    /// Whether a layer of it has an adapter.
+    pub fn is_adapted(&self) -> bool {
         self.attn1.is_adapted()
             || self.attn2.is_adapted()
             || self.ff_in.is_adapted()

@@ -6,28 +6,41 @@ use super::conditioning::{Added, Condition, ConditionGradients};
 use super::layers::{Conv2d, GroupNorm, silu};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::segments::{Inputs, Keep, Kept, leaf_if};
-use super::transformer::Transformer2d;
-use super::unet::{MidBlock, UNet};
-use crate::kernels::widen;
+use super::transformer::{Transformer2d, TransformerBlock};
+use super::unet::UNet;
+use crate::kernels::{Value, widen};
 
 /// A part of the UNet between two hidden states.
 #[derive(Clone, Copy)]
 enum Segment<'a> {
     Enter(&'a Conv2d),
-    Down(&'a ResnetBlock, Option<&'a Transformer2d>),
+    Resnet(&'a ResnetBlock, Skip),
+    EnterTransformer(&'a Transformer2d),
+    Block(&'a TransformerBlock),
+    LeaveTransformer(&'a Transformer2d, Skip),
     Downsample(&'a Downsample),
-    Middle(&'a MidBlock),
-    Up(&'a ResnetBlock, Option<&'a Transformer2d>),
     Upsample(&'a Upsample),
     Leave(&'a GroupNorm, &'a Conv2d),
+}
+
+/// What a segment has to do with the states that go around others: around the middle of the UNet to the way up, and
+/// around the blocks of a transformer to its end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Skip {
+    Nothing,
+    /// It reads the newest of them.
+    Pops,
+    /// Its result is one of them.
+    Pushes,
+    Both,
 }
 
 /// What a segment reads.
 #[derive(Clone, Debug)]
 struct SegmentInputs {
-    /// `[batch, channels, height, width]`
+    /// `[batch, channels, height, width]`, or `[batch, 1, height * width, channels]` between a transformer's blocks
     hidden: Tensor<4>,
-    /// The state from the way down that is appended to it, on the way up.
+    /// The state that goes around others to here: appended on the way up, added at the end of a transformer.
     skip: Option<Tensor<4>>,
     /// `[batch, tokens, d_context]`
     context: Tensor<3>,
@@ -177,8 +190,7 @@ impl UNet {
             let Some(of_output) = gradient.take() else {
                 continue;
             };
-            let (mut gradients, leaves) =
-                part.backward(of_output, |inputs| segment.forward(inputs));
+            let (mut gradients, leaves) = part.backward(of_output, |inputs| segment.rerun(inputs));
             gradient = leaves.hidden.grad_remove(&mut gradients);
             if let Some(skip) = leaves.skip {
                 skips.push(skip.grad_remove(&mut gradients));
@@ -260,14 +272,27 @@ impl UNet {
         let mut segments = vec![Segment::Enter(&self.conv_in)];
         for block in &self.down_blocks {
             for (index, resnet) in block.resnets.iter().enumerate() {
-                segments.push(Segment::Down(resnet, block.attentions.get(index)));
+                // What goes around a transformer is what goes into it.
+                segments.push(Segment::Resnet(resnet, Skip::Pushes));
+                if let Some(attention) = block.attentions.get(index) {
+                    transform(&mut segments, attention, Skip::Both);
+                }
             }
             segments.extend(block.downsampler.as_ref().map(Segment::Downsample));
         }
-        segments.push(Segment::Middle(&self.mid_block));
+        let middle = &self.mid_block;
+        segments.push(Segment::Resnet(&middle.first, Skip::Pushes));
+        transform(&mut segments, &middle.attention, Skip::Pops);
+        segments.push(Segment::Resnet(&middle.second, Skip::Nothing));
         for block in &self.up_blocks {
             for (index, resnet) in block.resnets.iter().enumerate() {
-                segments.push(Segment::Up(resnet, block.attentions.get(index)));
+                match block.attentions.get(index) {
+                    None => segments.push(Segment::Resnet(resnet, Skip::Pops)),
+                    Some(attention) => {
+                        segments.push(Segment::Resnet(resnet, Skip::Both));
+                        transform(&mut segments, attention, Skip::Pops);
+                    }
+                }
             }
             segments.extend(block.upsampler.as_ref().map(Segment::Upsample));
         }
@@ -279,44 +304,56 @@ impl UNet {
 impl Segment<'_> {
     /// Whether the result is also a skip state.
     fn pushes(self) -> bool {
-        matches!(self, Self::Enter(_) | Self::Down(..) | Self::Downsample(_))
+        matches!(
+            self,
+            Self::Enter(_)
+                | Self::Downsample(_)
+                | Self::Resnet(_, Skip::Pushes | Skip::Both)
+                | Self::LeaveTransformer(_, Skip::Pushes | Skip::Both)
+        )
     }
 
     /// Whether it reads a skip state.
     fn pops(self) -> bool {
-        matches!(self, Self::Up(..))
+        matches!(
+            self,
+            Self::Resnet(_, Skip::Pops | Skip::Both)
+                | Self::LeaveTransformer(_, Skip::Pops | Skip::Both)
+        )
     }
 
     /// Whether it reads the context.
     fn attends(self) -> bool {
-        matches!(
-            self,
-            Self::Down(_, Some(_)) | Self::Up(_, Some(_)) | Self::Middle(_)
-        )
+        matches!(self, Self::Block(_))
     }
 
     /// Whether it reads the time embedding.
     fn is_timed(self) -> bool {
-        matches!(self, Self::Down(..) | Self::Up(..) | Self::Middle(_))
+        matches!(self, Self::Resnet(..))
     }
 
     fn is_adapted(self) -> bool {
         match self {
             Self::Enter(conv) | Self::Leave(_, conv) => conv.is_adapted(),
-            Self::Down(resnet, attention) | Self::Up(resnet, attention) => {
-                resnet.is_adapted() || attention.is_some_and(Transformer2d::is_adapted)
-            }
+            Self::Resnet(resnet, _) => resnet.is_adapted(),
+            Self::EnterTransformer(transformer) => transformer.entry_is_adapted(),
+            Self::Block(block) => block.is_adapted(),
+            Self::LeaveTransformer(transformer, _) => transformer.exit_is_adapted(),
             Self::Downsample(sampler) => sampler.is_adapted(),
             Self::Upsample(sampler) => sampler.is_adapted(),
-            Self::Middle(block) => {
-                block.first.is_adapted()
-                    || block.attention.is_adapted()
-                    || block.second.is_adapted()
-            }
         }
     }
 
     fn forward(self, inputs: SegmentInputs) -> Tensor<4> {
+        self.forward_for(Value::Read, inputs)
+    }
+
+    /// The graph once more: what comes last in the segment need not be computed again, since nothing reads it.
+    fn rerun(self, inputs: SegmentInputs) -> Tensor<4> {
+        self.forward_for(Value::Unread, inputs)
+    }
+
+    fn forward_for(self, value: Value, inputs: SegmentInputs) -> Tensor<4> {
         let SegmentInputs {
             hidden,
             skip,
@@ -326,28 +363,38 @@ impl Segment<'_> {
             ..
         } = inputs;
         match self {
-            Self::Enter(conv) => conv.forward(hidden),
-            Self::Down(resnet, attention) | Self::Up(resnet, attention) => {
+            Self::Enter(conv) => conv.forward_for(value, hidden),
+            Self::Resnet(resnet, _) => {
                 let hidden = match skip {
                     Some(skip) => Tensor::cat(vec![hidden, skip], 1),
                     None => hidden,
                 };
-                let hidden = resnet.forward(hidden, Some(&time));
-                match attention {
-                    Some(attention) => attention.forward(hidden, &context),
-                    None => hidden,
-                }
+                resnet.forward_for(value, hidden, Some(&time))
             }
-            Self::Downsample(sampler) => sampler.forward(hidden),
-            Self::Middle(block) => {
-                let hidden = block.first.forward(hidden, Some(&time));
-                let hidden = block.attention.forward(hidden, &context);
-                block.second.forward(hidden, Some(&time))
+            Self::EnterTransformer(transformer) => {
+                transformer.enter_for(value, hidden).unsqueeze_dim(1)
             }
-            Self::Upsample(sampler) => sampler.forward(hidden, size),
-            Self::Leave(norm, conv) => conv.forward(norm.forward_silu(hidden)),
+            Self::Block(block) => {
+                let hidden = hidden.squeeze_dim(1);
+                block.forward_for(value, hidden, &context).unsqueeze_dim(1)
+            }
+            Self::LeaveTransformer(transformer, _) => {
+                let Some(around) = skip else {
+                    unreachable!("what precedes a transformer has pushed its state")
+                };
+                transformer.leave_for(value, hidden.squeeze_dim(1), around)
+            }
+            Self::Downsample(sampler) => sampler.forward_for(value, hidden),
+            Self::Upsample(sampler) => sampler.forward_for(value, hidden, size),
+            Self::Leave(norm, conv) => conv.forward_for(value, norm.forward_silu(hidden)),
         }
     }
+}
+
+fn transform<'a>(segments: &mut Vec<Segment<'a>>, transformer: &'a Transformer2d, last: Skip) {
+    segments.push(Segment::EnterTransformer(transformer));
+    segments.extend(transformer.blocks().iter().map(Segment::Block));
+    segments.push(Segment::LeaveTransformer(transformer, last));
 }
 
 fn plus<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Tensor<D>> {

@@ -7,7 +7,7 @@ use burn::tensor::{FloatDType, Tensor};
 pub use super::cpu::conv::Window as Geometry;
 pub use super::cpu::conv::order_by_taps;
 use super::cpu::conv::{backward, forward};
-use super::operation::{Operation, apply};
+use super::operation::{Operation, Skippable, Value, apply_for};
 use super::precision::{Precision, narrow};
 
 /// `y = conv(x, W) + b` (cross-correlation) with weights that are never trained.
@@ -25,6 +25,7 @@ pub fn conv2d(
     bias: Option<&Tensor<1>>,
     geometry: Geometry,
     precision: Precision,
+    value: Value,
 ) -> Tensor<4> {
     let layer = FrozenConv {
         weight: weight.clone(),
@@ -32,7 +33,7 @@ pub fn conv2d(
         geometry,
         precision,
     };
-    apply(layer, [x])
+    apply_for(value, layer, [x])
 }
 
 #[derive(Clone, Debug)]
@@ -74,6 +75,19 @@ impl Operation<1, 4> for FrozenConv {
             backward(&gradient, weight, self.geometry, image, precision)
                 .unwrap_or_else(|| self.transposed(gradient, image))
         })]
+    }
+}
+
+impl Skippable<1, 4> for FrozenConv {
+    fn shape(&self, [x]: &[Tensor<4>; 1]) -> [usize; 4] {
+        let [batch, _, height, width] = x.dims();
+        let [height, width] = self.geometry.output([height, width]);
+        [batch, self.weight.dims()[0], height, width]
+    }
+
+    fn saved(&self, [x]: [Tensor<4>; 1]) -> [usize; 2] {
+        let [_, _, height, width] = x.dims();
+        [height, width]
     }
 }
 
@@ -136,7 +150,14 @@ mod tests {
                 let run = |ours: bool| {
                     let x = x.clone().autodiff().require_grad();
                     let y = if ours {
-                        conv2d(x.clone(), &weight, Some(&bias), geometry, Precision::Fp32)
+                        conv2d(
+                            x.clone(),
+                            &weight,
+                            Some(&bias),
+                            geometry,
+                            Precision::Fp32,
+                            Value::Read,
+                        )
                     } else {
                         let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], 1);
                         plain_conv2d(x.clone(), weight.clone(), Some(bias.clone()), options)

@@ -4,7 +4,7 @@ use burn::tensor::{FloatDType, Tensor};
 
 use super::cpu::gemm::{Matrix, Size, Start, add_product, product};
 use super::cpu::{Strides, View, elementwise, tensor};
-use super::operation::{Operation, apply};
+use super::operation::{Operation, Skippable, Value, apply_for};
 use super::precision::{Precision, narrow, widen};
 
 /// `y = x Wᵀ + b` with weights that are never trained.
@@ -21,13 +21,14 @@ pub fn linear(
     weight: &Tensor<2>,
     bias: Option<&Tensor<1>>,
     precision: Precision,
+    value: Value,
 ) -> Tensor<2> {
     let layer = FrozenLinear {
         weight: weight.clone(),
         bias: bias.cloned(),
         precision,
     };
-    apply(layer, [x])
+    apply_for(value, layer, [x])
 }
 
 /// A low-rank branch: `scale · up(down(x))`.
@@ -54,6 +55,7 @@ pub fn linear_with_branch(
     bias: Option<&Tensor<1>>,
     branch: LowRank,
     precision: Precision,
+    value: Value,
 ) -> Tensor<2> {
     let layer = FrozenLinear {
         weight: weight.clone(),
@@ -61,7 +63,7 @@ pub fn linear_with_branch(
         precision,
     };
     let LowRank { down, up, scale } = branch;
-    apply(BranchedLinear { layer, scale }, [x, down, up])
+    apply_for(value, BranchedLinear { layer, scale }, [x, down, up])
 }
 
 #[derive(Clone, Debug)]
@@ -97,6 +99,14 @@ impl Operation<1, 2> for FrozenLinear {
             })
         })]
     }
+}
+
+impl Skippable<1, 2> for FrozenLinear {
+    fn shape(&self, [x]: &[Tensor<2>; 1]) -> [usize; 2] {
+        [x.dims()[0], self.weight.dims()[0]]
+    }
+
+    fn saved(&self, _: [Tensor<2>; 1]) {}
 }
 
 impl FrozenLinear {
@@ -185,6 +195,16 @@ impl Operation<3, 2> for BranchedLinear {
             wanted[1].then(|| of_middle.transpose().matmul(x)),
             wanted[2].then(|| dy.transpose().matmul(middle).mul_scalar(self.scale)),
         ]
+    }
+}
+
+impl Skippable<3, 2> for BranchedLinear {
+    fn shape(&self, [x, ..]: &[Tensor<2>; 3]) -> [usize; 2] {
+        [x.dims()[0], self.layer.weight.dims()[0]]
+    }
+
+    fn saved(&self, inputs: [Tensor<2>; 3]) -> [Tensor<2>; 3] {
+        inputs
     }
 }
 
@@ -343,7 +363,13 @@ mod tests {
             let run = |ours: bool| {
                 let x = x.clone().autodiff().require_grad();
                 let y = if ours {
-                    linear(x.clone(), &weight, Some(&bias), Precision::Fp32)
+                    linear(
+                        x.clone(),
+                        &weight,
+                        Some(&bias),
+                        Precision::Fp32,
+                        Value::Read,
+                    )
                 } else {
                     let weight = weight.clone().cast(FloatDType::F32);
                     x.clone().matmul(weight.transpose()) + bias.clone().unsqueeze()
@@ -381,7 +407,14 @@ mod tests {
                         up,
                         scale: 0.5,
                     };
-                    linear_with_branch(x, &weight, Some(&bias), branch, Precision::Fp32)
+                    linear_with_branch(
+                        x,
+                        &weight,
+                        Some(&bias),
+                        branch,
+                        Precision::Fp32,
+                        Value::Read,
+                    )
                 } else {
                     let plain = x.clone().matmul(weight.clone().transpose());
                     let middle = x.matmul(down.transpose());

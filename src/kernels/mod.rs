@@ -20,5 +20,6 @@ pub use cpu::{instruction_set, is_cpu};
 pub use gate::{geglu, gelu, quick_gelu};
 pub use linear::{LowRank, linear, linear_with_branch};
 pub use norm::{group_norm, layer_norm};
+pub use operation::Value;
 pub use precision::{Precision, narrow, widen};
 pub use seed::seed;

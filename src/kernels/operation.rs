@@ -30,6 +30,61 @@ pub trait Operation<const N: usize, const D: usize>: Clone + Debug + Send + Sync
     ) -> [Option<Tensor<D>>; N];
 }
 
+/// Whether anything reads the result of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// It is computed.
+    Read,
+    /// It is left out, and zeros stand for it: what runs again for its gradients alone ends in such operations.
+    Unread,
+}
+
+/// An operation whose backward needs nothing that only its forward computes.
+pub trait Skippable<const N: usize, const D: usize>: Operation<N, D> {
+    /// The shape of the result.
+    fn shape(&self, inputs: &[Tensor<D>; N]) -> [usize; D];
+
+    /// What the backward needs.
+    fn saved(&self, inputs: [Tensor<D>; N]) -> Self::Saved;
+}
+
+#[derive(Clone, Debug)]
+struct Unread<O>(O);
+
+impl<O: Skippable<N, D>, const N: usize, const D: usize> Operation<N, D> for Unread<O> {
+    type Saved = O::Saved;
+
+    fn forward(&self, inputs: [Tensor<D>; N]) -> (Tensor<D>, O::Saved) {
+        let options = (&inputs[0].device(), inputs[0].dtype());
+        let zeros = Tensor::zeros(self.0.shape(&inputs), options);
+        (zeros, self.0.saved(inputs))
+    }
+
+    fn backward(
+        &self,
+        saved: O::Saved,
+        gradient: Tensor<D>,
+        wanted: [bool; N],
+    ) -> [Option<Tensor<D>>; N] {
+        self.0.backward(saved, gradient, wanted)
+    }
+}
+
+/// Computes the operation, or records it alone where nothing reads its value.
+pub fn apply_for<O, const N: usize, const D: usize>(
+    value: Value,
+    operation: O,
+    inputs: [Tensor<D>; N],
+) -> Tensor<D>
+where
+    O: Skippable<N, D>,
+{
+    match value {
+        Value::Read => apply(operation, inputs),
+        Value::Unread => apply(Unread(operation), inputs),
+    }
+}
+
 /// Computes the operation, and records it when an input is tracked.
 pub fn apply<O, const N: usize, const D: usize>(operation: O, inputs: [Tensor<D>; N]) -> Tensor<D>
 where

@@ -6,7 +6,7 @@
 use burn::tensor::Tensor;
 
 use super::inputs::{Inputs, Outputs, Traced, leaf};
-use crate::kernels::{self, Geometry, Precision};
+use crate::kernels::{self, Geometry, Precision, Value};
 
 /// Pictures or prompts at once.
 pub const BATCH: usize = 2;
@@ -35,7 +35,7 @@ pub fn linear_of_halves(inputs: &mut Inputs) -> Outputs {
 fn linear_with(inputs: &mut Inputs, weight: &Tensor<2>) -> Outputs {
     let x = leaf(inputs.normal([BATCH * TOKENS, WIDTH]));
     let bias = inputs.normal([WIDTH]);
-    let y = kernels::linear(x.clone(), weight, Some(&bias), Precision::Fp32);
+    let y = kernels::linear(x.clone(), weight, Some(&bias), Precision::Fp32, Value::Read);
     let gradient = inputs.normal([BATCH * TOKENS, WIDTH]);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -45,7 +45,13 @@ pub fn linear_in_halves(inputs: &mut Inputs) -> Outputs {
     let weight = inputs.halves([WIDTH, WIDTH], (WIDTH as f32).powf(-0.5));
     let bias = inputs.normal([WIDTH]);
     let x = leaf(inputs.halves([BATCH * TOKENS, WIDTH], 1.0));
-    let y = kernels::linear(x.clone(), &weight, Some(&bias), Precision::Fp16);
+    let y = kernels::linear(
+        x.clone(),
+        &weight,
+        Some(&bias),
+        Precision::Fp16,
+        Value::Read,
+    );
     let gradient = inputs.halves([BATCH * TOKENS, WIDTH], 1.0);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -76,7 +82,14 @@ pub fn conv_in_halves(inputs: &mut Inputs) -> Outputs {
         stride: [1, 1],
         padding: [1, 1],
     };
-    let y = kernels::conv2d(normed, &weight, Some(&bias), geometry, Precision::Fp16);
+    let y = kernels::conv2d(
+        normed,
+        &weight,
+        Some(&bias),
+        geometry,
+        Precision::Fp16,
+        Value::Read,
+    );
     let gradient = inputs.halves(PICTURE, 1.0);
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
@@ -90,7 +103,14 @@ fn conv_with(inputs: &mut Inputs, weight: Tensor<4>, stride: usize) -> Outputs {
         stride: [stride, stride],
         padding: [1, 1],
     };
-    let y = kernels::conv2d(x.clone(), &weight, Some(&bias), geometry, Precision::Fp32);
+    let y = kernels::conv2d(
+        x.clone(),
+        &weight,
+        Some(&bias),
+        geometry,
+        Precision::Fp32,
+        Value::Read,
+    );
     let gradient = inputs.normal(y.dims());
     Traced::new(y, gradient).gradient("x", &x).outputs()
 }
