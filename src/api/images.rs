@@ -213,19 +213,13 @@ pub async fn update_image(
         color_correction: image.color_correction.map(Into::into),
     };
     let after = patch.apply_to(&before)?;
-    let mut image = image;
-    if after.caption != before.caption || after.color_correction == before.color_correction {
-        let revision = Some(image.revision);
-        image = datasets
-            .set_caption(&image, after.caption, revision, key)
-            .await?;
-    }
-    if after.color_correction != before.color_correction {
-        let (correction, revision) = (after.color_correction.map(Into::into), Some(image.revision));
-        image = datasets
-            .set_color_correction(image_id, correction, revision)
-            .await?;
-    }
+    let update = rows::ImageUpdate {
+        caption: after.caption,
+        color_correction: after.color_correction.map(Into::into),
+    };
+    let image = datasets
+        .update_image(&image, update, Some(image.revision), key)
+        .await?;
     Ok(image_answer(image))
 }
 

@@ -18,7 +18,8 @@ use super::rules::{Checker, SubsetWords};
 use super::subjects::Subjects;
 use super::trial::Trial;
 use crate::store::datasets::{
-    Correction, Dataset, DatasetCounts, Image, ImageFilter, Subset, SubsetCounts, SubsetSettings,
+    Correction, Dataset, DatasetCounts, Image, ImageFilter, ImageUpdate, Subset, SubsetCounts,
+    SubsetSettings,
 };
 use crate::store::{Store, StoreError};
 
@@ -236,19 +237,19 @@ impl DatasetService {
         }
     }
 
-    /// Replaces or removes an image's caption; with an expected revision only at that revision.
+    /// Replaces an image's caption and what is done to its colours; with an expected revision only at that revision.
     ///
     /// # Errors
     /// [`DatasetError::Caption`], [`DatasetError::InstancePrompt`], [`DatasetError::ImageNotFound`],
     /// [`DatasetError::Changed`].
-    pub async fn set_caption(
+    pub async fn update_image(
         &self,
         image: &Image,
-        caption: Option<String>,
+        update: ImageUpdate,
         expected: Option<i64>,
         api_key_id: Option<Uuid>,
     ) -> Result<Image, DatasetError> {
-        if let Some(caption) = &caption {
+        if let Some(caption) = &update.caption {
             captions::check(caption, self.limits.caption_bytes)?;
             let subsets = self.store.list_subsets(image.dataset_id).await?;
             let before = image.caption.as_deref().unwrap_or_default();
@@ -260,26 +261,9 @@ impl DatasetService {
         }
         let updated = self
             .store
-            .set_caption(image.id, caption, expected, api_key_id)
-            .await;
+            .update_image(image.id, update, expected, api_key_id);
+        let updated = updated.await;
         updated.map_err(|error| missing(error, DatasetError::ImageNotFound(image.id)))
-    }
-
-    /// Says what is done to an image's colours; with an expected revision only at that revision.
-    ///
-    /// # Errors
-    /// [`DatasetError::ImageNotFound`], [`DatasetError::Changed`].
-    pub async fn set_color_correction(
-        &self,
-        image_id: Uuid,
-        color_correction: Option<Correction>,
-        expected: Option<i64>,
-    ) -> Result<Image, DatasetError> {
-        let set = self
-            .store
-            .set_color_correction(image_id, color_correction, expected);
-        let set = set.await;
-        set.map_err(|error| missing(error, DatasetError::ImageNotFound(image_id)))
     }
 
     /// Deletes an image; with an expected revision only at that revision.

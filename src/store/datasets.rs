@@ -24,7 +24,7 @@ use super::{Store, StoreError, now_ms, time_of};
 pub use captions::{CaptionChange, CaptionEdit, ChangeKind, Undone};
 pub use correction::Correction;
 pub(super) use images::change_captions;
-pub use images::{AddedImage, Image, ImageName, NewImage};
+pub use images::{AddedImage, Image, ImageName, ImageUpdate, NewImage};
 pub use tags::{ImageFilter, tags_of};
 pub use training::{SubsetAugment, SubsetCaptions, SubsetTraining};
 

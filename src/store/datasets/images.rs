@@ -19,6 +19,15 @@ use crate::store::{Store, StoreError, now_ms, time_of};
 /// Images that are looked through for words at once.
 const LOOKED_THROUGH_AT_ONCE: u64 = 500;
 
+/// What a person says of an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageUpdate {
+    /// `None` removes the caption.
+    pub caption: Option<String>,
+    /// What is done to its colours.
+    pub color_correction: Option<Correction>,
+}
+
 /// An image and its caption. The content is the blob of `sha256`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -237,14 +246,15 @@ impl Store {
         named(&self.db, row.ok_or(StoreError::NotFound)?).await
     }
 
-    /// Replaces (or, with `None`, removes) an image's caption; with an expected revision only at that revision.
+    /// Replaces what a person says of an image, in one transaction; with an expected revision only at that revision.
+    /// What says the same is no change: the revision stays.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
-    pub async fn set_caption(
+    pub async fn update_image(
         &self,
         image_id: Uuid,
-        caption: Option<String>,
+        update: ImageUpdate,
         expected_revision: Option<i64>,
         api_key_id: Option<Uuid>,
     ) -> Result<Image, StoreError> {
@@ -252,7 +262,8 @@ impl Store {
         let row = image::Entity::find_by_id(image_id).one(&write).await?;
         let row = row.ok_or(StoreError::NotFound)?;
         check_revision(expected_revision, row.revision)?;
-        if row.caption == caption {
+        let correction = update.color_correction.map(Correction::to_row);
+        if row.caption == update.caption && row.color_correction == correction {
             return named(&write, row).await; // the dataset has not changed either
         }
         let author = Author {
@@ -260,39 +271,15 @@ impl Store {
             revision: touch(&write, row.dataset_id).await?,
             api_key_id,
         };
-        let row = write_caption(&write, row, caption, &author).await?;
-        let image = named(&write, row).await?;
-        write.commit().await?;
-        Ok(image)
-    }
-
-    /// Says what is done to an image's colours; with an expected revision only at that revision.
-    ///
-    /// # Errors
-    /// [`StoreError::NotFound`]; [`StoreError::Conflict`]; or when the database fails.
-    pub async fn set_color_correction(
-        &self,
-        image_id: Uuid,
-        color_correction: Option<Correction>,
-        expected_revision: Option<i64>,
-    ) -> Result<Image, StoreError> {
-        let write = self.begin().await?;
-        let row = image::Entity::find_by_id(image_id).one(&write).await?;
-        let row = row.ok_or(StoreError::NotFound)?;
-        check_revision(expected_revision, row.revision)?;
-        let word = color_correction.map(Correction::to_row);
-        if row.color_correction == word {
-            return named(&write, row).await;
-        }
-        touch(&write, row.dataset_id).await?;
+        let revision = row.revision + 1;
+        let row = write_caption(&write, row, update.caption, &author).await?;
         let row = image::ActiveModel {
-            color_correction: Set(word),
-            revision: Set(row.revision + 1),
+            color_correction: Set(correction),
+            revision: Set(revision),
             updated_at_ms: Set(now_ms()),
             ..row.into()
         };
-        let row = row.update(&write).await?;
-        let image = named(&write, row).await?;
+        let image = named(&write, row.update(&write).await?).await?;
         write.commit().await?;
         Ok(image)
     }

@@ -4,7 +4,8 @@ use sea_orm::EntityTrait as _;
 use uuid::Uuid;
 
 use super::{
-    AddedImage, ImageFilter, NewImage, SubsetAugment, SubsetHints, SubsetSettings, SubsetTraining,
+    AddedImage, ImageFilter, ImageUpdate, NewImage, SubsetAugment, SubsetHints, SubsetSettings,
+    SubsetTraining,
 };
 use crate::store::StoreError;
 use crate::store::rows::run;
@@ -243,9 +244,11 @@ async fn captions_change_at_their_revision() {
         .expect("added");
     let image = ids(&added)[0];
     let set = async |caption: Option<&str>, expected| {
-        store
-            .set_caption(image, caption.map(str::to_owned), expected, None)
-            .await
+        let update = ImageUpdate {
+            caption: caption.map(str::to_owned),
+            color_correction: None,
+        };
+        store.update_image(image, update, expected, None).await
     };
     assert_eq!(set(Some("one"), Some(1)).await.expect("set").revision, 2);
     assert!(matches!(
