@@ -130,6 +130,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
     store.blobs().clear_scratch()?;
     store.reopen_uploads().await?;
     let models = model_catalog(&config);
+    models.clear_uploads();
     let plugins = Arc::new(find_plugins(&config));
     for plugin in plugins.plugins() {
         if let Some(reason) = &plugin.reason {
@@ -324,7 +325,9 @@ pub fn work(config: Config, run: Uuid) -> Result<WorkerEnd> {
 
 /// Base models, with their digests remembered for the service and its workers alike.
 fn model_catalog(config: &Config) -> ModelCatalog {
-    ModelCatalog::new(&config.models_dir).remembering_in(config.data_dir.join("digests"))
+    ModelCatalog::new(&config.models_dir)
+        .remembering_in(config.data_dir.join("digests"))
+        .keeping_in(config.data_dir.join("models"))
 }
 
 /// The plugins of the configured folders and of the program's own.

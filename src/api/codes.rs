@@ -84,6 +84,11 @@ codes! {
 
     // models
     ModelNotFound = "model_not_found", 404, "There is no such base model";
+    VaeNotFound = "vae_not_found", 404, "There is no such VAE";
+    InvalidModel = "invalid_model", 422, "The model cannot be used";
+    ModelExists = "model_exists", 409, "Something in the model folder has this name";
+    ModelInUse = "model_in_use", 409, "A run that has not ended needs the model";
+    ModelNotUploaded = "model_not_uploaded", 409, "Only what was uploaded can be removed";
 
     // runs
     RunNotFound = "run_not_found", 404, "There is no such run";

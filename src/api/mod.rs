@@ -24,6 +24,7 @@ pub mod limits;
 pub mod loras;
 pub mod metrics;
 pub mod middleware;
+mod model_intake;
 pub mod models;
 pub mod multipart;
 pub mod openapi;
@@ -60,6 +61,7 @@ pub mod tagged;
 mod twins;
 mod upload_parts;
 mod uploads;
+mod vaes;
 pub mod webhooks;
 
 use actix_cors::Cors;
@@ -92,6 +94,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
     config.service(scope::scope("/v1").configure(|config| {
         config
             .configure(models::routes)
+            .configure(vaes::routes)
             .configure(captioners::routes)
             .configure(datasets::routes)
             .configure(captioning_jobs::routes)

@@ -90,6 +90,7 @@ pub fn down_convert(mut document: Value) -> Value {
             if let Some(body) = operation.get_mut("requestBody") {
                 convert_holder(body);
                 call_patches_json(body);
+                prefer_json(body);
             }
             for answer in members(operation, "/responses") {
                 convert_holder(answer);
@@ -121,6 +122,16 @@ fn call_patches_json(body: &mut Value) {
         && let Some(patch) = content.remove("application/merge-patch+json")
     {
         content.insert("application/json".to_owned(), patch);
+    }
+}
+
+/// Generators for 3.0 know one kind of body for each operation: where there is JSON among several, that.
+fn prefer_json(body: &mut Value) {
+    let content = body.get_mut("content").and_then(Value::as_object_mut);
+    if let Some(content) = content
+        && content.contains_key("application/json")
+    {
+        content.retain(|kind, _| kind == "application/json");
     }
 }
 

@@ -15,7 +15,7 @@ const MADE: &str = "$response.body#/id";
 const FIRST: &str = "$response.body#/data/0/id";
 
 /// Operations that answer with ids: operation, status, place of the id, the parameter that takes it.
-const SOURCES: [(&str, &str, &str, &str); 15] = [
+const SOURCES: [(&str, &str, &str, &str); 18] = [
     ("create_dataset", "201", MADE, "dataset_id"),
     ("create_upload", "201", MADE, "upload_id"),
     ("create_captioning_job", "202", MADE, "captioning_job_id"),
@@ -24,6 +24,9 @@ const SOURCES: [(&str, &str, &str, &str); 15] = [
     ("extend_run", "201", MADE, "run_id"),
     ("create_webhook", "201", MADE, "webhook_id"),
     ("list_models", "200", FIRST, "model_id"),
+    ("create_model", "201", MADE, "model_id"),
+    ("list_vaes", "200", FIRST, "vae_id"),
+    ("create_vae", "201", MADE, "vae_id"),
     ("list_datasets", "200", FIRST, "dataset_id"),
     ("list_subsets", "200", FIRST, "subset_id"),
     ("list_images", "200", FIRST, "image_id"),

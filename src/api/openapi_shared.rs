@@ -64,9 +64,10 @@ const JSON_BODY: [(&str, &[Code], &str); 3] = [
     ),
 ];
 /// Ids of examples: the same in paths as in bodies.
-const IDS: [(&str, &str); 12] = [
+const IDS: [(&str, &str); 13] = [
     ("captioning_job_id", "019a9c23-4400-7c30-a4b2-3d1f2f6f0a11"),
     ("model_id", "6d2a1f8b0c9e4a57"),
+    ("vae_id", "9c1be2d07a5f3846"),
     ("dataset_id", "019a9c1e-7b5e-7c30-a4b2-3d1f2f6f0a11"),
     ("image_id", "019a9c1e-8a00-7c30-a4b2-3d1f2f6f0a11"),
     ("subset_id", "019a9c1e-9b00-7c30-a4b2-3d1f2f6f0a11"),

@@ -111,6 +111,10 @@ pub struct ProvenanceInputs {
     pub images: Vec<ProvenanceImage>,
     /// `null` before a worker has begun.
     pub base_model: Option<ProvenanceModel>,
+    /// The VAE in place of the base model's own; absent where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub vae: Option<ProvenanceVae>,
     /// None before a worker has begun.
     pub plugins: Vec<ProvenancePlugin>,
 }
@@ -150,6 +154,18 @@ pub struct ProvenanceModel {
     /// What its files say; `settings.settings.prediction` may say otherwise.
     pub prediction_type: Option<String>,
     /// As `sha256` of `/v1/models/{model_id}`.
+    pub sha256: String,
+    pub files: Vec<ProvenanceModelFile>,
+}
+
+/// The VAE of a run in place of the base model's own.
+#[derive(Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProvenanceVae {
+    pub name: String,
+    /// Below the model folder.
+    pub path: String,
+    /// As `sha256` of `/v1/vaes/{vae_id}`.
     pub sha256: String,
     pub files: Vec<ProvenanceModelFile>,
 }

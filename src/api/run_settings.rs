@@ -34,6 +34,10 @@ pub struct CreateRun {
     pub dataset_id: Uuid,
     /// Id or name of a base model, as `GET /v1/models` lists them.
     pub base_model: String,
+    /// Id or name of a VAE in place of the base model's own, as `GET /v1/vaes` lists them. It makes the latents and the
+    /// preview pictures; latents are scaled as the base model expects them.
+    #[serde(default)]
+    pub vae: Option<String>,
     /// `auto`, `cpu`, or an id of `GET /v1/devices`; the service's own device when absent.
     #[serde(default)]
     pub device: Option<String>,
@@ -193,6 +197,7 @@ impl TryFrom<CreateRun> for NewRunRequest {
             name: wire.name.clone(),
             dataset_id: wire.dataset_id,
             base_model: wire.base_model,
+            vae: wire.vae,
             device: wire.device,
             priority: wire.priority,
             api_key_id: None, // the request's, not the body's
@@ -238,6 +243,7 @@ impl CreateRun {
         let RunSpec {
             device,
             base_model_id,
+            vae_id,
             settings,
             buckets,
             recorded_at: _,
@@ -250,6 +256,7 @@ impl CreateRun {
             name: run.name.clone(),
             dataset_id: run.dataset_id,
             base_model: base_model_id,
+            vae: vae_id,
             device: Some(device),
             network: settings.network.into(),
             unet_lr: settings.unet_lr,

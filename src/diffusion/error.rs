@@ -3,13 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::pickle::PickleError;
+
 /// A model that cannot be read, or that this program does not know.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file system said no.
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
-    /// The path is neither a diffusers folder nor a single `.safetensors` file.
+    /// The path is neither a diffusers folder nor a single file.
     #[error("{path} is not a Stable Diffusion model: {reason}")]
     NotAModel { path: PathBuf, reason: String },
     /// A model of a kind that is recognised, but not handled.
@@ -22,6 +24,9 @@ pub enum LoadError {
     /// The header of a safetensors file is broken or exceeds a limit.
     #[error("{path}: invalid safetensors file: {reason}")]
     Header { path: PathBuf, reason: String },
+    /// A checkpoint of torch is broken, exceeds a limit, or wants something done.
+    #[error("{path}: not a readable torch checkpoint: {source}")]
+    Checkpoint { path: PathBuf, source: PickleError },
     /// Two files of one component hold the same tensor.
     #[error("tensor `{key}` is stored twice, in {first} and in {second}")]
     DuplicateKey {
@@ -40,8 +45,10 @@ pub enum LoadError {
         found: Vec<usize>,
         expected: Vec<usize>,
     },
-    /// A tensor is stored in a number format that is not a float of 16, 32 or 64 bits.
-    #[error("{path}: tensor `{key}` is stored as {found}, expected F16, BF16, F32 or F64")]
+    /// A tensor is stored in a number format that is not a float.
+    #[error(
+        "{path}: tensor `{key}` is stored as {found}, expected a float of 8, 16, 32 or 64 bits"
+    )]
     Dtype {
         path: PathBuf,
         key: String,

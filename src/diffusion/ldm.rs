@@ -235,14 +235,23 @@ fn map_block(keys: &Below<'_>, at: &str, to: &str, block: usize, map: &mut KeyMa
     }
 }
 
-/// The VAE of a single file. Its decoder counts levels from the smallest side, diffusers from the largest.
+/// The VAE of a single file.
 pub fn vae(weights: &Weights) -> KeyMap {
-    let keys = Below::new(weights.stored().map(|(key, ..)| key), VAE_PREFIX);
+    vae_below(weights, VAE_PREFIX)
+}
+
+/// The VAE below a prefix. Its decoder counts levels from the smallest side, diffusers from the largest.
+pub fn vae_below(weights: &Weights, prefix: &str) -> KeyMap {
+    let keys = Below::new(weights.stored().map(|(key, ..)| key), prefix);
     let last_level = keys.indices("decoder.up.").last().unwrap_or(0);
     let rename_level = |rest: &str, flip: bool| {
         let (level, part) = rest.split_once('.')?;
         let level: usize = level.parse().ok()?;
-        let level = if flip { last_level - level } else { level };
+        let level = if flip {
+            last_level.checked_sub(level)?
+        } else {
+            level
+        };
         let part = part.replacen("block.", "resnets.", 1);
         Some(format!("{level}.{part}"))
     };
@@ -264,7 +273,7 @@ pub fn vae(weights: &Weights) -> KeyMap {
         for (ldm, diffusers) in VAE_PARTS {
             name = name.replacen(ldm, diffusers, 1);
         }
-        map.insert(name, KeySource::whole(format!("{VAE_PREFIX}{key}")));
+        map.insert(name, KeySource::whole(format!("{prefix}{key}")));
     }
     map
 }

@@ -6,10 +6,14 @@ pub mod config;
 pub mod device_memory;
 pub mod devices;
 pub mod error;
+mod files;
+mod formats;
+mod kinds;
 pub mod layers;
 pub mod ldm;
 mod mapping;
 pub mod model;
+mod pickle;
 pub mod resnet;
 pub mod samplers;
 pub mod schedule;
@@ -25,6 +29,7 @@ pub mod transformer;
 pub mod unet;
 mod unet_pass;
 pub mod vae;
+mod vae_source;
 pub mod vendor;
 pub mod weights;
 
@@ -35,7 +40,9 @@ pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, Sto
 pub use samplers::SamplerKind;
 pub use schedule::NoiseSchedule;
 pub use segments::Keep;
+pub use source::FILE_ENDINGS;
 pub use tokenizer::{Padding, Tokenizer};
+pub use vae_source::VaeInfo;
 pub use weights::{KeySource, LoadOptions, Weights, WeightsAt};
 
 use serde::{Deserialize, Serialize};

@@ -1,15 +1,16 @@
-//! A whole Stable Diffusion model: found in a diffusers folder or a single `.safetensors` file, and loaded.
+//! A whole Stable Diffusion model: found in a diffusers folder or a single file, and loaded.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::PredictionType;
 use super::conditioning::{CaptionTokens, TextEncoders};
-use super::config::{TextEncoderConfig, UNetConfig, VaeConfig};
+use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig};
 use super::error::LoadError;
 use super::layers::{LayerMut, Layers};
 use super::ldm::UNetLayout;
@@ -19,6 +20,7 @@ use super::text_encoder::TextEncoder;
 use super::tokenizer::Tokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
+use super::vae_source::{VaeInfo, VaeSource};
 use super::weights::{LoadOptions, Weights};
 use crate::kernels::Precision;
 
@@ -134,6 +136,8 @@ pub struct StableDiffusion {
     /// Pictures to latents and back; loaded when it is first asked for.
     vae: OnceLock<Vae>,
     stored_vae: Stored<VaeConfig>,
+    /// The file or folder of the VAE, where it is not the model's own.
+    separate_vae: Option<PathBuf>,
 }
 
 /// A component as its files have it. They stay open: what is read later is what was there when the model was loaded,
@@ -210,16 +214,10 @@ impl StableDiffusion {
         let (hints, _) = source.hints();
         let unet_weights = source.unet()?.with_options(options);
         source.check_kind(&unet_weights)?;
-        let vae_options = LoadOptions {
-            precision: Precision::Fp32,
-            ..options.clone()
-        };
-        let vae_weights = source.vae()?.with_options(&vae_options);
-
+        let stored_vae = stored_vae(&source, options)?;
         let unet_config = source.unet_config(&unet_weights, &hints)?;
-        let vae_config = source.vae_config(&vae_weights, &hints)?;
         let stored_text = StoredText::find(&source, options)?;
-        check_fit(path, &unet_config, &vae_config, stored_text.width())?;
+        check_fit(path, &unet_config, &stored_vae.config, stored_text.width())?;
 
         let (tokenizer, tokenizer_2) = source.tokenizers()?;
         let first = (Some(&tokenizer), Some(&stored_text.first));
@@ -250,10 +248,8 @@ impl StableDiffusion {
             text: OnceLock::from(text),
             stored_text,
             vae: OnceLock::new(),
-            stored_vae: Stored {
-                weights: vae_weights,
-                config: vae_config,
-            },
+            stored_vae,
+            separate_vae: options.vae.clone(),
         })
     }
 
@@ -306,9 +302,24 @@ impl StableDiffusion {
         Ok(self.vae.get_or_init(|| vae))
     }
 
+    /// Shifts the noise schedule so that nothing of the picture is left at its last timestep, or takes the usual one.
+    pub fn set_zero_terminal_snr(&mut self, zero_terminal: bool) {
+        let original = self.schedule.original();
+        self.schedule = if zero_terminal {
+            original.zero_terminal()
+        } else {
+            original.clone()
+        };
+    }
+
     /// Gives the VAE's memory back until it is asked for again.
     pub fn unload_vae(&mut self) {
         self.vae.take();
+    }
+
+    /// The file or folder of the VAE, where it is not the model's own.
+    pub fn separate_vae(&self) -> Option<&Path> {
+        self.separate_vae.as_deref()
     }
 
     /// Sizes of the VAE, known without loading it.
@@ -362,6 +373,50 @@ impl StableDiffusion {
         })
     }
 
+    /// As [`Self::inspect`], and every tensor that is needed is looked for; weights are not read.
+    ///
+    /// # Errors
+    /// When the path is no model that can be loaded.
+    pub fn check(path: &Path) -> Result<ModelInfo, LoadError> {
+        let options = LoadOptions {
+            only_shapes: true,
+            ..LoadOptions::new(&Device::flex())
+        };
+        // Sizes come from strangers, and layers do arithmetic with them.
+        let checked = std::panic::catch_unwind(|| {
+            let model = Self::load(path, &options)?;
+            model.vae().map(drop)
+        });
+        checked.unwrap_or_else(|_| Err(LoadError::config(path, "its sizes make no model")))?;
+        Self::inspect(path)
+    }
+
+    /// What a VAE is that stands alone; reads only headers and configurations.
+    ///
+    /// # Errors
+    /// When the path is none, or a file is broken.
+    pub fn inspect_vae(path: &Path) -> Result<VaeInfo, LoadError> {
+        VaeSource::find(path)?.info()
+    }
+
+    /// As [`Self::inspect_vae`], and every tensor that is needed is looked for; weights are not read.
+    ///
+    /// # Errors
+    /// When the path is no VAE that can be loaded.
+    pub fn check_vae(path: &Path) -> Result<VaeInfo, LoadError> {
+        let options = LoadOptions {
+            only_shapes: true,
+            ..LoadOptions::new(&Device::flex())
+        };
+        let checked = std::panic::catch_unwind(|| {
+            let source = VaeSource::find(path)?;
+            let config = source.config(None, &Hints::SD1)?;
+            Vae::load(&source.weights.with_options(&options).at(""), &config).map(drop)
+        });
+        checked.unwrap_or_else(|_| Err(LoadError::config(path, "its sizes make no VAE")))?;
+        Self::inspect_vae(path)
+    }
+
     /// What loading a model would take; reads only headers and configurations.
     ///
     /// # Errors
@@ -413,6 +468,29 @@ impl StableDiffusion {
             .chain(of(Part::UNet, self.unet.layers_mut()))
             .collect()
     }
+}
+
+/// The VAE, or the one in its place.
+fn stored_vae(source: &Source, options: &LoadOptions) -> Result<Stored<VaeConfig>, LoadError> {
+    let (hints, _) = source.hints();
+    let options = LoadOptions {
+        precision: Precision::Fp32,
+        ..options.clone()
+    };
+    let own = || -> Result<Stored<VaeConfig>, LoadError> {
+        let weights = source.vae()?.with_options(&options);
+        let config = source.vae_config(&weights, &hints)?;
+        Ok(Stored { weights, config })
+    };
+    let Some(path) = &options.vae else {
+        return own();
+    };
+    // A model may lack a VAE that is replaced.
+    let replaced = own().ok().map(|own| own.config);
+    let found = VaeSource::find(path)?;
+    let config = found.config(replaced.as_ref(), &hints)?;
+    let weights = found.weights.with_options(&options);
+    Ok(Stored { weights, config })
 }
 
 /// The parts must speak to each other.

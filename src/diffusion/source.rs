@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::PredictionType;
 use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig, read_json};
 use super::error::LoadError;
+use super::kinds::{self, Other, SUPPORTED};
 use super::ldm::{self, KeyMap};
 use super::model::{Family, Layout};
 use super::schedule::NoiseSchedule;
@@ -14,12 +15,18 @@ use super::tokenizer::{Padding, Tokenizer};
 use super::weights::Weights;
 
 /// File names of a component's weights in a diffusers folder, best first.
-const WEIGHT_FILES: [&str; 4] = [
+const WEIGHT_FILES: [&str; 8] = [
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "diffusion_pytorch_model.fp16.safetensors",
     "model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.bin",
+    "pytorch_model.fp16.bin",
 ];
+/// Endings of single files.
+pub const FILE_ENDINGS: [&str; 3] = ["safetensors", "ckpt", "pt"];
 /// Layers of OpenCLIP-H that Stable Diffusion 2 uses; its single files hold one more.
 const SD2_TEXT_LAYERS: usize = 23;
 /// Id that Stable Diffusion 2 and SDXL's second encoder pad with: that of `!`.
@@ -53,7 +60,7 @@ impl Source {
         let metadata = std::fs::metadata(path).map_err(|error| LoadError::io(path, error))?;
         if metadata.is_dir() {
             if !path.join("unet").is_dir() {
-                return Err(no_model("a diffusers folder has a folder `unet`"));
+                return Err(other_folder(path));
             }
             let second = path.join("text_encoder_2").is_dir();
             return Ok(Self {
@@ -65,15 +72,15 @@ impl Source {
                 single: None,
             });
         }
-        if path.extension().is_none_or(|end| end != "safetensors") {
-            return Err(no_model(
-                "expected a diffusers folder or a `.safetensors` file",
-            ));
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        if ending.is_none_or(|ending| !FILE_ENDINGS.contains(&ending)) {
+            let endings = FILE_ENDINGS.join("`, `.");
+            let reason =
+                format!("expected a diffusers folder, or a file that ends in `.{endings}`");
+            return Err(no_model(&reason));
         }
         let single = Weights::open(&[path.to_owned()])?;
-        let family = family_of_file(&single).ok_or_else(|| {
-            no_model("no tensor below `model.diffusion_model.` and a known text encoder's name")
-        })?;
+        let family = family_of_file(&single).ok_or_else(|| other_file(path, &single))?;
         let first = |(key, ..): (&str, _, _)| key.starts_with(ldm::SDXL_TEXT_ENCODER_PREFIX);
         Ok(Self {
             path: path.to_owned(),
@@ -101,6 +108,12 @@ impl Source {
                 "LoRAs are trained on the base model",
             ));
         }
+        if let Some(noise) = self.other_noise() {
+            return Err(unsupported(
+                format!("a model of another kind of noise ({noise})"),
+                "epsilon and v-prediction on a discrete schedule are supported",
+            ));
+        }
         let unet = unet.at("");
         let (first, last) = (
             unet.shape("conv_in.weight")?,
@@ -124,6 +137,13 @@ impl Source {
             ));
         }
         Ok(())
+    }
+
+    /// The tensor by which a single file says that its noise has no discrete steps.
+    fn other_noise(&self) -> Option<&str> {
+        let mut stored = self.single.as_ref()?.stored();
+        let found = stored.find(|(key, ..)| *key == "edm_mean" || key.starts_with("edm_vpred."));
+        found.map(|(key, ..)| key)
     }
 
     /// What shapes cannot tell of the model, and of its second text encoder.
@@ -327,7 +347,9 @@ impl Source {
         let noise = || {
             let steps = single.read_bytes("global_step").ok();
             let steps = steps.and_then(|(bytes, ..)| Some(i64::from_le_bytes(*bytes.as_array()?)));
-            steps == Some(SD2_BASE_STEPS) || architecture.starts_with("stable-diffusion-v2-512")
+            let beside = || described("global_step")?.parse().ok();
+            steps.or_else(beside) == Some(SD2_BASE_STEPS)
+                || architecture.starts_with("stable-diffusion-v2-512")
         };
         if self.family == Family::Sd2 && !noise() {
             PredictionType::VPrediction
@@ -353,12 +375,54 @@ fn without_last_layer(map: KeyMap) -> KeyMap {
 
 /// A UNet that is told more than a noisy latent and text, or predicts something else.
 pub fn other_channels(path: &Path, [c_in, c_out]: [usize; 2], latent: usize) -> LoadError {
+    let what = kinds::of_channels(c_in, latent);
     LoadError::Unsupported {
         path: path.to_owned(),
-        found: format!(
-            "a UNet of {c_in} to {c_out} channels with latents of {latent} (an inpainting or instruction model?)"
-        ),
-        expected: "a text-to-image model has a UNet with the channels of its latents".to_owned(),
+        found: format!("a UNet of {c_in} to {c_out} channels with latents of {latent} ({what})"),
+        expected: format!("{SUPPORTED}, whose UNet goes from {latent} to {latent} channels"),
+    }
+}
+
+/// A file that is no model of a known generation.
+fn other_file(path: &Path, file: &Weights) -> LoadError {
+    match kinds::other(file) {
+        Some(Other::Model(found)) => LoadError::Unsupported {
+            path: path.to_owned(),
+            found: found.to_owned(),
+            expected: SUPPORTED.to_owned(),
+        },
+        Some(Other::Part(found)) => LoadError::NotAModel {
+            path: path.to_owned(),
+            reason: format!("it is {found}"),
+        },
+        None => LoadError::NotAModel {
+            path: path.to_owned(),
+            reason: "no tensor below `model.diffusion_model.` and a known text encoder's name"
+                .to_owned(),
+        },
+    }
+}
+
+/// A folder without a UNet; if it says what it is, that is told.
+fn other_folder(path: &Path) -> LoadError {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        #[serde(rename = "_class_name")]
+        class_name: String,
+    }
+    match read_json::<Index>(&path.join("model_index.json")) {
+        Ok(Index { class_name }) => LoadError::Unsupported {
+            path: path.to_owned(),
+            found: format!(
+                "a `{}` without a UNet",
+                class_name.chars().take(100).collect::<String>()
+            ),
+            expected: SUPPORTED.to_owned(),
+        },
+        Err(_) => LoadError::NotAModel {
+            path: path.to_owned(),
+            reason: "a diffusers folder has a folder `unet`".to_owned(),
+        },
     }
 }
 
@@ -401,7 +465,7 @@ fn family_of_folder(folder: &Path) -> Result<Family, LoadError> {
 }
 
 /// The weight files of one component of a diffusers folder: one, or several numbered ones.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     if let Some(file) = WEIGHT_FILES
         .iter()
         .map(|name| folder.join(name))
@@ -417,9 +481,14 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
                 .file_name()
                 .and_then(|name| name.to_str())
                 .unwrap_or_default();
-            name.contains("-of-") && name.ends_with(".safetensors") && !name.contains(".fp16")
+            let known = name.ends_with(".safetensors") || name.ends_with(".bin");
+            name.contains("-of-") && known && !name.contains(".fp16")
         })
         .collect();
+    let is_safe = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors");
+    if shards.iter().any(is_safe) {
+        shards.retain(is_safe);
+    }
     shards.sort();
     if shards.is_empty() {
         return Err(LoadError::NotAModel {

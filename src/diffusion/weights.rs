@@ -1,4 +1,4 @@
-//! Tensors of one model component, read from memory-mapped safetensors files under their *diffusers* names.
+//! Tensors of one model component, read from memory-mapped files under their *diffusers* names.
 //!
 //! Nothing here knows an architecture: a model's `load` function asks for names and shapes, this file checks and
 //! uploads them. A single-file checkpoint is seen under diffusers names through a key map (see `ldm`).
@@ -9,22 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use sha2::{Digest as _, Sha256};
 
 use super::error::LoadError;
-use super::mapping::MappedFile;
+use super::files::{Entry, Files};
+use super::formats;
 use crate::kernels::Precision;
-
-/// The largest header that is parsed, in bytes. A full SDXL checkpoint has 0.4 MB of header.
-const MAX_HEADER_BYTES: u64 = 16 << 20;
-/// The most tensors a component may have. SDXL has 2 641.
-const MAX_TENSORS: usize = 65_536;
-/// The highest rank of a stored tensor; convolutions have 4.
-const MAX_RANK: usize = 8;
-/// The longest name of a tensor, in bytes.
-const MAX_KEY_BYTES: usize = 512;
 
 /// Bytes of a tensor that are hashed before their memory is given back.
 const HASHED_AT_ONCE_BYTES: usize = 4 << 20;
@@ -41,6 +32,10 @@ pub struct LoadOptions {
     /// A diffusers folder beside a single file: attention heads, norm groups, prediction type and tokenizer of a
     /// model that differs from the family's published values.
     pub config_dir: Option<PathBuf>,
+    /// A VAE in place of the model's own: a file, or a folder.
+    pub vae: Option<PathBuf>,
+    /// Only names and shapes are looked at: every tensor is a zero seen again and again, which takes no memory.
+    pub only_shapes: bool,
 }
 
 impl LoadOptions {
@@ -51,6 +46,8 @@ impl LoadOptions {
             weight_dtype: None,
             precision: Precision::Fp32,
             config_dir: None,
+            vae: None,
+            only_shapes: false,
         }
     }
 }
@@ -90,43 +87,7 @@ impl KeySource {
     }
 }
 
-/// One tensor's place in a file.
-#[derive(Clone, Debug)]
-struct Entry {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    start: usize,
-    end: usize,
-}
-
-impl Entry {
-    /// A part of this tensor; `None` where it has no such part.
-    fn seen_as(&self, view: StoredView) -> Option<Self> {
-        let mut seen = self.clone();
-        match (view, &mut seen.shape[..]) {
-            (StoredView::Whole, _) => {}
-            (StoredView::Rows { index, of }, [rows, ..]) if of > 0 && rows.is_multiple_of(of) => {
-                *rows /= of;
-                let size_bytes = (self.end - self.start) / of;
-                seen.start += index * size_bytes;
-                seen.end = seen.start + size_bytes;
-            }
-            (StoredView::Transposed, [rows, columns]) => std::mem::swap(rows, columns),
-            _ => return None,
-        }
-        Some(seen)
-    }
-}
-
-#[derive(Debug)]
-struct Files {
-    mapped: Vec<(PathBuf, MappedFile)>,
-    entries: HashMap<String, Entry>,
-    metadata: HashMap<String, String>,
-}
-
-/// A set of memory-mapped safetensors files seen under diffusers names. Cloning is cheap.
+/// A set of memory-mapped files seen under diffusers names. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Weights {
     files: Arc<Files>,
@@ -137,16 +98,8 @@ pub struct Weights {
 impl Weights {
     /// Map the files and read their headers. Tensors go to the CPU as stored until [`Self::with_options`] says else.
     pub fn open(files: &[PathBuf]) -> Result<Self, LoadError> {
-        let mut all = Files {
-            mapped: Vec::with_capacity(files.len()),
-            entries: HashMap::new(),
-            metadata: HashMap::new(),
-        };
-        for path in files {
-            all.add(path)?;
-        }
         Ok(Self {
-            files: Arc::new(all),
+            files: Arc::new(Files::open(files)?),
             keys: None,
             options: Arc::new(LoadOptions::new(&Device::flex())),
         })
@@ -189,7 +142,8 @@ impl Weights {
         self.options.weight_dtype
     }
 
-    /// The `__metadata__` of the files (of the last one, where two have the same entry).
+    /// The `__metadata__` of the files (of the last one, where two have the same entry); of a checkpoint of torch the
+    /// whole numbers beside its tensors.
     pub fn metadata(&self) -> &HashMap<String, String> {
         &self.files.metadata
     }
@@ -232,11 +186,12 @@ impl Weights {
             .map_or(Path::new(""), |(path, _)| path.as_path())
     }
 
-    /// Names, shapes and stored sizes in bytes of what is seen under diffusers names, in the order of the names.
+    /// Names, shapes and sizes in bytes of what is seen under diffusers names, in the order of the names. Sizes are those
+    /// in memory: what is stored in 8 bits is widened.
     pub fn seen(&self) -> impl Iterator<Item = (&str, Vec<usize>, usize)> {
         let entries = self.entries_seen().into_iter();
         entries.map(|(name, entry)| {
-            let size_bytes = entry.end - entry.start;
+            let size_bytes = entry.held_bytes();
             (name, entry.shape, size_bytes)
         })
     }
@@ -246,7 +201,15 @@ impl Weights {
         let mut digest = Sha256::new();
         for (name, entry) in self.entries_seen() {
             digest.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape));
+            if let Some(scale) = entry.scale {
+                digest.update(scale.to_le_bytes());
+            }
             let map = &self.files.mapped[entry.file].1;
+            if entry.axes.is_some() {
+                digest.update(entry.bytes(map));
+                map.release(entry.start..entry.end);
+                continue;
+            }
             for start in (entry.start..entry.end).step_by(HASHED_AT_ONCE_BYTES) {
                 let end = entry.end.min(start + HASHED_AT_ONCE_BYTES);
                 digest.update(&map[start..end]);
@@ -293,6 +256,12 @@ impl Weights {
     /// The stored bytes (little endian) of a stored name, with number format and shape. For data files.
     pub fn read_bytes(&self, key: &str) -> Result<(&[u8], Dtype, &[usize]), LoadError> {
         let entry = self.entry(key, key)?;
+        if entry.axes.is_some() {
+            return Err(LoadError::Header {
+                path: self.file_of(entry).to_owned(),
+                reason: format!("the elements of tensor `{key}` do not follow each other"),
+            });
+        }
         let bytes = &self.files.mapped[entry.file].1[entry.start..entry.end];
         Ok((bytes, entry.dtype, &entry.shape))
     }
@@ -344,113 +313,15 @@ impl Weights {
     /// `shape` has as many elements as the stored one.
     fn decode(&self, name: &str, entry: &Entry, shape: &[usize]) -> Result<TensorData, LoadError> {
         let map = &self.files.mapped[entry.file].1;
-        let bytes = &map[entry.start..entry.end];
-        // safetensors is little endian, and so is every machine that burn's backends run on.
-        let data = match entry.dtype {
-            Dtype::F16 => TensorData::new(
-                bytemuck::pod_collect_to_vec::<u8, f16>(bytes),
-                shape.to_vec(),
-            ),
-            Dtype::BF16 => TensorData::new(
-                bytemuck::pod_collect_to_vec::<u8, bf16>(bytes),
-                shape.to_vec(),
-            ),
-            Dtype::F32 => TensorData::new(
-                bytemuck::pod_collect_to_vec::<u8, f32>(bytes),
-                shape.to_vec(),
-            ),
-            Dtype::F64 => TensorData::new(
-                bytemuck::pod_collect_to_vec::<u8, f64>(bytes),
-                shape.to_vec(),
-            ),
-            other => {
-                return Err(LoadError::Dtype {
-                    path: self.file_of(entry).to_owned(),
-                    key: name.to_owned(),
-                    found: format!("{other:?}"),
-                });
-            }
-        };
+        let data = formats::tensor(&entry.bytes(map), entry.dtype, entry.scale, shape);
+        let data = data.ok_or_else(|| LoadError::Dtype {
+            path: self.file_of(entry).to_owned(),
+            key: name.to_owned(),
+            found: format!("{:?}", entry.dtype),
+        })?;
         map.release(entry.start..entry.end);
         Ok(data)
     }
-}
-
-impl Files {
-    fn add(&mut self, path: &Path) -> Result<(), LoadError> {
-        let map = MappedFile::open(path).map_err(|source| LoadError::io(path, source))?;
-        let broken = |reason: String| LoadError::Header {
-            path: path.to_owned(),
-            reason,
-        };
-        check_header_length(&map).map_err(broken)?;
-        let (header_bytes, header) = SafeTensors::read_metadata(&map)
-            .map_err(|error| broken(format!("{error} ({error:?})")))?;
-        let tensors = header.tensors();
-        if self.entries.len() + tensors.len() > MAX_TENSORS {
-            return Err(broken(format!("more than {MAX_TENSORS} tensors")));
-        }
-        let file = self.mapped.len();
-        for (key, info) in tensors {
-            if key.len() > MAX_KEY_BYTES {
-                let start: String = key.chars().take(40).collect();
-                return Err(broken(format!(
-                    "the name `{start}...` is longer than {MAX_KEY_BYTES} bytes"
-                )));
-            }
-            if info.shape.len() > MAX_RANK {
-                return Err(broken(format!(
-                    "tensor `{key}` has {} dimensions, at most {MAX_RANK} are expected",
-                    info.shape.len()
-                )));
-            }
-            // `read_metadata` has checked that offsets are contiguous, match shape and format, and end with the file.
-            let offset = header_bytes + size_of::<u64>();
-            let entry = Entry {
-                file,
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                start: offset + info.data_offsets.0,
-                end: offset + info.data_offsets.1,
-            };
-            if let Some(old) = self.entries.get(&key) {
-                return Err(LoadError::DuplicateKey {
-                    key,
-                    first: self.mapped[old.file].0.clone(),
-                    second: path.to_owned(),
-                });
-            }
-            self.entries.insert(key, entry);
-        }
-        if let Some(metadata) = header.metadata() {
-            self.metadata.extend(metadata.clone());
-        }
-        self.mapped.push((path.to_owned(), map));
-        Ok(())
-    }
-}
-
-/// Refuse a header before it is parsed: what parses 100 MB of JSON uses gigabytes.
-fn check_header_length(bytes: &[u8]) -> Result<(), String> {
-    let Some(first) = bytes.first_chunk::<8>() else {
-        return Err(format!(
-            "{} bytes, too short for a header length",
-            bytes.len()
-        ));
-    };
-    let length = u64::from_le_bytes(*first);
-    if length > MAX_HEADER_BYTES {
-        return Err(format!(
-            "the header claims {length} bytes, at most {MAX_HEADER_BYTES} are read (is this a safetensors file?)"
-        ));
-    }
-    if length > bytes.len() as u64 - 8 {
-        return Err(format!(
-            "the header claims {length} bytes, the file has {} (truncated?)",
-            bytes.len()
-        ));
-    }
-    Ok(())
 }
 
 /// A view of [`Weights`] below one module path; what the models' `load` functions get.
@@ -507,6 +378,9 @@ impl WeightsAt<'_> {
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<D>, LoadError> {
+        if let Some(nothing) = self.nothing(name, shape)? {
+            return Ok(nothing);
+        }
         let data = self.data(name, shape)?;
         let options = &self.weights.options;
         let wanted = options.weight_dtype.unwrap_or(data.dtype());
@@ -519,21 +393,46 @@ impl WeightsAt<'_> {
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<D>, LoadError> {
+        if let Some(nothing) = self.nothing(name, shape)? {
+            return Ok(nothing);
+        }
         let data = self.data(name, shape)?;
         Ok(self.upload(data, DType::F32))
+    }
+
+    /// Where only shapes are looked at, a tensor without content.
+    fn nothing<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Option<Tensor<D>>, LoadError> {
+        if !self.weights.options.only_shapes {
+            return Ok(None);
+        }
+        let key = self.key(name);
+        let (entry, _) = self.weights.lookup(&key)?;
+        self.check_shape(&key, &entry, &shape)?;
+        let device = self.weights.device();
+        let zero = Tensor::<D>::zeros([1; D], (device, DType::F32));
+        Ok(Some(zero.expand(shape)))
+    }
+
+    fn check_shape(&self, key: &str, entry: &Entry, shape: &[usize]) -> Result<(), LoadError> {
+        if trim_ones(&entry.shape) == trim_ones(shape) {
+            return Ok(());
+        }
+        Err(LoadError::Shape {
+            path: self.weights.file_of(entry).to_owned(),
+            key: key.to_owned(),
+            found: entry.shape.clone(),
+            expected: shape.to_vec(),
+        })
     }
 
     fn data<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<TensorData, LoadError> {
         let key = self.key(name);
         let (entry, transposed) = self.weights.lookup(&key)?;
-        if trim_ones(&entry.shape) != trim_ones(&shape) {
-            return Err(LoadError::Shape {
-                path: self.weights.file_of(&entry).to_owned(),
-                key: key.into_owned(),
-                found: entry.shape,
-                expected: shape.to_vec(),
-            });
-        }
+        self.check_shape(&key, &entry, &shape)?;
         if !transposed {
             return self.weights.decode(&key, &entry, &shape);
         }
@@ -579,8 +478,10 @@ fn trim_ones(shape: &[usize]) -> &[usize] {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use half::f16;
     use safetensors::tensor::TensorView;
+
+    use super::*;
 
     fn write(dir: &Path, name: &str, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> PathBuf {
         let path = dir.join(name);

@@ -15,6 +15,8 @@ use sha2::{Digest as _, Sha256};
 const MAX_DEPTH: usize = 2;
 /// Files of a folder that say what the model computes: weights, settings, vocabularies.
 const ENDINGS: [&str; 3] = ["safetensors", "json", "txt"];
+/// Weights as torch writes them, which count where there are no others beside them.
+const TORCH_ENDING: &str = "bin";
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// What a base model is made of.
@@ -180,6 +182,7 @@ fn stamp(name: String, path: &Path) -> io::Result<(String, u64, u128)> {
 }
 
 fn collect(folder: &Path, below: &str, depth: usize, found: &mut Stamps) -> io::Result<()> {
+    let (mut torch, mut safe) = (Vec::new(), false);
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -193,8 +196,14 @@ fn collect(folder: &Path, below: &str, depth: usize, found: &mut Stamps) -> io::
                 collect(&path, &format!("{name}/"), depth - 1, found)?;
             }
         } else if ending.is_some_and(|ending| ENDINGS.contains(&ending)) {
+            safe |= ending == Some("safetensors");
             found.push(stamp(name, &path)?);
+        } else if ending == Some(TORCH_ENDING) {
+            torch.push(stamp(name, &path)?);
         }
+    }
+    if !safe {
+        found.append(&mut torch);
     }
     Ok(())
 }

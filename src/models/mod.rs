@@ -1,6 +1,9 @@
 //! Base models: what lies in the model folder, told by its content.
 
 mod digest;
+mod intake;
+mod records;
+mod vaes;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,11 +13,16 @@ use std::time::SystemTime;
 use sha2::{Digest as _, Sha256};
 
 pub use digest::{ModelDigest, ModelFile};
+pub use intake::{IntakeError, Kind, Receiving, Taken};
+pub use records::Record;
+pub use vaes::Vae;
 
 use digest::Digests;
+use records::Records;
+use vaes::VAES;
 
-pub use crate::diffusion::{Family, Layout, ModelInfo, PredictionType};
-use crate::diffusion::{LoadError, StableDiffusion};
+use crate::diffusion::{FILE_ENDINGS, LoadError, StableDiffusion};
+pub use crate::diffusion::{Family, Layout, ModelInfo, PredictionType, VaeInfo};
 
 /// How deep folders are searched.
 const MAX_DEPTH: usize = 4;
@@ -32,8 +40,10 @@ pub struct BaseModel {
     pub name: String,
     /// The file or folder.
     pub path: PathBuf,
-    /// What it is; or why it cannot be read.
+    /// What it is, as its files tell; or why it cannot be read.
     pub info: Result<ModelInfo, String>,
+    /// What was corrected of that, and whether it was uploaded.
+    pub record: Record,
 }
 
 impl BaseModel {
@@ -43,6 +53,18 @@ impl BaseModel {
             Ok(info) => info.unsupported.as_deref(),
             Err(message) => Some(message),
         }
+    }
+
+    /// What its UNet predicts: as was corrected, or as its files tell.
+    pub fn prediction_type(&self) -> Option<PredictionType> {
+        let told = || self.info.as_ref().ok().map(|info| info.prediction);
+        self.record.prediction_type.or_else(told)
+    }
+
+    /// Whether nothing of the picture is left at its last timestep: as was corrected, or as its files tell.
+    pub fn zero_terminal_snr(&self) -> Option<bool> {
+        let told = || self.info.as_ref().ok().map(|info| info.zero_terminal_snr);
+        self.record.zero_terminal_snr.or_else(told)
     }
 }
 
@@ -59,13 +81,16 @@ type Stamp = (u64, Option<SystemTime>);
 
 /// What was found at a path; `None` for what is no model.
 type Found = Option<Result<ModelInfo, String>>;
+type FoundVae = Result<VaeInfo, String>;
 
 /// Finds models; remembers what it has read. Cloning is cheap. All functions block.
 #[derive(Clone, Debug)]
 pub struct ModelCatalog {
     folder: PathBuf,
     read: Arc<Mutex<HashMap<PathBuf, (Stamp, Found)>>>,
+    read_vaes: Arc<Mutex<HashMap<PathBuf, (Stamp, FoundVae)>>>,
     digests: Digests,
+    records: Records,
 }
 
 impl ModelCatalog {
@@ -74,7 +99,9 @@ impl ModelCatalog {
         Self {
             folder: folder.into(),
             read: Arc::default(),
+            read_vaes: Arc::default(),
             digests: Digests::default(),
+            records: Records::default(),
         }
     }
 
@@ -87,34 +114,50 @@ impl ModelCatalog {
         }
     }
 
+    /// With what is known of models kept in `folder`.
+    #[must_use]
+    pub fn keeping_in(self, folder: PathBuf) -> Self {
+        Self {
+            records: Records::in_folder(folder),
+            ..self
+        }
+    }
+
     /// The model folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// What tells the model apart by content, if that is known; reads no weights.
-    pub fn known_digest(&self, model: &BaseModel) -> Option<ModelDigest> {
-        self.digests.known(&model.path)
+    /// What tells a model or VAE apart by content, if that is known; reads no weights.
+    pub fn known_digest(&self, path: &Path) -> Option<ModelDigest> {
+        self.digests.known(path)
     }
 
-    /// What tells the model apart by content; the first time all of it is read.
+    /// What tells a model or VAE apart by content; the first time all of it is read.
     ///
     /// # Errors
     /// When a file cannot be read, or changes meanwhile.
-    pub fn digest(&self, model: &BaseModel) -> std::io::Result<ModelDigest> {
-        self.digests.get(&model.path)
+    pub fn digest(&self, path: &Path) -> std::io::Result<ModelDigest> {
+        self.digests.get(path)
     }
 
     /// Has the digest made by a thread, unless it is known; one model at a time.
-    pub fn prepare_digest(&self, model: &BaseModel) {
-        self.digests.prepare(&model.path);
+    pub fn prepare_digest(&self, path: &Path) {
+        self.digests.prepare(path);
     }
 
-    /// The model's path below the model folder, with slashes.
-    pub fn path_below(&self, model: &BaseModel) -> String {
-        let below = model.path.strip_prefix(&self.folder);
-        let below = below.unwrap_or(&model.path).to_string_lossy();
-        below.replace('\\', "/")
+    /// A path below the model folder, with slashes.
+    pub fn below(&self, path: &Path) -> String {
+        let below = path.strip_prefix(&self.folder);
+        below.unwrap_or(path).to_string_lossy().replace('\\', "/")
+    }
+
+    /// Keeps a record in place of the one before, if that is still of revision `before`; says whether it was.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn correct(&self, id: &str, before: i64, record: &Record) -> std::io::Result<bool> {
+        self.records.replace(id, before, record)
     }
 
     /// Every model, by name.
@@ -125,20 +168,25 @@ impl ModelCatalog {
     /// # Errors
     /// When the folder cannot be read.
     pub fn list(&self) -> Result<Vec<BaseModel>, ModelFolderError> {
-        let mut paths = Vec::new();
-        if self.folder.exists() {
-            find(&self.folder, MAX_DEPTH, &mut paths).map_err(|source| ModelFolderError {
-                path: self.folder.clone(),
-                source,
-            })?;
-        }
-        // What lies there makes captions.
-        let captioners = self.folder.join(CAPTIONERS);
-        paths.retain(|path| !path.starts_with(&captioners));
+        let whole = |path: &Path| path.join("model_index.json").is_file();
+        let mut paths = walk(&self.folder, whole)?;
+        // What lies there are no base models.
+        let others = [CAPTIONERS, VAES].map(|name| self.folder.join(name));
+        paths.retain(|path| !others.iter().any(|other| path.starts_with(other)));
+        let records = self.records.all();
+        let registered = records
+            .values()
+            .map(|record| self.folder.join(&record.path));
+        paths.extend(
+            registered.filter(|path| {
+                !others.iter().any(|other| path.starts_with(other)) && path.exists()
+            }),
+        );
         paths.sort();
+        paths.dedup();
         Ok(paths
             .into_iter()
-            .filter_map(|path| self.describe(path))
+            .filter_map(|path| self.describe_with(path, |id| records.get(id).cloned()))
             .collect())
     }
 
@@ -157,15 +205,30 @@ impl ModelCatalog {
     }
 
     fn describe(&self, path: PathBuf) -> Option<BaseModel> {
+        self.describe_with(path, |id| self.records.get(id))
+    }
+
+    fn describe_with(
+        &self,
+        path: PathBuf,
+        record: impl Fn(&str) -> Option<Record>,
+    ) -> Option<BaseModel> {
         let info = self.inspect(&path)?;
-        let below = path.strip_prefix(&self.folder).unwrap_or(&path);
-        let slashed = below.to_string_lossy().replace('\\', "/");
+        let below = self.below(&path);
+        let id = id_of(&below);
         Some(BaseModel {
-            id: hex::encode(&Sha256::digest(slashed.as_bytes())[..8]),
-            name: slashed.trim_end_matches(".safetensors").to_owned(),
+            name: below.trim_end_matches(".safetensors").to_owned(),
+            record: record(&id).unwrap_or_default(),
+            id,
             info,
             path,
         })
+    }
+
+    fn lock_vaes(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, (Stamp, FoundVae)>> {
+        self.read_vaes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn inspect(&self, path: &Path) -> Found {
@@ -186,6 +249,23 @@ impl ModelCatalog {
     }
 }
 
+/// The same as long as the model stays where it is.
+fn id_of(below: &str) -> String {
+    hex::encode(&Sha256::digest(below.as_bytes())[..8])
+}
+
+/// Whether a file's name ends as those of models do.
+fn is_model_file(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str());
+    ending.is_some_and(|ending| FILE_ENDINGS.contains(&ending))
+}
+
+/// A folder that is a VAE changes with its weights.
+fn stamp_of_vae(path: &Path) -> Stamp {
+    let part = path.join("vae");
+    stamp_of_file(if part.is_dir() { &part } else { path })
+}
+
 fn stamp(path: &Path) -> Stamp {
     // A diffusers folder changes with its largest part.
     let file = if path.is_dir() {
@@ -193,13 +273,34 @@ fn stamp(path: &Path) -> Stamp {
     } else {
         path.to_owned()
     };
+    stamp_of_file(&file)
+}
+
+fn stamp_of_file(file: &Path) -> Stamp {
     match std::fs::metadata(file) {
         Ok(metadata) => (metadata.len(), metadata.modified().ok()),
         Err(_) => (0, None),
     }
 }
 
-fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
+/// Files that may be models, and folders that are `whole`, below a folder. One that does not exist yet has none.
+fn walk(folder: &Path, whole: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>, ModelFolderError> {
+    let mut found = Vec::new();
+    if folder.exists() {
+        find(folder, &whole, MAX_DEPTH, &mut found).map_err(|source| ModelFolderError {
+            path: folder.to_owned(),
+            source,
+        })?;
+    }
+    Ok(found)
+}
+
+fn find(
+    folder: &Path,
+    whole: &impl Fn(&Path) -> bool,
+    depth: usize,
+    found: &mut Vec<PathBuf>,
+) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         if found.len() >= MAX_MODELS {
             break;
@@ -212,12 +313,12 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> std::io::Resul
             continue;
         }
         if path.is_dir() {
-            if path.join("model_index.json").is_file() {
+            if whole(&path) {
                 found.push(path);
-            } else if depth > 0 && find(&path, depth - 1, found).is_err() {
+            } else if depth > 0 && find(&path, whole, depth - 1, found).is_err() {
                 tracing::warn!(path = %path.display(), "a folder below the model folder cannot be read");
             }
-        } else if path.extension().is_some_and(|end| end == "safetensors") {
+        } else if is_model_file(&path) {
             found.push(path);
         }
     }

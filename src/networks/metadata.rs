@@ -154,6 +154,8 @@ pub struct BaseModelRecord {
     pub legacy_hash: String,
     /// SHA-256 of the file.
     pub sha256: String,
+    /// The VAE that was used in place of its own.
+    pub vae: Option<Box<Self>>,
 }
 
 impl TrainingRecord {
@@ -199,6 +201,11 @@ impl TrainingRecord {
         put("sd_model_name", self.base_model.name.clone());
         put("sd_model_hash", self.base_model.legacy_hash.clone());
         put("new_sd_model_hash", self.base_model.sha256.clone());
+        if let Some(vae) = &self.base_model.vae {
+            put("vae_name", vae.name.clone());
+            put("vae_hash", vae.legacy_hash.clone());
+            put("new_vae_hash", vae.sha256.clone());
+        }
     }
 
     fn put_training(&self, put: &mut impl FnMut(&str, String) -> Option<String>) {
@@ -379,6 +386,7 @@ pub fn base_model_record(path: &std::path::Path) -> std::io::Result<BaseModelRec
             name,
             legacy_hash: word.clone(),
             sha256: word,
+            vae: None,
         });
     }
     let mut file = std::fs::File::open(path)?;
@@ -399,6 +407,7 @@ pub fn base_model_record(path: &std::path::Path) -> std::io::Result<BaseModelRec
         name,
         legacy_hash: hex::encode(Sha256::digest(&window))[..8].to_owned(),
         sha256: hex::encode(digest.finalize()),
+        vae: None,
     })
 }
 
@@ -616,6 +625,7 @@ mod tests {
                 legacy_hash: "c6406a4c".to_owned(),
                 sha256: "8913b46a435f6c6d0750ed910542b35842117ed42684896d879abc34a1f3f5b6"
                     .to_owned(),
+                vae: None,
             },
         }
     }

@@ -9,7 +9,7 @@ use super::reproduction::{self, Mismatch};
 use super::spec::{RunSpec, SnapshotImage};
 use super::worker::WorkerParts;
 use crate::diffusion::devices::ComputeDevice;
-use crate::models::BaseModel;
+use crate::models::{BaseModel, Vae};
 use crate::store::runs::{Run, RunFailure, RunState};
 use crate::store::{Store, StoreError};
 
@@ -42,11 +42,11 @@ pub fn begin(
     run: &Run,
     spec: &RunSpec,
     images: &[SnapshotImage],
-    base: &BaseModel,
+    (base, vae): (&BaseModel, Option<&Vae>),
     device: &ComputeDevice,
 ) -> Result<Begun, BeginError> {
     let store = &parts.store;
-    let materials = Materials::find(&parts.models, base, &parts.plugins, spec)
+    let materials = Materials::find(&parts.models, base, vae, &parts.plugins, spec)
         .map_err(|error| BeginError::Failed(RunFailure::new("model_unusable", error)))?;
     if let Some(original) = run.reproduction_of {
         let original = runtime.block_on(async {
@@ -83,8 +83,10 @@ pub fn begin(
 
 fn mismatches(original: &Provenance, found: &Materials) -> Vec<String> {
     let model = reproduction::check_model(original, &found.base_model.sha256);
+    let vae = found.vae.as_ref();
+    let vae = reproduction::check_vae(original, vae.map(|vae| vae.sha256.as_str()));
     let plugins = reproduction::check_plugins(original, &found.plugins);
-    let all = model.into_iter().chain(plugins);
+    let all = model.into_iter().chain(vae).chain(plugins);
     all.map(|Mismatch { message, .. }| message).collect()
 }
 

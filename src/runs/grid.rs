@@ -37,10 +37,16 @@ pub struct GridSpec {
     pub device: String,
     /// Base model of the run.
     pub base_model_id: String,
+    /// VAE of the run in place of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae_id: Option<String>,
     /// Precision of the run.
     pub precision: ComputePrecision,
     /// What the UNet predicts, if the run says so.
     pub prediction: Option<PredictionType>,
+    /// Whether nothing of the picture is left at the last timestep, if the run says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_terminal_snr: Option<bool>,
     /// As the run has it.
     pub clip_skip: usize,
     /// As the run has it.
@@ -93,8 +99,10 @@ impl RunService {
         let grid = GridSpec {
             device: spec.device,
             base_model_id: spec.base_model_id,
+            vae_id: spec.vae_id,
             precision: spec.settings.precision,
             prediction: spec.settings.prediction,
+            zero_terminal_snr: spec.settings.zero_terminal_snr,
             clip_skip: spec.settings.clip_skip,
             max_token_length: spec.settings.max_token_length,
             loras,

@@ -53,10 +53,14 @@ pub fn draw(
     };
     let load = LoadOptions {
         precision: spec.precision.into(),
+        vae: worker::vae_path(&parts.models, spec.vae_id.as_deref())?,
         ..LoadOptions::new(&device.device)
     };
     let mut model = StableDiffusion::load(&base.path, &load)
         .map_err(|error| RunFailure::new("model_unusable", error))?;
+    if let Some(zero_terminal) = spec.zero_terminal_snr {
+        model.set_zero_terminal_snr(zero_terminal);
+    }
     let how = Drawing {
         clip_skip: spec.clip_skip,
         max_token_length: spec.max_token_length,
@@ -198,6 +202,8 @@ mod tests {
         let spec = GridSpec {
             device: "cpu".to_owned(),
             base_model_id: String::new(),
+            vae_id: None,
+            zero_terminal_snr: None,
             precision: ComputePrecision::Fp32,
             prediction: None,
             clip_skip: 1,

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::spec::RunSpec;
 use crate::diffusion::devices::{AdapterClass, DeviceInfo};
 use crate::diffusion::{Family, Layout, PredictionType, instruction_set};
-use crate::models::{BaseModel, ModelCatalog, ModelDigest, ModelFile};
+use crate::models::{BaseModel, ModelCatalog, ModelDigest, ModelFile, Vae};
 use crate::plugin_host::{PluginHost, PluginInfo, PluginStatus};
 use crate::training::{ComputePrecision, PluginChoice};
 
@@ -65,6 +65,9 @@ pub struct Environment {
 pub struct Materials {
     /// The base model.
     pub base_model: ModelRecord,
+    /// The VAE in place of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae: Option<VaeRecord>,
     /// Optimizer and scheduler.
     pub plugins: Vec<PluginRecord>,
 }
@@ -83,6 +86,20 @@ pub struct ModelRecord {
     pub layout: Option<Layout>,
     /// What its UNet predicts; `settings` may say otherwise.
     pub prediction_type: Option<PredictionType>,
+    /// What tells its content apart: see [`ModelDigest`].
+    pub sha256: String,
+    /// Its files.
+    pub files: Vec<ModelFile>,
+}
+
+/// A VAE in place of a base model's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VaeRecord {
+    /// Its name.
+    pub name: String,
+    /// Its path below the model folder.
+    pub path: String,
     /// What tells its content apart: see [`ModelDigest`].
     pub sha256: String,
     /// Its files.
@@ -203,21 +220,32 @@ impl Materials {
     pub fn find(
         models: &ModelCatalog,
         base: &BaseModel,
+        vae: Option<&Vae>,
         plugins: &PluginHost,
         spec: &RunSpec,
     ) -> std::io::Result<Self> {
-        let ModelDigest { sha256, files } = models.digest(base)?;
+        let ModelDigest { sha256, files } = models.digest(&base.path)?;
+        let vae = vae.map(|vae| {
+            let ModelDigest { sha256, files } = models.digest(&vae.path)?;
+            Ok::<_, std::io::Error>(VaeRecord {
+                name: vae.name.clone(),
+                path: models.below(&vae.path),
+                sha256,
+                files,
+            })
+        });
         let info = base.info.as_ref().ok();
         Ok(Self {
             base_model: ModelRecord {
                 name: base.name.clone(),
-                path: models.path_below(base),
+                path: models.below(&base.path),
                 family: info.map(|info| info.family),
                 layout: info.map(|info| info.layout),
                 prediction_type: info.map(|info| info.prediction),
                 sha256,
                 files,
             },
+            vae: vae.transpose()?,
             plugins: plugin_records(plugins, spec),
         })
     }

@@ -171,6 +171,7 @@ fn settings_of(spec: &str) -> Result<Value, RunError> {
     let mut settings = serde_json::to_value(&spec.settings)?;
     settings["buckets"] = serde_json::to_value(&spec.buckets)?;
     settings["base_model_id"] = spec.base_model_id.into();
+    settings["vae_id"] = spec.vae_id.into();
     Ok(settings)
 }
 

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord};
+use super::origin::{Environment, Facts, Materials, ModelRecord, PluginRecord, VaeRecord};
 use super::spec::{RunSpec, SnapshotImage};
 use crate::dataloader::ColorCorrection;
 use crate::store::datasets::SubsetTraining;
@@ -65,6 +65,9 @@ pub struct Inputs {
     pub images: Vec<PinnedImage>,
     /// The base model; `None` before a worker has begun.
     pub base_model: Option<ModelRecord>,
+    /// The VAE in place of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae: Option<VaeRecord>,
     /// The plugins; none before a worker has begun.
     pub plugins: Vec<PluginRecord>,
 }
@@ -180,14 +183,15 @@ impl Inputs {
             color_correction: image.color_correction,
             training: image.training.clone(),
         });
-        let (base_model, plugins) = materials.map_or((None, Vec::new()), |materials| {
-            (Some(materials.base_model), materials.plugins)
+        let (base_model, vae, plugins) = materials.map_or((None, None, Vec::new()), |found| {
+            (Some(found.base_model), found.vae, found.plugins)
         });
         Self {
             // Names, numbers and lists of them, all of which have a JSON.
             settings: serde_json::to_value(spec).unwrap_or_default(),
             images: pinned.collect(),
             base_model,
+            vae,
             plugins,
         }
     }

@@ -105,13 +105,35 @@ impl RunService {
         let (models, wanted) = (self.models().clone(), spec.base_model_id.clone());
         let digest = tokio::task::spawn_blocking(move || {
             let found = models.find(&wanted)?;
-            Ok::<_, RunError>(found.map(|base| models.known_digest(&base)))
+            Ok::<_, RunError>(found.map(|base| models.known_digest(&base.path)))
         });
         match digest.await?? {
             None => changed.push(missing()),
             Some(Some(digest)) => changed.extend(reproduction::check_model(record, &digest.sha256)),
             Some(None) => {}
         }
+        changed.extend(self.changed_vae(record, spec).await?);
         Ok(changed)
+    }
+
+    /// The same of the VAE in place of the model's own.
+    async fn changed_vae(
+        &self,
+        record: &Provenance,
+        spec: &RunSpec,
+    ) -> Result<Option<Mismatch>, RunError> {
+        let Some(wanted) = spec.vae_id.clone() else {
+            return Ok(None);
+        };
+        let models = self.models().clone();
+        let digest = tokio::task::spawn_blocking(move || {
+            let found = models.find_vae(&wanted)?;
+            Ok::<_, RunError>(found.map(|vae| models.known_digest(&vae.path)))
+        });
+        Ok(match digest.await?? {
+            None => reproduction::check_vae(record, None),
+            Some(Some(digest)) => reproduction::check_vae(record, Some(&digest.sha256)),
+            Some(None) => None,
+        })
     }
 }

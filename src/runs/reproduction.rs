@@ -63,6 +63,19 @@ pub fn check_model(expected: &Provenance, found: &str) -> Option<Mismatch> {
     })
 }
 
+/// Whether the VAE in place of the model's own is what it was. `found` is its digest now.
+pub fn check_vae(expected: &Provenance, found: Option<&str>) -> Option<Mismatch> {
+    let vae = expected.inputs.vae.as_ref()?;
+    let found = found.unwrap_or("none");
+    (vae.sha256 != found).then(|| Mismatch {
+        pointer: "/inputs/vae/sha256".to_owned(),
+        message: format!(
+            "the VAE `{}` has changed: found SHA-256 {found}, expected {}",
+            vae.name, vae.sha256
+        ),
+    })
+}
+
 /// Whether the plugins are what they were.
 pub fn check_plugins(expected: &Provenance, found: &[PluginRecord]) -> Vec<Mismatch> {
     let mismatch = |(index, was): (usize, &PluginRecord)| {

@@ -21,6 +21,9 @@ pub struct RunSpec {
     pub device: String,
     /// Id of the base model.
     pub base_model_id: String,
+    /// Id of the VAE in place of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae_id: Option<String>,
     /// How it is trained.
     pub settings: TrainSettings,
     /// Sizes of the pictures.

@@ -25,7 +25,7 @@ use super::state;
 use crate::dataloader::{TensorCache, TrainingImage};
 use crate::diffusion::devices::{self, ComputeDevice};
 use crate::diffusion::{LoadOptions, StableDiffusion};
-use crate::models::ModelCatalog;
+use crate::models::{ModelCatalog, Vae};
 use crate::networks::{LoraNetwork, NetworkError, TrainParts};
 use crate::plugin_host::{ComponentInfo, PluginHost};
 use crate::selfcheck::{self, Remembered, SelfCheck};
@@ -339,7 +339,17 @@ fn run_training(
         let message = format!("the base model `{}` is no longer there", run.base_model_id);
         return Err(RunFailure::new("model_unusable", message).into());
     };
-    let begun = attempt::begin(runtime, parts, run, &spec, &images, &base, &device);
+    let vae = found_vae(&parts.models, spec.vae_id.as_deref())?;
+    let vae_path = vae.as_ref().map(|vae| vae.path.clone());
+    let begun = attempt::begin(
+        runtime,
+        parts,
+        run,
+        &spec,
+        &images,
+        (&base, vae.as_ref()),
+        &device,
+    );
     let Begun { facts, changes } = begun?;
     if !changes.is_empty() {
         reporter.environment_changed(&changes);
@@ -362,6 +372,7 @@ fn run_training(
 
     let load = LoadOptions {
         precision: settings.precision.into(),
+        vae: vae_path,
         ..LoadOptions::new(&device.device)
     };
     let mut model = StableDiffusion::load(&base.path, &load)
@@ -411,6 +422,30 @@ fn run_training(
         Some(failure) if matches!(error, TrainError::Stopped { .. }) => failure.into(),
         _ => error.into(),
     })
+}
+
+/// The VAE of a run in place of the base model's own.
+fn found_vae(models: &ModelCatalog, id: Option<&str>) -> Result<Option<Vae>, RunFailure> {
+    let Some(id) = id else {
+        return Ok(None);
+    };
+    let found = models.find_vae(id);
+    let found = found.map_err(|error| RunFailure::new("model_unusable", error))?;
+    let gone = || {
+        RunFailure::new(
+            "model_unusable",
+            format!("the VAE `{id}` is no longer there"),
+        )
+    };
+    found.ok_or_else(gone).map(Some)
+}
+
+/// Where it is.
+pub(super) fn vae_path(
+    models: &ModelCatalog,
+    id: Option<&str>,
+) -> Result<Option<PathBuf>, RunFailure> {
+    Ok(found_vae(models, id)?.map(|vae| vae.path))
 }
 
 /// Where the run's files go, and what its resume points belong to.

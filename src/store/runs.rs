@@ -4,6 +4,7 @@
 mod captioning;
 mod claims;
 mod deletion;
+mod models;
 mod provenance;
 mod queue;
 mod records;

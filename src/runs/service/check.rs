@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::{RunError, RunProblem, RunService, recorded_at};
 use crate::dataloader::BucketSettings;
 use crate::diffusion::devices::{self, DeviceSpec};
-use crate::models::{BaseModel, Family};
+use crate::models::{BaseModel, Family, Vae};
 use crate::plugin_host::SettingError;
 use crate::preparation::color_correction;
 use crate::runs::spec::{RunSpec, SnapshotDataset, SnapshotImage, SnapshotSubset};
@@ -27,6 +27,8 @@ pub struct NewRunRequest {
     pub dataset_id: Uuid,
     /// Id or name of the base model.
     pub base_model: String,
+    /// Id or name of a VAE in place of its own.
+    pub vae: Option<String>,
     /// Device; the service's own when absent.
     pub device: Option<String>,
     /// How it is trained.
@@ -62,6 +64,14 @@ impl RunService {
             problems.push(RunProblem::new("/base_model", "invalid_value", message));
         }
         problems.extend(check_clip_skip(&base, &request.settings));
+        own_corrections(&base, &mut request.settings);
+        let vae = match self.find_vae(request.vae.as_deref()).await? {
+            Ok(vae) => vae,
+            Err(problem) => {
+                problems.push(problem);
+                None
+            }
+        };
         let device = request.device.as_deref().unwrap_or(&self.default_device);
         let device = device.to_owned();
         problems.extend(check_device(device.clone()).await?);
@@ -73,6 +83,7 @@ impl RunService {
         let spec = RunSpec {
             device,
             base_model_id: base.id.clone(),
+            vae_id: vae.as_ref().map(|vae| vae.id.clone()),
             settings: request.settings,
             buckets: request.buckets,
             recorded_at: recorded_at(),
@@ -139,6 +150,32 @@ impl RunService {
         found.ok_or_else(|| RunError::ModelNotFound(id_or_name.to_owned()))
     }
 
+    /// The VAE that is asked for; or what is wrong with it.
+    async fn find_vae(
+        &self,
+        id_or_name: Option<&str>,
+    ) -> Result<Result<Option<Vae>, RunProblem>, RunError> {
+        let Some(wanted) = id_or_name.map(str::to_owned) else {
+            return Ok(Ok(None));
+        };
+        let models = self.models.clone();
+        let problem = |code, message| Err(RunProblem::new("/vae", code, message));
+        let name = wanted.clone();
+        let found = tokio::task::spawn_blocking(move || models.find_vae(&wanted)).await??;
+        Ok(match found {
+            None => problem(
+                "not_found",
+                format!(
+                    "there is no VAE `{name}` in the folder `vae` of the model folder; GET /v1/vaes lists those that are there"
+                ),
+            ),
+            Some(Vae {
+                info: Err(message), ..
+            }) => problem("invalid_value", format!("cannot be used: {message}")),
+            Some(vae) => Ok(Some(vae)),
+        })
+    }
+
     /// The dataset as it is now.
     ///
     /// # Errors
@@ -165,6 +202,14 @@ impl RunService {
         };
         Ok((dataset, images))
     }
+}
+
+/// What was corrected of a model holds for runs that say nothing else; it is written down, so that later corrections
+/// change no run.
+fn own_corrections(base: &BaseModel, settings: &mut TrainSettings) {
+    let record = &base.record;
+    settings.prediction = settings.prediction.or(record.prediction_type);
+    settings.zero_terminal_snr = settings.zero_terminal_snr.or(record.zero_terminal_snr);
 }
 
 fn snapshot_subset(subset: Subset) -> SnapshotSubset {

@@ -153,6 +153,14 @@ impl RunService {
         Ok(())
     }
 
+    /// A run that has not ended and needs this base model or VAE.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn that_needs_model(&self, id: &str) -> Result<Option<Uuid>, RunError> {
+        Ok(self.store.run_that_needs(id, &state::ENDED).await?)
+    }
+
     /// Deletes a LoRA file.
     ///
     /// # Errors

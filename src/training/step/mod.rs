@@ -120,12 +120,7 @@ impl<'a> Trainer<'a> {
     ) -> Self {
         network.attach(model, false);
         if let Some(zero_terminal) = settings.zero_terminal_snr {
-            let original = model.schedule.original();
-            model.schedule = if zero_terminal {
-                original.zero_terminal()
-            } else {
-                original.clone()
-            };
+            model.set_zero_terminal_snr(zero_terminal);
         }
         let scaled = settings.precision == ComputePrecision::Fp16 && !is_cpu(&network.device());
         Self {

@@ -6,7 +6,7 @@ mod measuring;
 mod output;
 mod resuming;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use time::OffsetDateTime;
@@ -96,14 +96,26 @@ pub fn train(
     let schedule_steps = model.schedule.len();
     let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
 
+    let separate_vae = model.separate_vae().map(Path::to_owned);
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
-    let base_model = base_model_record(&data.base_model).map_err(|source| {
-        let path = data.base_model.display().to_string();
-        TrainError::BaseModel { path, source }
-    })?;
+    let recorded = |path: &Path| {
+        base_model_record(path).map_err(|source| {
+            let path = path.display().to_string();
+            TrainError::BaseModel { path, source }
+        })
+    };
+    let mut base_model = recorded(&data.base_model)?;
+    if let Some(path) = &separate_vae {
+        base_model.vae = Some(Box::new(recorded(path)?));
+    }
     let resume = place.resume.clone().map(|(folder, mut owner)| {
-        let BaseModelRecord { name, sha256, .. } = &base_model;
+        let BaseModelRecord {
+            name, sha256, vae, ..
+        } = &base_model;
         owner.insert("the base model".to_owned(), format!("{name} {sha256}"));
+        if let Some(vae) = vae {
+            owner.insert("the VAE".to_owned(), format!("{} {}", vae.name, vae.sha256));
+        }
         (folder, owner)
     });
     let facts = selection.facts(data, place, &trainer, base_model);
