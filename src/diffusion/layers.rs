@@ -13,17 +13,21 @@ use super::error::LoadError;
 use super::weights::WeightsAt;
 use crate::kernels::{self, Geometry, LowRank, Precision};
 
-/// A trainable addition to a frozen layer.
+/// A trainable change of a frozen layer.
 pub trait Adapter: Send + Sync + Debug {
-    /// What is computed beside a linear layer, and together with it.
-    fn branch(&self) -> LowRank;
+    /// The layer's output with the change.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, d_in]`, as many rows of each of `samples` samples
+    /// - output: `[rows, d_out]`
+    fn linear(&self, layer: &Linear, x: Tensor<2>, samples: usize) -> Tensor<2>;
 
-    /// The output that takes the place of the layer's own, `y`.
+    /// The same of a convolution.
     ///
     /// # Shapes
     /// - `x`: `[batch, c_in, height, width]`
-    /// - `y` and the result: `[batch, c_out, height', width']`
-    fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4>;
+    /// - output: `[batch, c_out, height', width']`
+    fn conv(&self, layer: &Conv2d, x: Tensor<4>) -> Tensor<4>;
 }
 
 /// A layer that an adapter can be put on.
@@ -128,15 +132,28 @@ impl Linear {
         let mut shape = x.dims();
         let rows = x.shape().num_elements() / self.d_in();
         let x = x.reshape([rows, self.d_in()]);
-        let (weight, bias) = (&self.weight, self.bias.as_ref());
         let y = match &self.adapter {
-            None => kernels::linear(x, weight, bias, self.precision),
-            Some(adapter) => {
-                kernels::linear_with_branch(x, weight, bias, adapter.branch(), self.precision)
-            }
+            None => self.frozen(x, true),
+            Some(adapter) => adapter.linear(self, x, shape[0]),
         };
         shape[D - 1] = self.d_out();
         y.reshape(shape)
+    }
+
+    /// The layer without its adapter, with its bias or without.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, d_in]`
+    /// - output: `[rows, d_out]`
+    pub fn frozen(&self, x: Tensor<2>, with_bias: bool) -> Tensor<2> {
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::linear(x, &self.weight, bias, self.precision)
+    }
+
+    /// The same with a branch beside it, in one operation.
+    pub fn branched(&self, x: Tensor<2>, branch: LowRank, with_bias: bool) -> Tensor<2> {
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::linear_with_branch(x, &self.weight, bias, branch, self.precision)
     }
 }
 
@@ -218,23 +235,25 @@ impl Conv2d {
     /// - `x`: `[batch, c_in, height, width]`
     /// - output: `[batch, c_out, height', width']`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        match &self.adapter {
+            Some(adapter) => adapter.conv(self, x),
+            None => self.frozen(x, true),
+        }
+    }
+
+    /// The convolution without its adapter, with its bias or without.
+    ///
+    /// # Shapes
+    /// As [`Self::forward`].
+    pub fn frozen(&self, x: Tensor<4>, with_bias: bool) -> Tensor<4> {
         let [_, _, kernel_height, kernel_width] = self.weight.dims();
         let geometry = Geometry {
             kernel: [kernel_height, kernel_width],
             stride: self.stride,
             padding: self.padding,
         };
-        let y = kernels::conv2d(
-            x.clone(),
-            &self.weight,
-            self.bias.as_ref(),
-            geometry,
-            self.precision,
-        );
-        match &self.adapter {
-            Some(adapter) => adapter.conv(self, x, y),
-            None => y,
-        }
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::conv2d(x, &self.weight, bias, geometry, self.precision)
     }
 }
 
