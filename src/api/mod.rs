@@ -47,6 +47,7 @@ pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
 mod run_metrics;
+mod run_network;
 mod run_outputs;
 mod run_plan;
 pub mod run_provenance;

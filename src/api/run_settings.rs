@@ -7,9 +7,10 @@ use uuid::Uuid;
 use super::captioning::{Augment, CaptionSettings};
 use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
+use super::run_network::Network;
 use super::run_outputs::{Resume, Samples, Save};
 use super::run_training::{
-    Buckets, ComputePrecision, Crop, GradientCheckpointing, Network, Plugin, Prediction, Resolution,
+    Buckets, ComputePrecision, Crop, GradientCheckpointing, Plugin, Prediction, Resolution,
 };
 use crate::runs::settings as domain;
 use crate::runs::{NewRunRequest, RunSpec};

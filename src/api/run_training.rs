@@ -1,83 +1,12 @@
-//! Settings of a run about what is trained and in what form, and their way to the domain: adapters, plugins, sizes of
-//! pictures, number formats.
+//! Settings of a run about how is trained and in what form, and their way to the domain: plugins, sizes of pictures,
+//! number formats.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::twins::same_variants;
-use crate::runs::settings::{self as domain, BucketSettings, NetworkSettings, PredictionType};
-
-/// Kind and size of the adapters.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Network {
-    /// What the adapters are.
-    pub kind: NetworkKind,
-    /// Rank of linear layers and 1×1 convolutions.
-    #[schema(minimum = 1, maximum = 1024)]
-    pub rank: usize,
-    /// Their strength is alpha / rank; 0 means "as the rank".
-    #[schema(minimum = 0)]
-    pub alpha: f64,
-    /// Rank of 3×3 convolutions; they have no adapters without it.
-    #[schema(minimum = 1, maximum = 1024)]
-    pub conv_rank: Option<usize>,
-    /// Alpha of 3×3 convolutions; 1 when only `conv_rank` is given.
-    #[schema(minimum = 0)]
-    pub conv_alpha: Option<f64>,
-}
-
-impl Default for Network {
-    fn default() -> Self {
-        NetworkSettings::default().into()
-    }
-}
-
-impl From<Network> for NetworkSettings {
-    fn from(wire: Network) -> Self {
-        let Network {
-            kind: NetworkKind::Lora,
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        } = wire;
-        Self {
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        }
-    }
-}
-
-impl From<NetworkSettings> for Network {
-    fn from(domain: NetworkSettings) -> Self {
-        let NetworkSettings {
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        } = domain;
-        Self {
-            kind: NetworkKind::Lora,
-            rank,
-            alpha,
-            conv_rank,
-            conv_alpha,
-        }
-    }
-}
-
-/// Kinds of adapters.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum NetworkKind {
-    /// Low-rank matrices, on convolutions too when `conv_rank` is given (LoCon).
-    #[default]
-    Lora,
-}
+use crate::runs::settings::{self as domain, BucketSettings, PredictionType};
 
 /// A plugin's component and its settings.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]

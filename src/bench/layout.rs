@@ -410,8 +410,7 @@ mod tests {
     use crate::diffusion::ldm::{self, UNetLayout};
     use crate::diffusion::weights::StoredView;
     use crate::diffusion::{KeySource, Part, Weights};
-    use crate::networks::targets::{Naming, target};
-    use crate::networks::{LayerShape, NetworkSettings, Target};
+    use crate::networks::{LayerShape, Naming, NetworkSettings, Rules, Target};
 
     /// The small reference models have the same parts, written by the reference's own conversion.
     #[test]
@@ -525,7 +524,7 @@ mod tests {
                 rank: 16,
                 alpha: 1.0,
                 conv_rank,
-                conv_alpha: None,
+                ..NetworkSettings::default()
             };
             let expected: BTreeMap<String, String> = list
                 .lines()
@@ -575,6 +574,7 @@ mod tests {
                 up_attends: sizes.unet_depths.iter().rev().map(|d| *d != 0).collect(),
             },
         };
+        let rules = Rules::new(&naming, settings).expect("rules");
         let mut keys = BTreeMap::new();
         for (part, map) in parts {
             for (name, source) in map {
@@ -597,7 +597,7 @@ mod tests {
                 let Some(path) = name.strip_suffix(".weight") else {
                     continue;
                 };
-                let Some(target) = target(&naming, part, path, shape, settings) else {
+                let Some(target) = rules.target(part, path, shape) else {
                     continue;
                 };
                 let Target {

@@ -13,17 +13,21 @@ use super::error::LoadError;
 use super::weights::WeightsAt;
 use crate::kernels::{self, Geometry, LowRank, Precision, Value};
 
-/// A trainable addition to a frozen layer.
+/// A trainable change of a frozen layer.
 pub trait Adapter: Send + Sync + Debug {
-    /// What is computed beside a linear layer, and together with it.
-    fn branch(&self) -> LowRank;
+    /// The layer's output with the change; where nothing reads it, what needs no more may be left out.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, d_in]`, as many rows of each of `samples` samples
+    /// - output: `[rows, d_out]`
+    fn linear(&self, layer: &Linear, x: Tensor<2>, samples: usize, value: Value) -> Tensor<2>;
 
-    /// The output that takes the place of the layer's own, `y`.
+    /// The same of a convolution.
     ///
     /// # Shapes
     /// - `x`: `[batch, c_in, height, width]`
-    /// - `y` and the result: `[batch, c_out, height', width']`
-    fn conv(&self, layer: &Conv2d, x: Tensor<4>, y: Tensor<4>) -> Tensor<4>;
+    /// - output: `[batch, c_out, height', width']`
+    fn conv(&self, layer: &Conv2d, x: Tensor<4>, value: Value) -> Tensor<4>;
 }
 
 /// A layer that an adapter can be put on.
@@ -133,16 +137,34 @@ impl Linear {
         let mut shape = x.dims();
         let rows = x.shape().num_elements() / self.d_in();
         let x = x.reshape([rows, self.d_in()]);
-        let (weight, bias) = (&self.weight, self.bias.as_ref());
         let y = match &self.adapter {
-            None => kernels::linear(x, weight, bias, self.precision, value),
-            Some(adapter) => {
-                let branch = adapter.branch();
-                kernels::linear_with_branch(x, weight, bias, branch, self.precision, value)
-            }
+            None => self.frozen(x, true, value),
+            Some(adapter) => adapter.linear(self, x, shape[0], value),
         };
         shape[D - 1] = self.d_out();
         y.reshape(shape)
+    }
+
+    /// The layer without its adapter, with its bias or without.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, d_in]`
+    /// - output: `[rows, d_out]`
+    pub fn frozen(&self, x: Tensor<2>, with_bias: bool, value: Value) -> Tensor<2> {
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::linear(x, &self.weight, bias, self.precision, value)
+    }
+
+    /// The same with a branch beside it, in one operation.
+    pub fn branched(
+        &self,
+        x: Tensor<2>,
+        branch: LowRank,
+        with_bias: bool,
+        value: Value,
+    ) -> Tensor<2> {
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::linear_with_branch(x, &self.weight, bias, branch, self.precision, value)
     }
 }
 
@@ -229,24 +251,25 @@ impl Conv2d {
 
     /// The same, or the graph alone where nothing reads the output.
     pub fn forward_for(&self, value: Value, x: Tensor<4>) -> Tensor<4> {
+        match &self.adapter {
+            Some(adapter) => adapter.conv(self, x, value),
+            None => self.frozen(x, true, value),
+        }
+    }
+
+    /// The convolution without its adapter, with its bias or without.
+    ///
+    /// # Shapes
+    /// As [`Self::forward`].
+    pub fn frozen(&self, x: Tensor<4>, with_bias: bool, value: Value) -> Tensor<4> {
         let [_, _, kernel_height, kernel_width] = self.weight.dims();
         let geometry = Geometry {
             kernel: [kernel_height, kernel_width],
             stride: self.stride,
             padding: self.padding,
         };
-        let y = kernels::conv2d(
-            x.clone(),
-            &self.weight,
-            self.bias.as_ref(),
-            geometry,
-            self.precision,
-            value,
-        );
-        match &self.adapter {
-            Some(adapter) => adapter.conv(self, x, y),
-            None => y,
-        }
+        let bias = self.bias.as_ref().filter(|_| with_bias);
+        kernels::conv2d(x, &self.weight, bias, geometry, self.precision, value)
     }
 }
 

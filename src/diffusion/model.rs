@@ -103,6 +103,10 @@ pub struct Footprint {
     pub family: Family,
     /// Tensors of the text encoder, or of both.
     pub text_encoders: Vec<StoredTensor>,
+    /// Where the second text encoder's begin among them.
+    pub second_text_encoder_at: usize,
+    /// How the blocks of the UNet follow each other.
+    pub unet_layout: UNetLayout,
     /// Tensors of the VAE.
     pub vae: Vec<StoredTensor>,
     /// Channels of the UNet at the latents' own size.
@@ -439,11 +443,14 @@ impl StableDiffusion {
         };
         let second = source.text_encoder_2()?;
         let mut text_encoders = tensors(&text);
+        let second_text_encoder_at = text_encoders.len();
         text_encoders.extend(second.iter().flat_map(tensors));
         Ok(Footprint {
             family: source.family,
             unet: tensors(&unet),
             text_encoders,
+            second_text_encoder_at,
+            unet_layout: unet_config.layout(),
             vae: tensors(&vae),
             unet_channels: unet_config.block_out_channels[0],
             vae_channels: vae_config.block_out_channels[0],

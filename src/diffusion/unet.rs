@@ -278,6 +278,11 @@ impl TimeEmbedding {
         })
     }
 
+    /// Whether a layer of it has an adapter.
+    pub(super) fn is_adapted(&self) -> bool {
+        self.linear_1.is_adapted() || self.linear_2.is_adapted()
+    }
+
     /// Sinusoids of the timestep, then two layers: `[batch, d_time]`
     pub(super) fn forward(&self, timesteps: &[f32], device: &Device) -> Tensor<2> {
         let width = self.linear_1.d_in();
@@ -334,6 +339,11 @@ impl AddEmbedding {
 
     fn pooled_width(&self) -> usize {
         self.linear_1.d_in() - SIZES * self.size_width
+    }
+
+    /// Whether a layer of it has an adapter.
+    pub(super) fn is_adapted(&self) -> bool {
+        self.linear_1.is_adapted() || self.linear_2.is_adapted()
     }
 
     /// `[batch, d_time]` of the pooled text `[batch, d_pooled]` and the sizes.

@@ -7,7 +7,7 @@ use super::layers::{Conv2d, GroupNorm, silu};
 use super::resnet::{Downsample, ResnetBlock, Upsample};
 use super::segments::{Inputs, Keep, Kept, leaf_if};
 use super::transformer::{Transformer2d, TransformerBlock};
-use super::unet::UNet;
+use super::unet::{AddEmbedding, UNet};
 use crate::kernels::{Value, widen};
 
 /// A part of the UNet between two hidden states.
@@ -52,7 +52,7 @@ struct SegmentInputs {
     states_wanted: bool,
     /// Whether the text encoder needs the gradient of the context.
     context_wanted: bool,
-    /// Whether it needs that of the pooled text, which is in the time embedding.
+    /// Whether something needs that of the time embedding: its own adapters, or the pooled text in it.
     time_wanted: bool,
 }
 
@@ -95,7 +95,7 @@ impl Inputs for TimeInputs {
 pub struct UNetTrace {
     /// From the first segment on that has a gradient to compute.
     kept: Vec<Kept<SegmentInputs, 4>>,
-    /// With the timesteps, where the pooled text has a gradient to compute.
+    /// With the timesteps, where the pooled text or an adapter has a gradient to compute.
     time: Option<(Kept<TimeInputs, 2>, Vec<f32>)>,
 }
 
@@ -134,7 +134,8 @@ impl UNet {
     ) -> (Tensor<4>, UNetTrace) {
         let Condition { states, added } = condition.into();
         let pooled_wanted = condition_wanted && added.is_some() && self.add_embedding.is_some();
-        let (time, time_kept) = if pooled_wanted {
+        let time_wanted = pooled_wanted || self.embeds_adapted();
+        let (time, time_kept) = if time_wanted {
             let inputs = TimeInputs {
                 added,
                 pooled_wanted,
@@ -145,7 +146,7 @@ impl UNet {
             (self.time(timesteps, added), None)
         };
         let (sample, context) = (self.precision.enter(sample), self.precision.enter(states));
-        let first = self.first_wanted(condition_wanted, pooled_wanted);
+        let first = self.first_wanted(condition_wanted, time_wanted);
         let mut kept = Vec::new();
         let told = (context, time);
         let output = self.run(sample, told, condition_wanted, |index, segment, inputs| {
@@ -154,7 +155,7 @@ impl UNet {
             }
             let inputs = SegmentInputs {
                 states_wanted: index > first,
-                time_wanted: pooled_wanted,
+                time_wanted,
                 ..inputs
             };
             let (output, part) = Kept::run(keep, inputs, |inputs| segment.forward(inputs));
@@ -207,7 +208,11 @@ impl UNet {
             .and_then(|((part, timesteps), gradient)| {
                 let (mut gradients, leaves) =
                     part.backward(gradient, |inputs| self.time(&timesteps, inputs.added));
-                leaves.added?.pooled.grad_remove(&mut gradients)
+                let of_pooled = leaves
+                    .added
+                    .and_then(|added| added.pooled.grad_remove(&mut gradients));
+                collect(&mut gradients);
+                of_pooled
             });
         ConditionGradients {
             states: of_context.map(widen),
@@ -224,6 +229,14 @@ impl UNet {
         };
         let first = segments.iter().position(wanted);
         first.unwrap_or(segments.len())
+    }
+
+    fn embeds_adapted(&self) -> bool {
+        self.time_embedding.is_adapted()
+            || self
+                .add_embedding
+                .as_ref()
+                .is_some_and(AddEmbedding::is_adapted)
     }
 
     /// Each residual block applies the same activation to the embedding: it is done once.

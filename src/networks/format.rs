@@ -80,6 +80,10 @@ impl LoraFile {
                 Dtype::F32 => decode(data, |bytes: [u8; 4]| f32::from_le_bytes(bytes)),
                 Dtype::F16 => decode(data, |bytes: [u8; 2]| f16::from_le_bytes(bytes).to_f32()),
                 Dtype::BF16 => decode(data, |bytes: [u8; 2]| bf16::from_le_bytes(bytes).to_f32()),
+                // IA³ tells by a whole number which side of a layer is scaled.
+                Dtype::I64 if key.ends_with(".on_input") && view.shape().is_empty() => {
+                    decode(data, |bytes: [u8; 8]| i64::from_le_bytes(bytes) as f32)
+                }
                 other => {
                     return Err(format!("{key} is {other:?}, expected F32, F16 or BF16"));
                 }

@@ -1,21 +1,25 @@
 //! The adapters of one model: creation, attachment to the frozen layers, files.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha12Rng;
-use sha2::{Digest, Sha256};
 
-use crate::diffusion::layers::LayerMut;
+use crate::diffusion::layers::{Adapter, LayerMut};
 use crate::diffusion::{Part, StableDiffusion};
+use crate::kernels::widen;
 use crate::networks::NetworkError;
-use crate::networks::adapter::LoraAdapter;
+use crate::networks::adapters::{self, Moment, Place};
+use crate::networks::blocks::{Blocks, block_index};
+use crate::networks::filter::LayerFilter;
+use crate::networks::form::{Form, TensorSpec};
 use crate::networks::format::{HostTensor, LoraFile, SavedLora};
-use crate::networks::settings::{MAX_RANK, NetworkSettings, SavePrecision, TrainParts};
-use crate::networks::targets::{LayerShape, Naming, Target, target};
+use crate::networks::initial;
+use crate::networks::reading::{KnownLayer, group_by_adapter};
+use crate::networks::settings::{DropoutSettings, NetworkSettings, SavePrecision, TrainParts};
+use crate::networks::targets::{LayerShape, Naming, Rules, Target};
 
 /// One trainable tensor.
 #[derive(Debug, Clone)]
@@ -24,31 +28,43 @@ pub struct Parameter {
     pub name: String,
     /// Half of the model that it belongs to.
     pub part: Part,
-    /// Its shape in a LoRA file, rank 2 or 4.
+    /// Its shape in a LoRA file, rank 1 to 4.
     pub shape: Vec<usize>,
     /// Its value: f32, the shape padded with ones on the left to rank 4.
     pub value: Tensor<4>,
+    /// Factor of its learning rate.
+    pub lr_factor: f64,
 }
 
 /// The leaves of the autodiff graph after [`LoraNetwork::attach`], index-aligned with the parameters.
 #[derive(Debug)]
 pub struct Leaves(pub Vec<Tensor<4>>);
 
-/// The LoRA adapters of one model.
+/// The adapters of one model.
 ///
 /// It owns the values of its parameters. The model's layers hold adapters that share them only between
 /// [`attach`](Self::attach) and [`detach`](Self::detach).
 #[derive(Debug)]
 pub struct LoraNetwork {
-    modules: Vec<Target>,
-    /// `lora_down` of module `i` at `2 i`, `lora_up` at `2 i + 1`.
+    modules: Vec<Module>,
     parameters: Vec<Parameter>,
     multiplier: f64,
+    dropout: DropoutSettings,
+}
+
+/// One adapter.
+#[derive(Debug)]
+struct Module {
+    target: Target,
+    /// Its tensors among the parameters, in the order of [`Target::tensors`].
+    parameters: Range<usize>,
+    /// `‖W‖²` of each row of the layer's weight, where lengths are trained.
+    squares: Option<Tensor<1>>,
 }
 
 impl LoraNetwork {
-    /// Makes adapters for the layers of a model: `lora_down` Kaiming-uniform, `lora_up` zero, so that the model's
-    /// output does not change at first.
+    /// Makes adapters for the layers of a model, with first values that do not change the model's output: `lora_down`
+    /// is Kaiming-uniform, `lora_up` zero, and so on, as sd-scripts and LyCORIS have it.
     ///
     /// The numbers depend on the seed and the adapter's name alone, not on the device or the set of layers.
     pub fn create(
@@ -58,39 +74,24 @@ impl LoraNetwork {
         seed: u64,
         device: &Device,
     ) -> Result<Self, NetworkError> {
-        if let Some((field, message)) = settings.problems().into_iter().next() {
-            return Err(NetworkError::Settings { field, message });
-        }
         let naming = Naming::of(model);
-        let mut modules = Vec::new();
+        let rules = Rules::new(&naming, settings)?;
+        let mut network = Self::empty();
         for (part, path, layer) in model.layers_mut() {
-            let trained = if part.is_text() {
-                parts.text_encoder
-            } else {
-                parts.unet
-            };
-            if trained {
-                modules.extend(target(&naming, part, &path, shape_of(&layer), settings));
+            if !parts.has(part) {
+                continue;
             }
+            let Some(target) = rules.target(part, &path, shape_of(&layer)) else {
+                continue;
+            };
+            let specs = target.tensors();
+            let values = specs.iter().map(|spec| {
+                let drawn = initial::values(seed, &target.name, spec);
+                drawn.map(|values| from_host(values, spec, device))
+            });
+            network.add(target.clone(), values.collect(), &layer);
         }
-        if modules.is_empty() {
-            return Err(NetworkError::NoTargets);
-        }
-        let parameters = modules.iter().flat_map(|module| {
-            let down_shape = module.shape.down_shape(module.rank);
-            let down = kaiming_uniform(seed, &module.name, &down_shape);
-            let up_shape = module.shape.up_shape(module.rank);
-            let up = vec![0.0; up_shape.iter().product()];
-            [
-                parameter(module, "lora_down", down_shape, down, device),
-                parameter(module, "lora_up", up_shape, up, device),
-            ]
-        });
-        Ok(Self {
-            parameters: parameters.collect(),
-            modules,
-            multiplier: 1.0,
-        })
+        network.with_settings(settings)
     }
 
     /// Reads the adapters of a file with sd-scripts' names for a model; an adapter without alpha has alpha = rank.
@@ -102,44 +103,143 @@ impl LoraNetwork {
         let file = LoraFile::read(path)?;
         let naming = Naming::of(model);
         let mut layers = HashMap::new();
-        let mut order = Vec::new();
         for (part, path, layer) in model.layers_mut() {
             let name = naming.lora_name(part, &path);
             let shape = naming.shape_in_files(part, &path, shape_of(&layer));
-            order.push(name.clone());
-            layers.insert(name, (part, path, shape));
+            layers.insert(name, KnownLayer { part, path, shape });
         }
-        let mut groups = group_by_module(file.tensors, &layers)?;
+        let mut groups = group_by_adapter(file.tensors, &layers)?;
 
-        let mut modules = Vec::new();
-        let mut parameters = Vec::new();
-        for name in order {
-            let Some(tensors) = groups.remove(&name) else {
+        let mut network = Self::empty();
+        for (part, path, layer) in model.layers_mut() {
+            let name = naming.lora_name(part, &path);
+            let (Some(tensors), Some(known)) = (groups.remove(&name), layers.remove(&name)) else {
                 continue;
             };
-            let Some((part, path, shape)) = layers.remove(&name) else {
-                continue;
-            };
-            let (module, down, up) = tensors.into_module(name, part, path, shape)?;
-            let down_shape = shape.down_shape(module.rank);
-            let up_shape = shape.up_shape(module.rank);
-            parameters.push(parameter(&module, "lora_down", down_shape, down, device));
-            parameters.push(parameter(&module, "lora_up", up_shape, up, device));
-            modules.push(module);
+            let (target, values) = tensors.into_adapter(&name, known)?;
+            let specs = target.tensors();
+            let values = values
+                .into_iter()
+                .zip(&specs)
+                .map(|(values, spec)| Some(from_host(values, spec, device)))
+                .collect();
+            network.add(target, values, &layer);
         }
-        if modules.is_empty() {
+        if network.modules.is_empty() {
             return Err(NetworkError::NoTargets);
         }
-        Ok(Self {
-            modules,
-            parameters,
+        Ok(network)
+    }
+
+    /// The adapters of a file, to be trained further by these settings. Its adapters of halves of the model that are not
+    /// trained are left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or has other adapters than the settings ask for, where those decide.
+    pub fn continue_from(
+        path: &Path,
+        model: &mut StableDiffusion,
+        settings: &NetworkSettings,
+        parts: TrainParts,
+        device: &Device,
+    ) -> Result<Self, NetworkError> {
+        let naming = Naming::of(model);
+        let rules = Rules::new(&naming, settings)?;
+        let filter = LayerFilter::new(settings)?;
+        let blocks = Blocks::new(naming.family, settings)?;
+        let whole = Self::load(path, model, device)?;
+        let by_weights = settings
+            .init_from
+            .as_ref()
+            .is_some_and(|from| from.dim_from_weights);
+        if !by_weights {
+            let expected = model
+                .layers_mut()
+                .into_iter()
+                .filter_map(|(part, path, layer)| {
+                    parts
+                        .has(part)
+                        .then(|| rules.target(part, &path, shape_of(&layer)))?
+                });
+            let found = whole.modules.iter().map(|module| &module.target);
+            compare(found.filter(|target| parts.has(target.part)), expected)?;
+        }
+        let mut network = Self::empty();
+        for mut module in whole.modules {
+            let target = &mut module.target;
+            let block = block_index(&naming, target.part, &target.path);
+            target.lr_weight = block.map_or(1.0, |block| blocks.lr_weight(block));
+            let admitted = filter.admits(&target.name, &target.path) && target.lr_weight != 0.0;
+            if !parts.has(target.part) || !admitted {
+                continue;
+            }
+            let own = whole.parameters[module.parameters.clone()].iter().cloned();
+            let start = network.parameters.len();
+            network.parameters.extend(own);
+            module.parameters = start..network.parameters.len();
+            network.modules.push(module);
+        }
+        network.with_settings(settings)
+    }
+
+    fn empty() -> Self {
+        Self {
+            modules: Vec::new(),
+            parameters: Vec::new(),
             multiplier: 1.0,
-        })
+            dropout: DropoutSettings::default(),
+        }
+    }
+
+    /// Adds an adapter; tensors without values begin with the lengths of the layer's rows.
+    fn add(&mut self, target: Target, values: Vec<Option<Tensor<4>>>, layer: &LayerMut<'_>) {
+        let squares = target.dora.then(|| row_squares(layer));
+        let start = self.parameters.len();
+        for (spec, value) in target.tensors().into_iter().zip(values) {
+            let value = value.or_else(|| {
+                let lengths = squares.clone()?.sqrt();
+                Some(lengths.reshape(padded(&spec.shape)))
+            });
+            let Some(value) = value else { continue };
+            self.parameters.push(Parameter {
+                name: format!("{}.{}", target.name, spec.suffix),
+                part: target.part,
+                shape: spec.shape,
+                value,
+                lr_factor: 1.0,
+            });
+        }
+        self.modules.push(Module {
+            parameters: start..self.parameters.len(),
+            target,
+            squares,
+        });
+    }
+
+    /// What of the settings is about training.
+    fn with_settings(mut self, settings: &NetworkSettings) -> Result<Self, NetworkError> {
+        if self.modules.is_empty() {
+            return Err(NetworkError::NoTargets);
+        }
+        self.dropout = settings.dropout;
+        for module in &self.modules {
+            let target = &module.target;
+            let plus = settings.lora_plus.of(target.part.is_text());
+            for parameter in &mut self.parameters[module.parameters.clone()] {
+                let factor = if parameter.name.ends_with(".lora_up.weight") {
+                    plus
+                } else {
+                    1.0
+                };
+                parameter.lr_factor = target.lr_weight * factor;
+            }
+        }
+        Ok(self)
     }
 
     /// The adapters, in the order of the model's layers.
-    pub fn modules(&self) -> &[Target] {
-        &self.modules
+    pub fn modules(&self) -> impl Iterator<Item = &Target> {
+        self.modules.iter().map(|module| &module.target)
     }
 
     /// The trainable tensors.
@@ -165,12 +265,12 @@ impl LoraNetwork {
 
     /// Whether a part of the model has adapters.
     pub fn covers(&self, part: Part) -> bool {
-        self.modules.iter().any(|module| module.part == part)
+        self.modules().any(|module| module.part == part)
     }
 
     /// Whether a text encoder has adapters.
     pub fn covers_text(&self) -> bool {
-        self.modules.iter().any(|module| module.part.is_text())
+        self.modules().any(|module| module.part.is_text())
     }
 
     /// Factor on the strength of all adapters at the next [`attach`](Self::attach): 0 is the base model, 1 the LoRA.
@@ -184,6 +284,21 @@ impl LoraNetwork {
     /// leaves; without, the adapters are constants. The layers keep the values of this moment: attach again after
     /// an optimizer's step.
     pub fn attach(&self, model: &mut StableDiffusion, tracked: bool) -> Leaves {
+        self.put(model, tracked, None)
+    }
+
+    /// The same in a training step, where the settings leave something out. In one place that is always the same.
+    pub fn attach_at(&self, model: &mut StableDiffusion, tracked: bool, place: Place) -> Leaves {
+        let drops = self.drops();
+        self.put(model, tracked, drops.then_some(place))
+    }
+
+    /// Whether something is left out in training.
+    pub fn drops(&self) -> bool {
+        self.dropout != DropoutSettings::default()
+    }
+
+    fn put(&self, model: &mut StableDiffusion, tracked: bool, place: Option<Place>) -> Leaves {
         let leaves: Vec<Tensor<4>> = self
             .parameters
             .iter()
@@ -196,22 +311,21 @@ impl LoraNetwork {
                 }
             })
             .collect();
-        let by_layer: HashMap<(Part, &str), usize> = self
+        let moment = Moment {
+            multiplier: self.multiplier,
+            dropout: place.map(|place| (&self.dropout, place)),
+        };
+        let by_layer: HashMap<(Part, &str), &Module> = self
             .modules
             .iter()
-            .enumerate()
-            .map(|(index, module)| ((module.part, module.path.as_str()), index))
+            .map(|module| ((module.target.part, module.target.path.as_str()), module))
             .collect();
         for (part, path, mut layer) in model.layers_mut() {
-            if let Some(&index) = by_layer.get(&(part, path.as_str())) {
-                let module = &self.modules[index];
-                let adapter = LoraAdapter {
-                    down: leaves[2 * index].clone(),
-                    up: leaves[2 * index + 1].clone(),
-                    rank: module.rank,
-                    scale: self.multiplier * module.alpha / module.rank as f64,
-                };
-                set_adapter(&mut layer, Some(Arc::new(adapter)));
+            if let Some(module) = by_layer.get(&(part, path.as_str())) {
+                let own = &leaves[module.parameters.clone()];
+                let squares = module.squares.as_ref();
+                let adapter = adapters::build(&module.target, own, squares, moment);
+                set_adapter(&mut layer, adapter);
             }
         }
         Leaves(leaves)
@@ -224,33 +338,71 @@ impl LoraNetwork {
         }
     }
 
-    /// What an adapter adds to its layer's weight: `multiplier · alpha / rank · up · down`, in the layer's shape
-    /// `[out, in]` or `[out, in, kh, kw]` and row-major order.
+    /// What an adapter adds to its layer's weight: `multiplier · alpha / rank · up · down`, or what it is with its kind, in
+    /// the layer's shape `[out, in]` or `[out, in, kh, kw]` and row-major order. Trained lengths are not in it.
     pub fn weight_delta(&self, name: &str) -> Option<HostTensor> {
-        let index = self.modules.iter().position(|module| module.name == name)?;
-        let module = &self.modules[index];
-        let scale = self.multiplier * module.alpha / module.rank as f64;
-        let down = self.parameters[2 * index].value.clone();
-        let up = self.parameters[2 * index + 1].value.clone();
-        let mut shape = module.shape.down_shape(module.rank);
-        let columns: usize = shape[1..].iter().product();
-        shape[0] = module.shape.up_shape(module.rank)[0];
-        let down = down.reshape([module.rank, columns]);
-        let up = up.reshape([shape[0], module.rank]);
-        let values = up.matmul(down).mul_scalar(scale);
-        let values = values.try_into_vec_as::<f32>().ok()?;
-        Some(HostTensor { shape, values })
+        let module = self.modules.iter().find(|m| m.target.name == name)?;
+        let delta = adapters::weight_delta(&module.target, &self.values_of(module))?;
+        let values = delta.mul_scalar(self.multiplier);
+        Some(HostTensor {
+            shape: module.target.shape.dims(),
+            values: values.try_into_vec_as::<f32>().ok()?,
+        })
+    }
+
+    fn values_of(&self, module: &Module) -> Vec<Tensor<4>> {
+        let own = self.parameters[module.parameters.clone()].iter();
+        own.map(|parameter| parameter.value.clone()).collect()
+    }
+
+    /// Scales adapters down whose change of their weight has a norm above `limit`, and tells how many those are.
+    ///
+    /// # Errors
+    /// When the device does not hand over the norms.
+    pub fn scale_norms(&mut self, limit: f64) -> Result<usize, NetworkError> {
+        let squares: Vec<Tensor<1>> = self
+            .modules
+            .iter()
+            .filter_map(|module| adapters::norm_square(&module.target, &self.values_of(module)))
+            .collect();
+        if squares.len() != self.modules.len() {
+            return Ok(0); // adapters that add nothing have no norm
+        }
+        let squares = Tensor::cat(squares, 0);
+        let squares = squares
+            .try_into_vec_as::<f32>()
+            .map_err(|error| NetworkError::Device(error.to_string()))?;
+        let mut scaled = 0;
+        for (module, square) in self.modules.iter().zip(squares) {
+            let norm = f64::from(square).sqrt();
+            if norm <= limit {
+                continue;
+            }
+            scaled += 1;
+            let factors = adapters::norm_factors(&module.target, limit / norm);
+            let own = &mut self.parameters[module.parameters.clone()];
+            for (parameter, factor) in own.iter_mut().zip(factors) {
+                if factor != 1.0 {
+                    parameter.value = parameter.value.clone().mul_scalar(factor);
+                }
+            }
+        }
+        Ok(scaled)
     }
 
     /// The tensors of a file with sd-scripts' names.
     pub fn tensors(&self) -> Result<BTreeMap<String, HostTensor>, NetworkError> {
         let mut tensors = BTreeMap::new();
-        for module in &self.modules {
-            let alpha = HostTensor {
-                shape: Vec::new(),
-                values: vec![module.alpha as f32],
+        for Module { target, .. } in &self.modules {
+            let (suffix, value) = match target.form {
+                Form::Scale { on_input } => ("on_input", f32::from(u8::from(on_input))),
+                _ => ("alpha", target.alpha as f32),
             };
-            tensors.insert(format!("{}.alpha", module.name), alpha);
+            let number = HostTensor {
+                shape: Vec::new(),
+                values: vec![value],
+            };
+            tensors.insert(format!("{}.{suffix}", target.name), number);
         }
         for parameter in &self.parameters {
             let values = parameter
@@ -275,12 +427,93 @@ impl LoraNetwork {
     }
 }
 
-fn set_adapter(layer: &mut LayerMut<'_>, adapter: Option<Arc<LoraAdapter>>) {
-    let adapter = adapter.map(|adapter| adapter as Arc<dyn crate::diffusion::layers::Adapter>);
+impl TrainParts {
+    /// Whether a part of the model is among them.
+    pub fn has(self, part: Part) -> bool {
+        if part.is_text() {
+            self.text_encoder
+        } else {
+            self.unet
+        }
+    }
+}
+
+/// Refuses adapters of a file that are not those of the settings.
+fn compare<'a>(
+    found: impl Iterator<Item = &'a Target>,
+    expected: impl Iterator<Item = Target>,
+) -> Result<(), NetworkError> {
+    let mut found: HashMap<&str, &Target> =
+        found.map(|target| (target.name.as_str(), target)).collect();
+    for expected in expected {
+        let Some(found) = found.remove(expected.name.as_str()) else {
+            let message = format!("has no adapter {}", expected.name);
+            return Err(NetworkError::OtherAdapters { message });
+        };
+        let told = |target: &Target| {
+            let form = (target.form, target.dora);
+            // Whole matrices tell no rank, and files may hold alpha in half precision.
+            let scaled = !target.form.is_unscaled() && target.form.has_alpha();
+            let size = scaled.then(|| (target.rank, (target.alpha * 1e3).round()));
+            (form, size)
+        };
+        if told(found) != told(&expected) {
+            let message = format!(
+                "{}: the file has {}, the settings {}",
+                expected.name,
+                words(found),
+                words(&expected)
+            );
+            return Err(NetworkError::OtherAdapters { message });
+        }
+    }
+    match found.keys().min() {
+        Some(name) => Err(NetworkError::OtherAdapters {
+            message: format!("has an adapter {name}, the settings have none there"),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn words(target: &Target) -> String {
+    let form = match target.form {
+        Form::LowRank { .. } => "lora",
+        Form::Hadamard { .. } => "loha",
+        Form::Kronecker(_) => "lokr",
+        Form::Scale { .. } => "ia3",
+    };
+    let shapes: Vec<String> = target
+        .tensors()
+        .iter()
+        .map(|spec| format!("{} {:?}", spec.suffix, spec.shape))
+        .collect();
+    format!(
+        "{form} of rank {}, alpha {} ({})",
+        target.rank,
+        target.alpha,
+        shapes.join(", ")
+    )
+}
+
+fn set_adapter(layer: &mut LayerMut<'_>, adapter: Option<Arc<dyn Adapter>>) {
     match layer {
         LayerMut::Linear(linear) => linear.set_adapter(adapter),
         LayerMut::Conv(conv) => conv.set_adapter(adapter),
     }
+}
+
+/// `‖W‖²` of each row of a layer's weight.
+fn row_squares(layer: &LayerMut<'_>) -> Tensor<1> {
+    let weight = match layer {
+        LayerMut::Linear(linear) => linear.weight.clone(),
+        LayerMut::Conv(conv) => {
+            let [rows, columns, height, width] = conv.weight.dims();
+            let shape = [rows, columns * height * width];
+            conv.weight.clone().reshape(shape)
+        }
+    };
+    let [rows, _] = weight.dims();
+    widen(weight).square().sum_dim(1).reshape([rows])
 }
 
 fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
@@ -301,126 +534,13 @@ fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
     }
 }
 
-fn parameter(
-    module: &Target,
-    which: &str,
-    shape: Vec<usize>,
-    values: Vec<f32>,
-    device: &Device,
-) -> Parameter {
+fn padded(shape: &[usize]) -> [usize; 4] {
     let mut padded = [1; 4];
-    padded[4 - shape.len()..].copy_from_slice(&shape);
-    let data = TensorData::new(values, padded);
-    Parameter {
-        name: format!("{}.{which}.weight", module.name),
-        part: module.part,
-        shape,
-        value: Tensor::from_data(data, (device, DType::F32)),
-    }
+    padded[4 - shape.len()..].copy_from_slice(shape);
+    padded
 }
 
-/// `U(-1/√fan_in, 1/√fan_in)`, which is torch's `kaiming_uniform_(a=√5)`.
-fn kaiming_uniform(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
-    let fan_in: usize = shape[1..].iter().product();
-    let bound = 1.0 / (fan_in as f32).sqrt();
-    let mut key = Sha256::new();
-    key.update(b"lora_down");
-    key.update(seed.to_le_bytes());
-    key.update(name);
-    let mut rng = ChaCha12Rng::from_seed(key.finalize().into());
-    let count = shape.iter().product();
-    (0..count)
-        .map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound)
-        .collect()
-}
-
-/// The tensors of one adapter as they are found in a file.
-#[derive(Default)]
-struct ModuleTensors {
-    alpha: Option<HostTensor>,
-    down: Option<HostTensor>,
-    up: Option<HostTensor>,
-}
-
-/// Sorts a file's tensors by adapter; every key must be one of an adapter of the model.
-fn group_by_module<T>(
-    tensors: BTreeMap<String, HostTensor>,
-    layers: &HashMap<String, T>,
-) -> Result<HashMap<String, ModuleTensors>, NetworkError> {
-    let mut groups: HashMap<String, ModuleTensors> = HashMap::new();
-    for (key, tensor) in tensors {
-        let (name, slot) = key.split_once('.').unwrap_or((&key, ""));
-        if !layers.contains_key(name) {
-            return Err(NetworkError::UnknownModule { key });
-        }
-        let group = groups.entry(name.to_owned()).or_default();
-        let slot = match slot {
-            "alpha" => &mut group.alpha,
-            "lora_down.weight" => &mut group.down,
-            "lora_up.weight" => &mut group.up,
-            _ => return Err(NetworkError::UnknownKey { key }),
-        };
-        *slot = Some(tensor);
-    }
-    Ok(groups)
-}
-
-impl ModuleTensors {
-    /// Checks the shapes against the layer; a 1×1 convolution's tensors may have rank 2.
-    fn into_module(
-        self,
-        name: String,
-        part: Part,
-        path: String,
-        shape: LayerShape,
-    ) -> Result<(Target, Vec<f32>, Vec<f32>), NetworkError> {
-        let missing = |which: &str| NetworkError::Incomplete {
-            key: format!("{name}.{which}.weight"),
-        };
-        let down = self.down.ok_or_else(|| missing("lora_down"))?;
-        let up = self.up.ok_or_else(|| missing("lora_up"))?;
-        let rank = down.shape.first().copied().unwrap_or(0);
-        let wrong = |key: &str, found: &[usize], expected: String| NetworkError::Shape {
-            key: format!("{name}.{key}"),
-            found: found.to_vec(),
-            expected,
-        };
-        if !(1..=MAX_RANK).contains(&rank) {
-            let expected = format!("a rank from 1 to {MAX_RANK} first");
-            return Err(wrong("lora_down.weight", &down.shape, expected));
-        }
-        for (key, tensor, expected) in [
-            ("lora_down.weight", &down, shape.down_shape(rank)),
-            ("lora_up.weight", &up, shape.up_shape(rank)),
-        ] {
-            if without_trailing_ones(&tensor.shape) != without_trailing_ones(&expected) {
-                return Err(wrong(key, &tensor.shape, format!("{expected:?}")));
-            }
-        }
-        let alpha = match self.alpha {
-            None => rank as f64,
-            Some(alpha) => match alpha.values[..] {
-                [value] if value.is_finite() => f64::from(value),
-                _ => return Err(wrong("alpha", &alpha.shape, "one finite number".to_owned())),
-            },
-        };
-        let module = Target {
-            part,
-            path,
-            name,
-            shape,
-            rank,
-            alpha,
-        };
-        Ok((module, down.values, up.values))
-    }
-}
-
-fn without_trailing_ones(shape: &[usize]) -> &[usize] {
-    let kept = shape.len().min(2);
-    let wide = shape
-        .iter()
-        .rposition(|&size| size != 1)
-        .map_or(0, |i| i + 1);
-    &shape[..kept.max(wide)]
+fn from_host(values: Vec<f32>, spec: &TensorSpec, device: &Device) -> Tensor<4> {
+    let data = TensorData::new(values, padded(&spec.shape));
+    Tensor::from_data(data, (device, DType::F32))
 }

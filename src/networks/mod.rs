@@ -1,18 +1,26 @@
-//! LoRA adapters: which layers get one, how it changes their output, and the files that it lives in.
+//! Adapters of all kinds: which layers get one, how it changes their output, and the files that it lives in.
 
-pub mod adapter;
+pub mod adapters;
+mod blocks;
+mod filter;
+mod form;
 pub mod format;
+mod initial;
 pub mod lora;
 pub mod metadata;
+mod reading;
 pub mod settings;
 pub mod targets;
 
 use std::path::PathBuf;
 
+pub use adapters::Place;
+pub use filter::pattern;
+pub use form::Form;
 pub use format::{HostTensor, LoraFile, SavedLora};
 pub use lora::{Leaves, LoraNetwork, Parameter};
-pub use settings::{NetworkSettings, SavePrecision, TrainParts};
-pub use targets::{LayerShape, Naming, Target, parameter_count};
+pub use settings::{InitFrom, NetworkKind, NetworkSettings, Preset, SavePrecision, TrainParts};
+pub use targets::{LayerShape, Naming, Rules, Target, planned_targets};
 
 /// What can go wrong with adapters and their files.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +28,8 @@ pub enum NetworkError {
     /// A setting is out of range.
     #[error("network.{field} {message}")]
     Settings {
-        /// Name of the setting.
-        field: &'static str,
+        /// Name of the setting, with `/` between the names of objects.
+        field: String,
         /// What was found and expected.
         message: String,
     },
@@ -60,8 +68,16 @@ pub enum NetworkError {
         /// The key.
         key: String,
     },
-    /// A file has a tensor that is no part of a LoRA adapter.
-    #[error("{key}: expected .alpha, .lora_down.weight or .lora_up.weight")]
+    /// A file's adapters are not those of the settings.
+    #[error("the LoRA to begin with {message}")]
+    OtherAdapters {
+        /// The first difference.
+        message: String,
+    },
+    /// A file has a tensor that is no part of an adapter, or not of one of this kind.
+    #[error(
+        "{key}: no tensor of a LoRA, LoHa, LoKr or IA³ adapter, or of another kind than the rest of this one"
+    )]
     UnknownKey {
         /// The key.
         key: String,

@@ -1,10 +1,14 @@
-//! Which layers of a model get an adapter, and what the adapter is called: sd-scripts' rules.
+//! Which layers of a model get an adapter, and what the adapter is called: sd-scripts' rules, and LyCORIS' presets.
 //!
 //! The rules see only paths and shapes, never weights, so that they can be checked for models of any size.
 
 use crate::diffusion::ldm::UNetLayout;
-use crate::diffusion::{Family, Part, StableDiffusion};
-use crate::networks::settings::NetworkSettings;
+use crate::diffusion::{Family, Footprint, Part, StableDiffusion, StoredTensor};
+use crate::networks::NetworkError;
+use crate::networks::blocks::{Blocks, block_index};
+use crate::networks::filter::LayerFilter;
+use crate::networks::form::{Form, TensorSpec};
+use crate::networks::settings::{NetworkSettings, Preset, TrainParts};
 
 /// Kind and size of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +48,44 @@ impl LayerShape {
         }
     }
 
-    fn is_wide_conv(&self) -> bool {
+    /// Features or channels in.
+    pub fn d_in(&self) -> usize {
+        match *self {
+            Self::Linear { d_in, .. } => d_in,
+            Self::Conv { c_in, .. } => c_in,
+        }
+    }
+
+    /// Features or channels out.
+    pub fn d_out(&self) -> usize {
+        match *self {
+            Self::Linear { d_out, .. } => d_out,
+            Self::Conv { c_out, .. } => c_out,
+        }
+    }
+
+    /// Height and width of the kernel.
+    pub fn kernel(&self) -> [usize; 2] {
+        match *self {
+            Self::Linear { .. } => [1, 1],
+            Self::Conv { kernel, .. } => kernel,
+        }
+    }
+
+    /// Shape of the weight.
+    pub fn dims(&self) -> Vec<usize> {
+        match *self {
+            Self::Linear { d_in, d_out } => vec![d_out, d_in],
+            Self::Conv {
+                c_in,
+                c_out,
+                kernel,
+            } => vec![c_out, c_in, kernel[0], kernel[1]],
+        }
+    }
+
+    /// A convolution with a kernel beyond 1×1.
+    pub fn is_wide_conv(&self) -> bool {
         matches!(self, Self::Conv { kernel, .. } if *kernel != [1, 1])
     }
 }
@@ -60,10 +101,53 @@ pub struct Target {
     pub name: String,
     /// Kind and size of the layer.
     pub shape: LayerShape,
+    /// What its adapter is.
+    pub form: Form,
+    /// Whether the length of each row of its weight is trained by itself.
+    pub dora: bool,
     /// Rank of its adapter.
     pub rank: usize,
     /// Numerator of its strength; never 0.
     pub alpha: f64,
+    /// Factor of its learning rate.
+    pub lr_weight: f64,
+}
+
+impl Target {
+    /// The tensors of its adapter.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        self.form.tensors(self.shape, self.rank, self.dora)
+    }
+
+    /// Trainable elements of its adapter.
+    pub fn parameter_count(&self) -> usize {
+        let tensors = self.tensors();
+        let counts = tensors
+            .iter()
+            .map(|tensor| tensor.shape.iter().product::<usize>());
+        counts.sum()
+    }
+
+    /// Elements of the layer's weight, where the adapter makes such a matrix; 0 where it does not.
+    pub fn rebuilt_elements(&self) -> usize {
+        let made = match self.form {
+            Form::LowRank { .. } | Form::Scale { .. } => false,
+            Form::Hadamard { .. } => true,
+            Form::Kronecker(_) => self.dora,
+        };
+        let elements = self.shape.dims().iter().product();
+        if made { elements } else { 0 }
+    }
+
+    /// The same, where the graph keeps it: convolutions keep their weights, lengths of rows those and two more.
+    pub fn kept_elements(&self) -> usize {
+        let conv = matches!(self.shape, LayerShape::Conv { .. });
+        let kept = match self.form {
+            Form::Hadamard { .. } => usize::from(conv) + 3 * usize::from(self.dora),
+            _ => 3 * usize::from(self.dora),
+        };
+        kept * self.rebuilt_elements()
+    }
 }
 
 /// How the adapters of a model are named and shaped in files.
@@ -78,6 +162,14 @@ pub struct Naming {
 impl Naming {
     /// That of a model.
     pub fn of(model: &StableDiffusion) -> Self {
+        Self {
+            family: model.family,
+            unet_layout: model.unet_layout.clone(),
+        }
+    }
+
+    /// That of a model that is not loaded.
+    pub fn of_footprint(model: &Footprint) -> Self {
         Self {
             family: model.family,
             unet_layout: model.unet_layout.clone(),
@@ -121,93 +213,242 @@ impl Naming {
     }
 }
 
-/// Decides whether a layer gets an adapter, and of which rank.
-///
-/// Linear layers and 1×1 convolutions of `Transformer2DModel` and the linear layers of `CLIPAttention` and
-/// `CLIPMLP` always do. With `conv_rank` the layers of `ResnetBlock2D`, `Downsample2D` and `Upsample2D` do too:
-/// their 3×3 convolutions with `conv_rank`, the others (`time_emb_proj`, `conv_shortcut`) with `rank`.
-pub fn target(
-    naming: &Naming,
-    part: Part,
-    path: &str,
-    shape: LayerShape,
-    settings: &NetworkSettings,
-) -> Option<Target> {
-    let (rank, alpha) = rank_and_alpha(part, path, shape, settings)?;
-    Some(Target {
-        part,
-        path: path.to_owned(),
-        name: naming.lora_name(part, path),
-        shape: naming.shape_in_files(part, path, shape),
-        rank,
-        alpha,
-    })
+/// The rules of one network on one model.
+#[derive(Debug, Clone)]
+pub struct Rules<'a> {
+    naming: &'a Naming,
+    settings: &'a NetworkSettings,
+    blocks: Blocks,
+    filter: LayerFilter,
 }
 
-fn rank_and_alpha(
-    part: Part,
-    path: &str,
-    shape: LayerShape,
-    settings: &NetworkSettings,
-) -> Option<(usize, f64)> {
-    let (rank, alpha) = match (part, block_of(part, path)?) {
-        (_, Block::Attention) if shape.is_wide_conv() => settings.conv()?,
-        (_, Block::Attention) => (settings.rank, settings.alpha),
-        (_, Block::Convolution) => {
-            let conv = settings.conv()?;
-            if shape.is_wide_conv() {
-                conv
+impl<'a> Rules<'a> {
+    /// # Errors
+    /// When the settings make no sense, or not for this generation of models.
+    pub fn new(naming: &'a Naming, settings: &'a NetworkSettings) -> Result<Self, NetworkError> {
+        if let Some((field, message)) = settings.problems().into_iter().next() {
+            return Err(NetworkError::Settings { field, message });
+        }
+        Ok(Self {
+            naming,
+            settings,
+            blocks: Blocks::new(naming.family, settings)?,
+            filter: LayerFilter::new(settings)?,
+        })
+    }
+
+    /// Decides whether a layer gets an adapter, and which.
+    ///
+    /// By sd-scripts' rule the linear layers and 1×1 convolutions of `Transformer2DModel` and the linear layers of
+    /// `CLIPAttention` and `CLIPMLP` always do. With `conv_rank` the layers of `ResnetBlock2D`, `Downsample2D` and
+    /// `Upsample2D` do too: their 3×3 convolutions with `conv_rank`, the others (`time_emb_proj`, `conv_shortcut`) with
+    /// `rank`. Presets are LyCORIS'.
+    pub fn target(&self, part: Part, path: &str, shape: LayerShape) -> Option<Target> {
+        let target = self.unfiltered(part, path, shape)?;
+        self.filter.admits(&target.name, path).then_some(target)
+    }
+
+    /// The patterns that match none of the layers that would have an adapter without them.
+    pub fn unused_patterns(&self, layers: &[Layer]) -> Vec<(String, String)> {
+        let targets: Vec<Target> = layers
+            .iter()
+            .filter_map(|layer| self.unfiltered(layer.part, &layer.path, layer.shape))
+            .collect();
+        let names = targets.iter().map(|t| (t.name.as_str(), t.path.as_str()));
+        self.filter.unused(names)
+    }
+
+    fn unfiltered(&self, part: Part, path: &str, shape: LayerShape) -> Option<Target> {
+        let block = block_index(self.naming, part, path);
+        let (rank, alpha) = self.size(part, path, shape, block)?;
+        let lr_weight = block.map_or(1.0, |block| self.blocks.lr_weight(block));
+        if rank == 0 || lr_weight == 0.0 {
+            return None;
+        }
+        let shape = self.naming.shape_in_files(part, path, shape);
+        let form = Form::new(self.settings, path, shape, rank);
+        let scaled = alpha != 0.0 && !form.is_unscaled();
+        Some(Target {
+            part,
+            path: path.to_owned(),
+            name: self.naming.lora_name(part, path),
+            shape,
+            form,
+            dora: self.settings.dora,
+            rank,
+            alpha: if scaled { alpha } else { rank as f64 },
+            lr_weight,
+        })
+    }
+
+    fn size(
+        &self,
+        part: Part,
+        path: &str,
+        shape: LayerShape,
+        block: Option<usize>,
+    ) -> Option<(usize, f64)> {
+        let (settings, wide) = (self.settings, shape.is_wide_conv());
+        let by_block = block.and_then(|block| self.blocks.size(block, wide));
+        let convolutions = settings.conv().is_some() || self.blocks.has_convolutions();
+        let covered = match settings.preset() {
+            None => match block_of(part, path)? {
+                Block::Attention { .. } | Block::Text { .. } => true,
+                Block::Residual | Block::Sampler => convolutions,
+                Block::Ends | Block::Time => false,
+            },
+            Some(preset) => preset.covers(self.naming.family, part, path),
+        };
+        if !covered || (wide && !convolutions) {
+            return None;
+        }
+        by_block.or_else(|| {
+            if wide {
+                settings.conv()
             } else {
-                (settings.rank, settings.alpha)
+                Some((settings.rank, settings.alpha))
+            }
+        })
+    }
+}
+
+impl Preset {
+    /// Whether a layer is one of this preset's, but for its kernel.
+    fn covers(self, family: Family, part: Part, path: &str) -> bool {
+        let Some(block) = block_of(part, path) else {
+            return false;
+        };
+        // LyCORIS looks for these by their names in diffusers, which sd-scripts' SDXL does not have.
+        let named = family != Family::Sdxl;
+        match self {
+            Self::Full | Self::UnetOnly => match block {
+                Block::Text { .. } => self == Self::Full,
+                Block::Ends | Block::Time => named,
+                Block::Attention { .. } | Block::Residual | Block::Sampler => true,
+            },
+            Self::FullLin => match block {
+                Block::Time => named,
+                Block::Ends | Block::Sampler => false,
+                Block::Text { .. } | Block::Attention { .. } | Block::Residual => true,
+            },
+            Self::AttnMlp => matches!(block, Block::Text { .. } | Block::Attention { .. }),
+            Self::AttnOnly => match block {
+                Block::Text { attention } | Block::Attention { attention } => attention,
+                _ => false,
+            },
+            Self::UnetTransformerOnly => matches!(block, Block::Attention { .. }),
+            Self::UnetConvblockOnly => match block {
+                Block::Ends => named,
+                Block::Residual | Block::Sampler => true,
+                _ => false,
+            },
+            Self::Ia3 => {
+                const UNET: [&str; 3] = [".to_k", ".to_v", ".ff.net.2"];
+                const TEXT: [&str; 3] = [".k_proj", ".v_proj", ".mlp.fc2"];
+                let endings = if part.is_text() { TEXT } else { UNET };
+                endings.iter().any(|ending| path.ends_with(ending))
             }
         }
+    }
+}
+
+/// A layer of a model that is not loaded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layer {
+    /// Half of the model.
+    pub part: Part,
+    /// Its path in diffusers or transformers.
+    pub path: String,
+    /// Kind and size.
+    pub shape: LayerShape,
+}
+
+/// The layers of a model's tensors: `.weight`s of rank 2 and 4.
+pub fn layers(model: &Footprint, parts: TrainParts) -> Vec<Layer> {
+    let of = |part: Part, tensors: &[StoredTensor]| {
+        let layers = tensors.iter().filter_map(|tensor| {
+            let shape = match tensor.shape[..] {
+                [d_out, d_in] => LayerShape::Linear { d_in, d_out },
+                [c_out, c_in, height, width] => LayerShape::Conv {
+                    c_in,
+                    c_out,
+                    kernel: [height, width],
+                },
+                _ => return None,
+            };
+            let path = tensor.name.strip_suffix(".weight")?.to_owned();
+            Some(Layer { part, path, shape })
+        });
+        layers.collect::<Vec<_>>()
     };
-    Some((rank, if alpha == 0.0 { rank as f64 } else { alpha }))
-}
-
-/// Trainable elements of the adapters that a model's tensors would get: `.weight`s of rank 2 and 4 are layers.
-pub fn parameter_count<'a>(
-    part: Part,
-    tensors: impl IntoIterator<Item = (&'a str, &'a [usize])>,
-    settings: &NetworkSettings,
-) -> usize {
-    let layers = tensors.into_iter().filter_map(|(name, shape)| {
-        let shape = match *shape {
-            [d_out, d_in] => LayerShape::Linear { d_in, d_out },
-            [c_out, c_in, height, width] => LayerShape::Conv {
-                c_in,
-                c_out,
-                kernel: [height, width],
-            },
-            _ => return None,
-        };
-        let path = name.strip_suffix(".weight")?;
-        Some((shape, rank_and_alpha(part, path, shape, settings)?.0))
-    });
-    let count = |shape: Vec<usize>| shape.iter().product::<usize>();
+    let mut layers = Vec::new();
+    if parts.text_encoder {
+        let (first, second) = model.text_encoders.split_at(model.second_text_encoder_at);
+        layers.extend(of(Part::TextEncoder, first));
+        layers.extend(of(Part::TextEncoder2, second));
+    }
+    if parts.unet {
+        layers.extend(of(Part::UNet, &model.unet));
+    }
     layers
-        .map(|(shape, rank)| count(shape.down_shape(rank)) + count(shape.up_shape(rank)))
-        .sum()
 }
 
-/// The classes that sd-scripts searches, in two groups: always, and only for convolution adapters.
+/// The adapters that a model would get. Settings that make no sense give none: they are refused elsewhere.
+pub fn planned_targets(
+    model: &Footprint,
+    settings: &NetworkSettings,
+    parts: TrainParts,
+) -> Vec<Target> {
+    let naming = Naming::of_footprint(model);
+    let Ok(rules) = Rules::new(&naming, settings) else {
+        return Vec::new();
+    };
+    let layers = layers(model, parts);
+    let targets = layers
+        .iter()
+        .filter_map(|layer| rules.target(layer.part, &layer.path, layer.shape));
+    targets.collect()
+}
+
+/// Where a layer is: the classes that sd-scripts and LyCORIS search.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Block {
-    Attention,
-    Convolution,
+    /// `Transformer2DModel`, and whether it is one of its attentions.
+    Attention { attention: bool },
+    /// `ResnetBlock2D`
+    Residual,
+    /// `Downsample2D` and `Upsample2D`
+    Sampler,
+    /// `conv_in` and `conv_out`
+    Ends,
+    /// The embedding of timesteps.
+    Time,
+    /// `CLIPAttention` and `CLIPMLP`, and whether it is the former.
+    Text { attention: bool },
 }
 
 fn block_of(part: Part, path: &str) -> Option<Block> {
-    let mut segments = path.split('.');
-    match part {
-        Part::TextEncoder | Part::TextEncoder2 => segments
-            .any(|segment| matches!(segment, "self_attn" | "mlp"))
-            .then_some(Block::Attention),
-        Part::UNet => segments.find_map(|segment| match segment {
-            "attentions" => Some(Block::Attention),
-            "resnets" | "downsamplers" | "upsamplers" => Some(Block::Convolution),
+    if part.is_text() {
+        return path.split('.').find_map(|segment| match segment {
+            "self_attn" => Some(Block::Text { attention: true }),
+            "mlp" => Some(Block::Text { attention: false }),
             _ => None,
-        }),
+        });
     }
+    match path {
+        "conv_in" | "conv_out" => return Some(Block::Ends),
+        "time_embedding.linear_1" | "time_embedding.linear_2" => return Some(Block::Time),
+        _ => {}
+    }
+    path.split('.').find_map(|segment| match segment {
+        "attentions" => {
+            let attention = path.contains(".attn1.") || path.contains(".attn2.");
+            Some(Block::Attention { attention })
+        }
+        "resnets" => Some(Block::Residual),
+        "downsamplers" | "upsamplers" => Some(Block::Sampler),
+        _ => None,
+    })
 }
 
 #[cfg(test)]
@@ -341,8 +582,10 @@ mod tests {
 
     fn keys_of(settings: &NetworkSettings) -> BTreeMap<String, String> {
         let mut keys = BTreeMap::new();
+        let naming = naming();
+        let rules = Rules::new(&naming, settings).expect("rules");
         for (part, path, shape) in full_size_layers() {
-            if let Some(target) = target(&naming(), part, &path, shape, settings) {
+            if let Some(target) = rules.target(part, &path, shape) {
                 let rank = target.rank;
                 let name = target.name;
                 keys.insert(format!("{name}.alpha"), "[]".to_owned());
@@ -380,7 +623,7 @@ mod tests {
             rank: 16,
             alpha: 1.0,
             conv_rank: Some(8),
-            conv_alpha: None,
+            ..NetworkSettings::default()
         };
         let list = include_str!("../../tests/fixtures/kohya/kohya_keys_sd15_conv.txt");
         assert_eq!(expected(list).len(), 1050);
@@ -394,13 +637,9 @@ mod tests {
             alpha: 0.0,
             ..NetworkSettings::default()
         };
-        let target = target(
-            &naming(),
-            Part::UNet,
-            "mid_block.attentions.0.proj_in",
-            LINEAR,
-            &settings,
-        );
+        let naming = naming();
+        let rules = Rules::new(&naming, &settings).expect("rules");
+        let target = rules.target(Part::UNet, "mid_block.attentions.0.proj_in", LINEAR);
         assert_eq!(target.map(|target| target.alpha), Some(6.0));
     }
 
@@ -410,14 +649,15 @@ mod tests {
             conv_rank: Some(4),
             ..NetworkSettings::default()
         };
+        let naming = naming();
+        let rules = Rules::new(&naming, &settings).expect("rules");
         for (part, path, shape) in [
             (Part::UNet, "conv_in", CONV3),
             (Part::UNet, "conv_out", CONV3),
             (Part::UNet, "time_embedding.linear_1", LINEAR),
             (Part::TextEncoder, "text_projection", LINEAR),
         ] {
-            let found = target(&naming(), part, path, shape, &settings);
-            assert_eq!(found, None, "{path}");
+            assert_eq!(rules.target(part, path, shape), None, "{path}");
         }
     }
 }

@@ -49,7 +49,8 @@ pub mod settings {
     };
     pub use crate::diffusion::PredictionType;
     pub use crate::diffusion::samplers::SamplerKind;
-    pub use crate::networks::{NetworkSettings, SavePrecision};
+    pub use crate::networks::settings::{BlockSettings, DropoutSettings, LoraPlus};
+    pub use crate::networks::{InitFrom, NetworkKind, NetworkSettings, Preset, SavePrecision};
     pub use crate::training::{
         ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite,
         PluginChoice, ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength,

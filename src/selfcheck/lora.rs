@@ -9,7 +9,7 @@ use super::layers::{BATCH, CHANNELS, HEADS, PICTURE, TOKENS, WIDTH};
 use crate::diffusion::attention::{attention, merge_heads, split_heads};
 use crate::diffusion::layers::{Conv2d, Linear};
 use crate::kernels::{self, Precision};
-use crate::networks::adapter::LoraAdapter;
+use crate::networks::adapters::{Additive, LowRankDelta};
 
 const RANK: usize = 16;
 /// Blocks on top of each other: a fault of the backward grows with the depth.
@@ -150,12 +150,20 @@ fn adapted_linear(
     layer
 }
 
-fn adapter(down: &Tensor<4>, up: &Tensor<4>) -> Arc<LoraAdapter> {
-    Arc::new(LoraAdapter {
+fn adapter(down: &Tensor<4>, up: &Tensor<4>) -> Arc<Additive<LowRankDelta>> {
+    let delta = LowRankDelta {
         down: down.clone(),
+        core: None,
         up: up.clone(),
         rank: RANK,
-        scale: 0.5,
+        alpha: 0.5 * RANK as f64,
+        masks: None,
+    };
+    Arc::new(Additive {
+        delta,
+        multiplier: 1.0,
+        lengths: None,
+        outputs: None,
     })
 }
 

@@ -399,7 +399,7 @@ fn merged_weight_is_that_of_torch() {
     let name = key.trim_start_matches("merged.");
     let delta = network.weight_delta(name).expect("an adapter");
     let layers = model.layers_mut();
-    let module = network.modules().iter().find(|module| module.name == name);
+    let module = network.modules().find(|module| module.name == name);
     let path = &module.expect("an adapter").path;
     let (_, _, layer) = layers
         .into_iter()
@@ -459,7 +459,7 @@ fn create(conv_rank: Option<usize>, text_encoder: bool, seed: u64) -> LoraNetwor
         rank: 2,
         alpha: 1.5,
         conv_rank,
-        conv_alpha: None,
+        ..NetworkSettings::default()
     };
     let parts = TrainParts {
         unet: true,

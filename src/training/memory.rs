@@ -4,8 +4,8 @@
 
 use std::fmt;
 
-use crate::diffusion::{Family, Footprint, Part, StoredTensor};
-use crate::networks::parameter_count;
+use crate::diffusion::{Family, Footprint, StoredTensor};
+use crate::networks::{TrainParts, planned_targets, targets};
 use crate::training::TrainingSet;
 use crate::training::settings::{ComputePrecision, GradientCheckpointing, TrainSettings};
 
@@ -139,6 +139,8 @@ pub struct Workload {
     vae_bytes: f64,
     /// Trained elements.
     parameters: f64,
+    /// Elements of changed weights that are made as a whole: those that the graph keeps, and the largest.
+    rebuilt: Rebuilt,
     /// Bytes of the optimizer's state for each of them.
     state_bytes: f64,
     /// Bytes of their moving average for each of them.
@@ -163,6 +165,13 @@ pub struct Workload {
     width_of_values: f64,
 }
 
+/// What adapters that are more than narrow matrices make of their weights, in elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Rebuilt {
+    kept: f64,
+    largest: f64,
+}
+
 /// A change of the settings, and what the run would take with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remedy {
@@ -182,21 +191,12 @@ impl Workload {
         state_bytes: f64,
         place: Place,
     ) -> Self {
-        let adapters = |part, tensors: &[StoredTensor], lr: f64| {
-            if lr == 0.0 {
-                return 0;
-            }
-            let tensors = tensors
-                .iter()
-                .map(|t| (t.name.as_str(), t.shape.as_slice()));
-            parameter_count(part, tensors, &settings.network)
+        let parts = TrainParts {
+            unet: settings.unet_lr != 0.0,
+            text_encoder: settings.text_encoder_lr != 0.0,
         };
-        let parameters = adapters(Part::UNet, &model.unet, settings.unet_lr)
-            + adapters(
-                Part::TextEncoder,
-                &model.text_encoders,
-                settings.text_encoder_lr,
-            );
+        let adapters = planned_targets(model, &settings.network, parts);
+        let parameters: usize = adapters.iter().map(targets::Target::parameter_count).sum();
         let text_stays = settings.text_encoder_lr != 0.0 || !settings.samples.prompts.is_empty();
         let (text, passing) = if text_stays {
             (&model.text_encoders[..], &[][..])
@@ -219,6 +219,17 @@ impl Workload {
             vae_bytes: stored(&model.vae),
             kept: Kept::of(model.family),
             parameters: parameters as f64,
+            rebuilt: Rebuilt {
+                kept: adapters
+                    .iter()
+                    .map(targets::Target::kept_elements)
+                    .sum::<usize>() as f64,
+                largest: adapters
+                    .iter()
+                    .map(targets::Target::rebuilt_elements)
+                    .max()
+                    .unwrap_or(0) as f64,
+            },
             state_bytes,
             ema_bytes: if settings.ema.is_some() { 4.0 } else { 0.0 },
             width: model.unet_channels as f64 / PROCESS.unet_channels,
@@ -265,6 +276,12 @@ impl Workload {
         let elements = self.picture_px / self.vae_factor.powi(2);
         let sample = elements * per_element + self.chunks * per_caption;
         let sample = sample * self.width * self.width_of_values;
+        // A block that runs again makes its own alone: a part of all, reckoned as a tenth.
+        let rebuilt = match self.gradient_checkpointing {
+            GradientCheckpointing::None => self.rebuilt.kept,
+            GradientCheckpointing::Blocks => self.rebuilt.kept / 10.0,
+        };
+        let rebuilt = 4.0 * (rebuilt + 4.0 * self.rebuilt.largest);
         let between_steps = self.parameters * (m.trained_bytes + self.state_bytes + self.ema_bytes);
         // One f32 tensor at the pictures' own size, per pixel.
         let vae_tensor = 4.0 * self.vae_channels;
@@ -275,7 +292,7 @@ impl Workload {
             GradientCheckpointing::None => 0.0,
             GradientCheckpointing::Blocks => self.parameters * 4.0,
         };
-        let training = between_steps + gradients + self.batch_size * sample;
+        let training = between_steps + gradients + rebuilt + self.batch_size * sample;
         // The old state stays until the new one is there.
         let updated_bytes = m.updated_bytes + 2.0 * self.state_bytes + self.ema_bytes;
         let updating = self.parameters * updated_bytes;
@@ -388,6 +405,7 @@ mod tests {
             kept: Kept::SD1,
             vae_bytes: 0.0,
             parameters: 18_874_368.0,
+            rebuilt: Rebuilt::default(),
             state_bytes: 8.0,
             ema_bytes: 0.0,
             width: 1.0,

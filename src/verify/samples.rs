@@ -173,7 +173,7 @@ fn adapters(
     }
     for key in file.keys().filter(|key| key.starts_with("merged.")) {
         let name = key.trim_start_matches("merged.");
-        let target = network.modules().iter().find(|module| module.name == name);
+        let target = network.modules().find(|module| module.name == name);
         let (Some(target), Some(delta)) = (target, network.weight_delta(name)) else {
             check.skip(format!("`{key}`: the LoRA has no such adapter"));
             continue;

@@ -6,7 +6,7 @@ use burn::tensor::{Gradients, Tensor};
 
 use super::{Conditioning, MicroBatch, StepTimes, Trainer};
 use crate::diffusion::{Keep, TextStates};
-use crate::networks::Leaves;
+use crate::networks::{Leaves, Place};
 use crate::training::TrainError;
 use crate::training::objective::weighted_mse;
 
@@ -15,11 +15,13 @@ impl Trainer<'_> {
     pub(super) fn forward_backward(
         &mut self,
         batch: &MicroBatch,
+        place: Place,
         sums: &mut [Option<Tensor<4>>],
         times: &mut StepTimes,
     ) -> Result<Tensor<1>, TrainError> {
         // Only a graph that is kept needs leaves in the forward.
-        let mut leaves = self.network.attach(self.model, self.keep == Keep::Graphs);
+        let tracked = self.keep == Keep::Graphs;
+        let mut leaves = self.network.attach_at(self.model, tracked, place);
 
         let started = Instant::now();
         let (states, text) = match &batch.conditioning {
@@ -45,7 +47,7 @@ impl Trainer<'_> {
 
         let started = Instant::now();
         if self.keep == Keep::Inputs {
-            leaves = self.network.attach(self.model, true);
+            leaves = self.network.attach_at(self.model, true, place);
         }
         let scale = self.loss_scale.factor();
         let share = scale / self.gradient_accumulation_steps as f64;

@@ -30,7 +30,9 @@ impl Trainer<'_> {
         let count = losses.len();
         let mut numbers = losses;
         numbers.extend(squared_norms(gradients));
-        if count == 0 || numbers.len() == count {
+        let none = numbers.len() == count;
+        // With dropout of whole adapters a step may have left out all of them.
+        if count == 0 || (none && !self.network.drops()) {
             return Err(TrainError::NothingToTrain);
         }
         let numbers = read(Tensor::cat(numbers, 0))?;
@@ -79,10 +81,11 @@ impl Trainer<'_> {
                 value: &mut parameter.value,
                 grad,
                 grad_scale,
-                lr: match parameter.part {
-                    Part::UNet => output.lr_unet,
-                    Part::TextEncoder | Part::TextEncoder2 => output.lr_text_encoder,
-                },
+                lr: parameter.lr_factor
+                    * match parameter.part {
+                        Part::UNet => output.lr_unet,
+                        Part::TextEncoder | Part::TextEncoder2 => output.lr_text_encoder,
+                    },
                 weight_decay: true,
             });
         }

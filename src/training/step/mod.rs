@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor};
 use self::gradients::clip_factor;
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::{CaptionTokens, Keep, StableDiffusion, TextStates, TimeIds};
-use crate::networks::LoraNetwork;
+use crate::networks::{LoraNetwork, Place};
 use crate::training::TrainError;
 use crate::training::guard::{Cause, NonFinite, weights_are_finite};
 use crate::training::loss_scale::LossScale;
@@ -61,6 +61,8 @@ pub struct StepOutput {
     pub lr_unet: f64,
     /// Learning rate of the text encoder's adapters.
     pub lr_text_encoder: f64,
+    /// How many adapters were scaled down after the update, where their norms are limited.
+    pub scaled_norms: Option<usize>,
     /// Whether the gradients overflowed: nothing was changed, and the loss is scaled less from now on.
     pub skipped: bool,
     /// Where the time went.
@@ -102,7 +104,9 @@ pub struct Trainer<'a> {
     lr_factor: f64,
     clip_skip: usize,
     max_grad_norm: f64,
+    max_weight_norm: Option<f64>,
     gradient_accumulation_steps: usize,
+    seed: u64,
     keep: Keep,
     waits: bool,
     step: u64,
@@ -137,6 +141,8 @@ impl<'a> Trainer<'a> {
             lr_factor: 1.0,
             clip_skip: settings.clip_skip,
             max_grad_norm: settings.max_grad_norm,
+            max_weight_norm: settings.network.scale_weight_norms,
+            seed: settings.seed,
             gradient_accumulation_steps: settings.gradient_accumulation_steps,
             keep: settings.gradient_checkpointing.into(),
             waits: false,
@@ -236,8 +242,13 @@ impl<'a> Trainer<'a> {
         let mut gradients: Vec<Option<Tensor<4>>> = vec![None; self.network.parameters().len()];
         let mut losses = Vec::with_capacity(batches.len());
         let mut times = StepTimes::default();
-        for batch in batches {
-            losses.push(self.forward_backward(batch, &mut gradients, &mut times)?);
+        for (number, batch) in (0..).zip(batches) {
+            let place = Place {
+                seed: self.seed,
+                step: self.step,
+                batch: number,
+            };
+            losses.push(self.forward_backward(batch, place, &mut gradients, &mut times)?);
         }
         let started = Instant::now();
         let scale = self.loss_scale.factor();
@@ -252,6 +263,7 @@ impl<'a> Trainer<'a> {
             grad_norm_text_encoder: norms.text_encoder.map(|norm| norm / scale),
             lr_unet,
             lr_text_encoder,
+            scaled_norms: None,
             skipped: false,
             times,
         };
@@ -261,6 +273,9 @@ impl<'a> Trainer<'a> {
         self.loss_scale.succeeded();
         let clip = clip_factor(grad_norm, self.max_grad_norm);
         self.update(gradients, clip / scale, updates_done, &output)?;
+        if let Some(limit) = self.max_weight_norm {
+            output.scaled_norms = Some(self.network.scale_norms(limit)?);
+        }
         self.step += 1;
         self.attach();
         output.times.optimizer_s = self.seconds_since(started)?;
