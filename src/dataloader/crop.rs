@@ -6,7 +6,8 @@
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Placement, area};
+use super::Placement;
+use crate::pictures::area;
 
 /// Columns, and rows, that the energy is summed in.
 const BINS: usize = 64;

@@ -4,7 +4,6 @@
 //! Sizes and order follow sd-scripts, so that a run here sees its pictures as a run there would. Nothing in this
 //! folder knows a model.
 
-mod area;
 mod augment;
 mod buckets;
 mod captioning;

@@ -4,11 +4,9 @@ use std::path::Path;
 
 use image::RgbImage;
 
-use super::{
-    BucketSettings, ColorCorrection, DataError, Energy, Placement, Tint, Tones, Window, area,
-};
+use super::{BucketSettings, ColorCorrection, DataError, Energy, Placement, Tint, Tones, Window};
 use crate::pictures::pillow::{self, Filter};
-use crate::pictures::{self, Background, DecodeLimits};
+use crate::pictures::{self, Background, DecodeLimits, area};
 
 /// A picture at its training size.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,6 +2,7 @@
 //! decoder that training reads with, so that what was accepted can be trained on. Sizes for training are not made here.
 
 mod alpha;
+pub mod area;
 mod avif;
 mod colour;
 mod container;

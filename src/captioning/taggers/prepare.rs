@@ -1,9 +1,8 @@
 //! A picture as a tagger sees it: padded to a square and resized, as the taggers' own programs do it.
 
-use std::ops::Range;
-
 use image::{Rgb, RgbImage};
 
+use crate::pictures::area;
 use crate::pictures::pillow::{self, Filter};
 
 /// Prepares a picture for a WD tagger: white on both sides until it is a square, averaged areas when it shrinks, Lanczos
@@ -17,7 +16,7 @@ pub fn for_wd(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
     let top = (side - picture.height()) / 2;
     image::imageops::replace(&mut square, picture, left.into(), top.into());
     let bytes = if side as usize > width.max(height) {
-        let values = area(&square, width, height);
+        let values = area::average(&square, width as u32, height as u32);
         values.into_iter().map(f32::round_ties_even).collect()
     } else {
         let resized = pillow::resize(&square, width as u32, height as u32, Filter::Lanczos);
@@ -35,7 +34,7 @@ pub fn for_deepdanbooru(picture: &RgbImage, width: usize, height: usize) -> Vec<
     let scale = (width as f64 / own_width).min(height as f64 / own_height);
     let fit = |side: f64| ((side * scale).round_ties_even() as usize).max(1);
     let (inner_width, inner_height) = (fit(own_width), fit(own_height));
-    let resized = area(picture, inner_width, inner_height);
+    let resized = area::average(picture, inner_width as u32, inner_height as u32);
     // An odd rest puts pixels between two of the resized picture.
     let columns = placed(inner_width, width);
     let rows = placed(inner_height, height);
@@ -69,54 +68,6 @@ fn placed(inner: usize, outer: usize) -> Vec<[(usize, f32); 2]> {
                 (within(at.floor()), 1.0 - share),
                 (within(at.floor() + 1.0), share),
             ]
-        })
-        .collect()
-}
-
-/// Each target pixel is the mean of the source area that it covers (OpenCV's and TensorFlow's `AREA`).
-fn area(picture: &RgbImage, width: usize, height: usize) -> Vec<f32> {
-    let columns = covered(picture.width() as usize, width);
-    let rows = covered(picture.height() as usize, height);
-    let stride = picture.width() as usize * 3;
-    let source = picture.as_raw();
-    let mut target = Vec::with_capacity(width * height * 3);
-    let mut sums = vec![0.0_f32; width * 3];
-    for (first, shares) in &rows {
-        sums.fill(0.0);
-        for (line, share_y) in source[first * stride..].chunks(stride).zip(shares) {
-            for (sum, (first, shares)) in sums.chunks_exact_mut(3).zip(&columns) {
-                let mut pixel = [0.0_f32; 3];
-                for (bytes, share_x) in line[first * 3..].chunks_exact(3).zip(shares) {
-                    for (value, byte) in pixel.iter_mut().zip(bytes) {
-                        *value += f32::from(*byte) * share_x;
-                    }
-                }
-                for (total, value) in sum.iter_mut().zip(pixel) {
-                    *total += value * share_y;
-                }
-            }
-        }
-        target.extend_from_slice(&sums);
-    }
-    target
-}
-
-/// For each target position the first source position that it covers, and the shares of that and those after it.
-fn covered(source: usize, target: usize) -> Vec<(usize, Vec<f32>)> {
-    let scale = source as f64 / target as f64;
-    (0..target)
-        .map(|index| {
-            let start = index as f64 * scale;
-            let end = (start + scale).min(source as f64);
-            let positions: Range<usize> = start.floor() as usize..end.ceil() as usize;
-            let part = |at: usize| end.min(at as f64 + 1.0) - start.max(at as f64);
-            // A sliver is rounding, not coverage.
-            let kept: Vec<usize> = positions
-                .filter(|at| part(*at) > 1e-3 * scale.min(1.0))
-                .collect();
-            let whole: f64 = kept.iter().map(|at| part(*at)).sum();
-            let shares = kept.iter().map(|at| (part(*at) / whole) as f32);
-            (kept.first().copied().unwrap_or(0), shares.collect())
         })
         .collect()
 }

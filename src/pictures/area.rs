@@ -1,4 +1,4 @@
-//! Shrinking by averaging: each target pixel is the mean of the source area that it covers (OpenCV's `INTER_AREA`).
+//! Resizing by averaging: each target pixel is the mean of the source area that it covers (OpenCV's `INTER_AREA`).
 
 use image::RgbImage;
 
@@ -8,13 +8,21 @@ struct Tap {
     weight: f32,
 }
 
-/// Shrinks a picture; neither side may grow.
+/// Shrinks a picture to whole bytes, with OpenCV's rounding; neither side may grow.
 pub fn shrink(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
+    // OpenCV has a path of its own for this, which rounds halves up: `(a + b + c + d + 2) >> 2`.
+    let halved = picture.dimensions() == (2 * width, 2 * height);
+    let values = average(picture, width, height);
+    let bytes = values.into_iter().map(|value| to_byte(value, halved));
+    RgbImage::from_raw(width, height, bytes.collect()).unwrap_or_default()
+}
+
+/// The means of the three channels, row by row, from 0 to 255. A side that grows is made of nearest and mixed pixels, as
+/// TensorFlow's `AREA` does it.
+pub fn average(picture: &RgbImage, width: u32, height: u32) -> Vec<f32> {
     let columns = taps(picture.width(), width);
     let rows = taps(picture.height(), height);
     let source_width = picture.width() as usize;
-    // OpenCV has a path of its own for this, which rounds halves up: `(a + b + c + d + 2) >> 2`.
-    let halved = picture.dimensions() == (2 * width, 2 * height);
     let source = picture.as_raw();
     let mut target = Vec::with_capacity((width * height * 3) as usize);
     // One pass down the rows: a target row is the weighted sum of its narrowed source rows.
@@ -35,9 +43,9 @@ pub fn shrink(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
                 }
             }
         }
-        target.extend(sums.iter().map(|sum| to_byte(*sum, halved)));
+        target.extend_from_slice(&sums);
     }
-    RgbImage::from_raw(width, height, target).unwrap_or_default()
+    target
 }
 
 /// For each target position the source positions that it covers; weights sum to 1.
@@ -65,7 +73,7 @@ fn covered(start: f64, end: f64) -> Vec<Tap> {
         .filter_map(|source| {
             let part = end.min(source as f64 + 1.0) - start.max(source as f64);
             // A sliver is rounding, not coverage; OpenCV leaves out the same.
-            (part > 1e-3).then(|| Tap {
+            (part > 1e-3 * (end - start).min(1.0)).then(|| Tap {
                 source,
                 weight: (part / (end - start)) as f32,
             })
