@@ -46,6 +46,7 @@ pub mod run_grids;
 mod run_judging;
 pub mod run_logs;
 mod run_metrics;
+mod run_objective;
 mod run_outputs;
 mod run_plan;
 pub mod run_provenance;

@@ -51,8 +51,9 @@ pub mod settings {
     pub use crate::diffusion::samplers::SamplerKind;
     pub use crate::networks::{NetworkSettings, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite,
-        PluginChoice, ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength,
-        TrainSettings, ValidationSettings,
+        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, HuberSchedule,
+        LossKind, LossSettings, NoiseSettings, OnNonFinite, PluginChoice, ResumeSettings,
+        SamplePrompt, SampleSettings, SaveSettings, TimestepSettings, TrainLength, TrainSettings,
+        ValidationSettings,
     };
 }

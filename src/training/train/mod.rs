@@ -28,7 +28,7 @@ use crate::training::position::{LoopState, Position};
 use crate::training::progress::{Phase, ProgressSink};
 use crate::training::record::training_record;
 use crate::training::resume::{Owner, ResumeFolder, ResumePoint};
-use crate::training::settings::TrainSettings;
+use crate::training::settings::{SettingProblem, TrainSettings};
 use crate::training::step::{MicroBatch, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
@@ -97,6 +97,10 @@ pub fn train(
     let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
 
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
+    if let Some((field, message)) = settings.loss.problem_with(trainer.objective().prediction) {
+        let pointer = format!("/loss/{field}");
+        return Err(SettingProblem { pointer, message }.into());
+    }
     let base_model = base_model_record(&data.base_model).map_err(|source| {
         let path = data.base_model.display().to_string();
         TrainError::BaseModel { path, source }
