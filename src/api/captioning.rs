@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::twins::same_fields;
 use crate::runs::settings as domain;
 use crate::store::datasets as rows;
 
@@ -121,22 +122,6 @@ impl Default for Augment {
     fn default() -> Self {
         domain::Augment::default().into()
     }
-}
-
-/// Conversions in both directions between two structs of the same fields.
-macro_rules! same_fields {
-    ($wire:ty, $domain:ty: $($field:ident),+) => {
-        impl From<$wire> for $domain {
-            fn from(value: $wire) -> Self {
-                Self { $($field: value.$field),+ }
-            }
-        }
-        impl From<$domain> for $wire {
-            fn from(value: $domain) -> Self {
-                Self { $($field: value.$field),+ }
-            }
-        }
-    };
 }
 
 same_fields!(CaptionSettings, domain::CaptionSettings:

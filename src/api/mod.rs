@@ -48,6 +48,7 @@ mod run_judging;
 pub mod run_logs;
 mod run_metrics;
 mod run_network;
+mod run_objective;
 mod run_outputs;
 mod run_plan;
 pub mod run_provenance;

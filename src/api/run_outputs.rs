@@ -129,9 +129,10 @@ impl From<domain::SampleSettings> for Samples {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Prompt {
-    /// What to draw.
+    /// What to draw. Words have weights as in A1111's web UI: `(word:1.3)`, `(word)` is 1.1, `[word]` 1/1.1; `\(` is a
+    /// bracket.
     pub prompt: String,
-    /// What to move away from.
+    /// What to move away from; weights as in `prompt`.
     #[serde(default = "unsaid::negative_prompt")]
     #[schema(default = unsaid::negative_prompt)]
     pub negative_prompt: String,

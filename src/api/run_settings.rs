@@ -8,6 +8,7 @@ use super::captioning::{Augment, CaptionSettings};
 use super::problem::FieldError;
 use super::run_judging::{EarlyStopping, Ema, OnNonFinite, Validation};
 use super::run_network::Network;
+use super::run_objective::{Loss, Noise, Timesteps};
 use super::run_outputs::{Resume, Samples, Save};
 use super::run_training::{
     Buckets, ComputePrecision, Crop, GradientCheckpointing, Plugin, Prediction, Resolution,
@@ -103,6 +104,15 @@ pub struct CreateRun {
     #[serde(default)]
     #[schema(exclusive_minimum = 0)]
     pub min_snr_gamma: Option<f64>,
+    /// How far off a prediction is, and what that counts.
+    #[serde(default)]
+    pub loss: Loss,
+    /// The noise that is added.
+    #[serde(default)]
+    pub noise: Noise,
+    /// Which timesteps are trained on.
+    #[serde(default)]
+    pub timesteps: Timesteps,
     /// Weight of the loss on regularization images.
     #[serde(default = "defaults::unit")]
     #[schema(default = 1.0, minimum = 0)]
@@ -218,6 +228,9 @@ impl TryFrom<CreateRun> for NewRunRequest {
                 prediction: wire.prediction_type.map(Into::into),
                 zero_terminal_snr: wire.zero_terminal_snr,
                 min_snr_gamma: wire.min_snr_gamma,
+                loss: wire.loss.into(),
+                noise: wire.noise.into(),
+                timesteps: wire.timesteps.into(),
                 prior_loss_weight: wire.prior_loss_weight,
                 clip_skip: wire.clip_skip,
                 max_token_length: wire.max_token_length,
@@ -275,6 +288,9 @@ impl CreateRun {
             prediction_type: settings.prediction.map(Into::into),
             zero_terminal_snr: settings.zero_terminal_snr,
             min_snr_gamma: settings.min_snr_gamma,
+            loss: settings.loss.into(),
+            noise: settings.noise.into(),
+            timesteps: settings.timesteps.into(),
             prior_loss_weight: settings.prior_loss_weight,
             clip_skip: settings.clip_skip,
             max_token_length: settings.max_token_length,

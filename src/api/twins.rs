@@ -1,4 +1,4 @@
-//! Enums of the wire that have a twin behind it.
+//! Enums and structs of the wire that have a twin behind it.
 
 /// Conversions in both directions between two enums that differ in nothing but their side of the wire. Variants that
 /// have two names are given as `Wire = Domain`, in a list of nothing but such pairs.
@@ -20,3 +20,20 @@ macro_rules! same_variants {
     };
 }
 pub(super) use same_variants;
+
+/// Conversions in both directions between two structs of the same fields.
+macro_rules! same_fields {
+    ($wire:ty, $domain:ty: $($field:ident),+) => {
+        impl From<$wire> for $domain {
+            fn from(value: $wire) -> Self {
+                Self { $($field: value.$field),+ }
+            }
+        }
+        impl From<$domain> for $wire {
+            fn from(value: $domain) -> Self {
+                Self { $($field: value.$field),+ }
+            }
+        }
+    };
+}
+pub(super) use same_fields;

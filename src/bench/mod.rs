@@ -311,7 +311,9 @@ impl<'a> BatchSource<'a> {
         MicroBatch {
             latents: self.latents.clone(),
             noise: normal_tensor(&mut noise_rng, shape, self.device),
-            timesteps: timesteps(&mut timestep_rng, size, self.schedule_steps),
+            input_noise: None,
+            mask: None,
+            timesteps: timesteps(&mut timestep_rng, size, 0..self.schedule_steps),
             conditioning: self.conditioning.clone(),
             time_ids: vec![self.time_ids; size],
             loss_weights: vec![1.0; size],

@@ -6,7 +6,7 @@ use image::RgbImage;
 
 use super::{BucketSettings, ColorCorrection, DataError, Energy, Placement, Tint, Tones, Window};
 use crate::pictures::pillow::{self, Filter};
-use crate::pictures::{self, Background, DecodeLimits, area};
+use crate::pictures::{self, Background, DecodeLimits, Decoded, area};
 
 /// A picture at its training size.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,16 +65,20 @@ pub fn load_pixels(
 /// # Errors
 /// When the file cannot be read, or is no whole picture.
 pub fn decode(path: &Path, background: Option<Background>) -> Result<RgbImage, DataError> {
+    Ok(decode_whole(path)?.flatten(background))
+}
+
+/// The same with its alpha beside it.
+pub(super) fn decode_whole(path: &Path) -> Result<Decoded, DataError> {
     let bytes = std::fs::read(path).map_err(|source| DataError::Io {
         path: path.to_owned(),
         source,
     })?;
     let picture = pictures::decode(&bytes, &DecodeLimits::default());
-    let picture = picture.map_err(|error| DataError::Decode {
+    picture.map_err(|error| DataError::Decode {
         path: path.to_owned(),
         reason: error.to_string(),
-    })?;
-    Ok(picture.flatten(background))
+    })
 }
 
 /// A decoded picture at its training size, with all that is made of it.

@@ -1,6 +1,6 @@
 //! What the UNet is told beside the noisy latent: the text of one or two encoders and, in SDXL, pooled text and sizes.
 
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor, TensorData};
 
 use super::layers::Layers;
 use super::segments::Keep;
@@ -29,6 +29,17 @@ impl From<Vec<Vec<u32>>> for CaptionTokens {
             second: Vec::new(),
         }
     }
+}
+
+/// A prompt whose words have weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightedTokens {
+    /// Its ids.
+    pub tokens: CaptionTokens,
+    /// The weight of each state of the first encoder.
+    pub first_weights: Vec<f32>,
+    /// The same of the second; empty where there is none.
+    pub second_weights: Vec<f32>,
 }
 
 /// Captions, encoded.
@@ -192,6 +203,32 @@ impl TextEncoders {
         joined(first, second)
     }
 
+    /// Encodes a prompt: its states times their weights, as sd-scripts does it, which does not bring their mean back to
+    /// what it was. Pooled text has no weights.
+    pub fn encode_weighted(&self, prompt: &WeightedTokens, clip_skip: usize) -> TextStates {
+        let encoded = self.encode(std::slice::from_ref(&prompt.tokens), clip_skip);
+        let weights = [&prompt.first_weights, &prompt.second_weights];
+        if weights.into_iter().flatten().all(|&weight| weight == 1.0) {
+            return encoded;
+        }
+        let [_, tokens, width] = encoded.states.dims();
+        let first = self.first.width();
+        let own = |at: usize, length: usize, weights: &[f32]| {
+            let states = encoded.states.clone().narrow(2, at, length);
+            let data = TensorData::new(weights.to_vec(), [1, tokens, 1]);
+            let weights = Tensor::<3>::from_data(data, (&states.device(), states.dtype()));
+            states * weights // [1, tokens, length]
+        };
+        let mut parts = vec![own(0, first, &prompt.first_weights)];
+        if width > first {
+            parts.push(own(first, width - first, &prompt.second_weights));
+        }
+        TextStates {
+            states: Tensor::cat(parts, 2),
+            pooled: encoded.pooled,
+        }
+    }
+
     /// The same, untracked, with what [`Self::backward`] needs.
     pub fn encode_kept(
         &self,
@@ -265,5 +302,50 @@ fn joined(first: Encoded, second: Option<Encoded>) -> TextStates {
             states: Tensor::cat(vec![first.states, second.states], 2),
             pooled: second.pooled,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::Device;
+
+    use crate::diffusion::{LoadOptions, StableDiffusion};
+
+    #[test]
+    fn states_of_weighted_words_are_multiplied_and_nothing_else() {
+        for name in ["tiny-sd15", "tiny-sdxl"] {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+            let path = path.join(name).join("diffusers");
+            let model = StableDiffusion::load(&path, &LoadOptions::new(&Device::flex()));
+            let model = model.expect("the fixture loads");
+            let text = model.text().expect("loaded");
+            let long = vec!["cat"; 74].join(" ");
+            let heavy = format!("{long} (dog bird:1.5) [fish]");
+            let plain = format!("{long} dog bird fish");
+            let weighted = text.encode_weighted(&model.weighted_tokens(&heavy, 152), 1);
+            let usual = text.encode(&[model.tokens(&plain, 152)], 1);
+            let ([_, tokens, width], first) = (usual.states.dims(), text.first.width());
+            assert_eq!((tokens, width), (152, text.width()));
+            let values = |states: burn::tensor::Tensor<3>| -> Vec<f32> {
+                states.to_data().iter::<f32>().collect()
+            };
+            let (found, usual_states) = (values(weighted.states), values(usual.states));
+            for (index, (found, usual)) in found.iter().zip(&usual_states).enumerate() {
+                let weight = match index / width {
+                    75 | 76 => 1.5,
+                    77 => 1.0 / 1.1,
+                    _ => 1.0,
+                };
+                let expected = usual * weight;
+                assert!((found - expected).abs() <= 1e-6 * expected.abs(), "{index}");
+            }
+            assert!(name == "tiny-sdxl" || first == width);
+            let pooled = |pooled: Option<burn::tensor::Tensor<2>>| {
+                pooled.map(|pooled| pooled.to_data().iter::<f32>().collect::<Vec<f32>>())
+            };
+            assert_eq!(pooled(weighted.pooled), pooled(usual.pooled));
+        }
     }
 }

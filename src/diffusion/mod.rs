@@ -5,6 +5,7 @@ pub mod conditioning;
 pub mod config;
 pub mod device_memory;
 pub mod devices;
+mod emphasis;
 pub mod error;
 mod files;
 mod formats;
@@ -34,7 +35,9 @@ pub mod vendor;
 pub mod weights;
 
 pub use crate::kernels::{Precision, instruction_set};
-pub use conditioning::{CaptionTokens, Condition, ConditionGradients, TextStates, TimeIds};
+pub use conditioning::{
+    CaptionTokens, Condition, ConditionGradients, TextStates, TimeIds, WeightedTokens,
+};
 pub use error::LoadError;
 pub use model::{Family, Footprint, Layout, ModelInfo, Part, StableDiffusion, StoredTensor};
 pub use samplers::SamplerKind;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::PredictionType;
-use super::conditioning::{CaptionTokens, TextEncoders};
+use super::conditioning::{CaptionTokens, TextEncoders, WeightedTokens};
 use super::config::{Hints, TextEncoderConfig, UNetConfig, VaeConfig};
 use super::error::LoadError;
 use super::layers::{LayerMut, Layers};
@@ -290,6 +290,19 @@ impl StableDiffusion {
         CaptionTokens {
             first: self.tokenizer.chunks(caption, max_length),
             second: second.map_or_else(Vec::new, |second| second.chunks(caption, max_length)),
+        }
+    }
+
+    /// The token ids of a prompt for each text encoder, and their weights.
+    pub fn weighted_tokens(&self, prompt: &str, max_length: usize) -> WeightedTokens {
+        let (first, first_weights) = self.tokenizer.weighted_chunks(prompt, max_length);
+        let second = self.tokenizer_2.as_ref();
+        let second = second.map(|second| second.weighted_chunks(prompt, max_length));
+        let (second, second_weights) = second.unwrap_or_default();
+        WeightedTokens {
+            tokens: CaptionTokens { first, second },
+            first_weights,
+            second_weights,
         }
     }
 

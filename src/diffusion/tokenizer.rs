@@ -12,6 +12,7 @@ use std::sync::{Arc, LazyLock};
 
 use regex::Regex;
 
+use super::emphasis;
 use super::error::LoadError;
 use super::text_fix::fix_text;
 
@@ -117,10 +118,31 @@ impl Tokenizer {
     /// `max_length` counts the first start and the last end: 77 gives one row, 152 two, 227 three (as sd-scripts'
     /// `max_token_length` of 75, 150, 225). A longer text is cut, a shorter one padded.
     pub fn chunks(&self, text: &str, max_length: usize) -> Vec<Vec<u32>> {
-        let rows = max_length.saturating_sub(2).div_ceil(75).max(1);
+        self.cut(self.encode(text), max_length)
+    }
+
+    /// The same for a prompt with weights in A1111's style, and the weight of each of the positions that the rows have
+    /// when begin and end between them are left out. Begin, end and padding have the weight 1.
+    pub fn weighted_chunks(&self, prompt: &str, max_length: usize) -> (Vec<Vec<u32>>, Vec<f32>) {
+        let length = 75 * rows(max_length) + 2;
+        let (mut ids, mut weights) = (vec![self.vocabulary.start], vec![1.0]);
+        for part in emphasis::parse(first_chars(prompt)) {
+            self.encode_text(&part.text, &mut ids);
+            weights.resize(ids.len(), part.weight as f32);
+            if ids.len() > length {
+                break;
+            }
+        }
+        ids.push(self.vocabulary.end);
+        weights.truncate(length - 1);
+        weights.resize(length, 1.0);
+        (self.cut(ids, max_length), weights)
+    }
+
+    fn cut(&self, mut ids: Vec<u32>, max_length: usize) -> Vec<Vec<u32>> {
+        let rows = rows(max_length);
         let length = 75 * rows + 2;
         let (end, pad) = (self.vocabulary.end, self.pad_id());
-        let mut ids = self.encode(text);
         if ids.len() > length {
             ids.truncate(length - 1);
             ids.push(end);
@@ -160,10 +182,7 @@ impl Tokenizer {
 
     /// Special tokens split the text before anything is cleaned; what is between them is cleaned piece by piece.
     fn encode_text(&self, text: &str, ids: &mut Vec<u32>) {
-        let text = match text.char_indices().nth(MAX_TEXT_CHARS) {
-            Some((cut, _)) => &text[..cut],
-            None => text,
-        };
+        let text = first_chars(text);
         let mut piece_start = 0;
         let mut at = 0;
         while at < text.len() {
@@ -211,6 +230,19 @@ impl Tokenizer {
             }
         }
     }
+}
+
+/// What is read of a text.
+fn first_chars(text: &str) -> &str {
+    match text.char_indices().nth(MAX_TEXT_CHARS) {
+        Some((cut, _)) => &text[..cut],
+        None => text,
+    }
+}
+
+/// How many rows a length makes that counts the first start and the last end.
+fn rows(max_length: usize) -> usize {
+    max_length.saturating_sub(2).div_ceil(75).max(1)
 }
 
 impl fmt::Debug for Vocabulary {
@@ -429,6 +461,44 @@ mod tests {
                 assert_eq!(tokenizer.encode(text.as_str().unwrap()), ids);
             }
         }
+    }
+
+    #[test]
+    fn weights_are_those_of_sd_scripts() {
+        // Made by sd-scripts' own `_get_input_ids(weighted=True)`; weights have six digits.
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/kohya/kohya_golden_weighted_tokens.json");
+        let cases: Vec<serde_json::Value> =
+            serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        assert!(cases.len() >= 4);
+        for case in &cases {
+            let prompt = case["caption"].as_str().unwrap();
+            let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let weights: Vec<f32> = serde_json::from_value(case["weights"].clone()).unwrap();
+            let (rows, found) = Tokenizer::clip().weighted_chunks(prompt, ids.len());
+            assert_eq!(rows, [ids], "{prompt}");
+            assert_eq!(found.len(), weights.len(), "{prompt}");
+            for (found, expected) in found.iter().zip(&weights) {
+                assert!((found - expected).abs() < 1e-6, "{prompt}: {found}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_prompt_is_cut_into_rows_and_keeps_its_weights() {
+        let tokenizer = Tokenizer::clip();
+        let words = |count: usize| vec!["cat"; count].join(" ");
+        // 74 plain, 3 heavy: the border between the rows goes through them.
+        let prompt = format!("{} ({}:1.5)", words(74), words(3));
+        let (rows, weights) = tokenizer.weighted_chunks(&prompt, 152);
+        assert_eq!(rows, tokenizer.chunks(&words(77), 152));
+        assert_eq!(weights.len(), 152);
+        let heavy: Vec<usize> = (0..152).filter(|&at| weights[at] == 1.5).collect();
+        assert_eq!(heavy, [75, 76, 77]);
+        // What is cut off takes its weight along; the end has none.
+        let (rows, weights) = tokenizer.weighted_chunks(&prompt, 77);
+        assert_eq!(rows, tokenizer.chunks(&words(77), 77));
+        assert_eq!((weights[75], weights[76], weights.len()), (1.5, 1.0, 77));
     }
 
     #[test]

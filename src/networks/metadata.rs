@@ -24,7 +24,7 @@ pub struct TrainingRecord {
     pub output_name: String,
     /// A number that tells runs apart.
     pub session_id: u32,
-    /// Options of sd-scripts about captions and pixels, by its names and as it writes them.
+    /// Options of sd-scripts about captions, pixels, loss and noise, by its names and as it writes them.
     pub data_options: Vec<(&'static str, String)>,
     /// When the run was made: the only time in a file, so that its bytes do not depend on how long anything took.
     pub recorded_at: OffsetDateTime,
@@ -74,6 +74,8 @@ pub struct TrainingRecord {
     pub zero_terminal_snr: bool,
     /// γ of min-SNR weighting.
     pub min_snr_gamma: Option<f64>,
+    /// The smallest timestep and one above the largest, where they are not all trained on.
+    pub timestep_range: Option<(usize, usize)>,
     /// Weight of regularization images.
     pub prior_loss_weight: f64,
     /// Which hidden state of the text encoder is used, counted from the end.
@@ -333,6 +335,9 @@ impl TrainingRecord {
         put("prediction_type", prediction.to_owned());
         // The format has no time zone; this is UTC.
         put("date", self.recorded_at.format(date).unwrap_or_default());
+        if let Some((min, max)) = self.timestep_range {
+            put("timestep_range", format!("{min},{max}"));
+        }
         if self.clip_skip != 1 {
             put("encoder_layer", self.clip_skip.to_string());
         }
@@ -596,6 +601,7 @@ mod tests {
             v_prediction: false,
             zero_terminal_snr: false,
             min_snr_gamma: None,
+            timestep_range: None,
             prior_loss_weight: 1.0,
             clip_skip: 1,
             max_token_length: 75,

@@ -52,8 +52,9 @@ pub mod settings {
     pub use crate::networks::settings::{BlockSettings, DropoutSettings, LoraPlus};
     pub use crate::networks::{InitFrom, NetworkKind, NetworkSettings, Preset, SavePrecision};
     pub use crate::training::{
-        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, OnNonFinite,
-        PluginChoice, ResumeSettings, SamplePrompt, SampleSettings, SaveSettings, TrainLength,
-        TrainSettings, ValidationSettings,
+        ComputePrecision, EarlyStopping, EmaSettings, GradientCheckpointing, HuberSchedule,
+        LossKind, LossSettings, NoiseSettings, OnNonFinite, PluginChoice, ResumeSettings,
+        SamplePrompt, SampleSettings, SaveSettings, TimestepSettings, TrainLength, TrainSettings,
+        ValidationSettings,
     };
 }

@@ -87,7 +87,7 @@ impl Place {
             cache: Some(self.cache()),
             base_model: fixture("diffusers"),
         };
-        let looks = Looks::new(&set).expect("pictures");
+        let looks = Looks::new(&set, false).expect("pictures");
         let mut encoder = LatentEncoder::new(model, &Device::flex(), &set, looks, seed);
         let latents = images.iter().map(|image| {
             let latents = encoder
@@ -251,7 +251,7 @@ fn a_flip_a_smart_crop_and_a_correction_are_entries_of_their_own() {
             cache: Some(place.cache()),
             base_model: fixture("diffusers"),
         };
-        let looks = Looks::new(&set).expect("pictures");
+        let looks = Looks::new(&set, false).expect("pictures");
         let mut encoder = LatentEncoder::new(&place.model, &Device::flex(), &set, looks, 1);
         let latents = encoder.encode(image, (64, 64), flipped).expect("latents");
         (bits(&latents.values), encoder.encoded)

@@ -11,7 +11,8 @@ use rayon::prelude::*;
 
 use crate::dataloader::{
     Batch, BucketSettings, CacheKey, CacheKind, CachedTensor, ColorCorrection, CropMode, EpochPlan,
-    Look, TensorCache, Tones, TrainingImage, Window, crop_ltrb, decode, load_pixels, set_median,
+    Look, TensorCache, Tones, TrainingImage, Window, crop_ltrb, decode, load_mask, load_pixels,
+    set_median, shrink_mask,
 };
 use crate::diffusion::devices::is_cpu;
 use crate::diffusion::vae::Moments;
@@ -44,6 +45,8 @@ pub struct Latents {
     pub shape: [usize; 3],
     /// Row-major.
     pub values: Vec<f32>,
+    /// How much each place counts in the loss, 0 to 1: `[height, width]`; wholly without.
+    pub mask: Option<Vec<f32>>,
 }
 
 impl Latents {
@@ -62,6 +65,19 @@ pub fn stack(batch: &[&Latents], device: &Device) -> Tensor<4> {
         .collect();
     let data = TensorData::new(values, [batch.len(), channels, height, width]);
     Tensor::from_data(data, (device, DType::F32))
+}
+
+/// The masks of a batch, where one of its images has one: `[batch, 1, height, width]`.
+pub fn stack_masks(batch: &[&Latents], device: &Device) -> Option<Tensor<4>> {
+    batch.iter().find(|latents| latents.mask.is_some())?;
+    let [_, height, width] = batch[0].shape;
+    let mask = |latents: &&Latents| match &latents.mask {
+        Some(mask) => mask.clone(),
+        None => vec![1.0; height * width],
+    };
+    let values: Vec<f32> = batch.iter().flat_map(mask).collect();
+    let data = TensorData::new(values, [batch.len(), 1, height, width]);
+    Some(Tensor::from_data(data, (device, DType::F32)))
 }
 
 /// The sizes of a picture that is trained at the size of a bucket, by the rule of sd-scripts.
@@ -193,7 +209,8 @@ impl<'a> LatentEncoder<'a> {
         let place = self.looks.place(image, bucket, look);
         let moments = self.moments(image, bucket, look, &place)?; // both ways the same numbers, by way of the host
         let rng = generator(self.seed, Stream::Latents, place.as_bytes());
-        sample(self.model, &self.device, moments, rng)
+        let latents = sample(self.model, &self.device, moments, rng)?;
+        self.looks.masked(latents, image, look)
     }
 
     fn moments(
@@ -247,14 +264,17 @@ impl<'a> LatentEncoder<'a> {
 pub struct Looks {
     buckets: BucketSettings,
     median: [u8; 3],
+    /// Whether masks count.
+    masks: bool,
 }
 
 impl Looks {
-    /// Reads the whole set where its median is wanted.
-    pub fn new(set: &TrainingSet) -> Result<Self, TrainError> {
+    /// Reads the whole set where its median is wanted. `masks`: whether the masks of images count.
+    pub fn new(set: &TrainingSet, masks: bool) -> Result<Self, TrainError> {
         Ok(Self {
             buckets: set.buckets.clone(),
             median: set.median()?,
+            masks,
         })
     }
 
@@ -305,7 +325,25 @@ impl Looks {
         rng: ChaCha12Rng,
     ) -> Result<Latents, TrainError> {
         let moments = self.run_vae(model, device, image, bucket, look)?;
-        sample(model, device, moments, rng)
+        self.masked(sample(model, device, moments, rng)?, image, look)
+    }
+
+    /// The latents with the mask of their image, where masks count.
+    fn masked(
+        &self,
+        latents: Latents,
+        image: &TrainingImage,
+        look: Look,
+    ) -> Result<Latents, TrainError> {
+        if !self.masks {
+            return Ok(latents);
+        }
+        let [_, height, width] = latents.shape;
+        let mask = load_mask(&image.path, &self.buckets, look)?;
+        Ok(Latents {
+            mask: mask.map(|mask| shrink_mask(&mask, width, height)),
+            ..latents
+        })
     }
 
     fn run_vae(
@@ -358,6 +396,7 @@ fn sample(
     Ok(Latents {
         shape: [channels, height, width],
         values: sample.iter().map(|value| value * scale).collect(),
+        mask: None,
     })
 }
 

@@ -185,6 +185,8 @@ fn golden_batch(inputs: &Goldens, index: usize) -> MicroBatch {
     MicroBatch {
         latents: inputs.tensor(&format!("latents_{index}")),
         noise: inputs.tensor(&format!("noise_{index}")),
+        input_noise: None,
+        mask: None,
         timesteps: timesteps.iter().map(|&t| t as usize).collect(),
         conditioning: Conditioning::Tokens(ids.collect()),
         time_ids: Vec::new(),
@@ -477,6 +479,8 @@ fn accumulated_batches_are_one_batch() {
     let half = |index: usize| MicroBatch {
         latents: whole.latents.clone().narrow(0, index, 1),
         noise: whole.noise.clone().narrow(0, index, 1),
+        input_noise: None,
+        mask: None,
         timesteps: vec![whole.timesteps[index]],
         conditioning: match &whole.conditioning {
             Conditioning::Tokens(rows) => Conditioning::Tokens(vec![rows[index].clone()]),

@@ -12,9 +12,13 @@ pub mod guard;
 #[cfg(test)]
 mod guard_tests;
 pub mod judge;
+pub mod loss;
 pub mod loss_scale;
 pub mod memory;
+pub mod noise;
 pub mod objective;
+#[cfg(test)]
+mod objective_tests;
 pub mod optimizer;
 mod position;
 #[cfg(test)]
@@ -27,6 +31,7 @@ pub mod resume;
 pub mod settings;
 pub mod step;
 pub mod text;
+pub mod timesteps;
 pub mod train;
 #[cfg(test)]
 mod train_tests;
@@ -34,7 +39,9 @@ pub mod validation;
 pub mod variation;
 
 pub use data::TrainingSet;
+pub use loss::{HuberSchedule, LossKind, LossSettings};
 pub use memory::Workload;
+pub use noise::NoiseSettings;
 pub use optimizer::{
     LrScheduler, Optimizer, OptimizerError, ParamUpdate, ParamValue, StateDtype, StateTensor,
 };
@@ -46,6 +53,7 @@ pub use settings::{
     TrainSettings, ValidationSettings,
 };
 pub use step::{Conditioning, MicroBatch, StepOutput, StepTimes, Trainer};
+pub use timesteps::TimestepSettings;
 pub use train::{Length, RunPlace, TrainOutcome, planned_steps, train};
 
 use crate::dataloader::DataError;

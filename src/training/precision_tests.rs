@@ -39,6 +39,8 @@ fn losses(precision: ComputePrecision) -> Vec<f64> {
         .map(|step| MicroBatch {
             latents: normal(),
             noise: normal(),
+            input_noise: None,
+            mask: None,
             timesteps: vec![100 + 150 * step, 900 - 150 * step],
             conditioning: Conditioning::Tokens(vec![vec![vec![3; 77]].into(); 2]),
             time_ids: Vec::new(),

@@ -10,7 +10,6 @@ use crate::training::data::read;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::settings::{SamplePrompt, TrainSettings};
 use crate::training::step::Trainer;
-use crate::training::text::caption_tokens;
 
 /// What decides a picture besides the model and the prompt.
 #[derive(Debug, Clone)]
@@ -57,8 +56,8 @@ pub fn draw_with(
     let (height_px, width_px) = ((height * factor) as f32, (width * factor) as f32);
     let time_ids = [height_px, width_px, 0.0, 0.0, height_px, width_px];
     let encode = |text: &str| -> Result<Condition, TrainError> {
-        let tokens = caption_tokens(model, text, how.max_token_length);
-        let states = model.text()?.encode(&[tokens], how.clip_skip);
+        let prompt = model.weighted_tokens(text, how.max_token_length + 2); // begin and end
+        let states = model.text()?.encode_weighted(&prompt, how.clip_skip);
         Ok(states.with_sizes(&[time_ids]))
     };
     let (cond, uncond) = (encode(&prompt.prompt)?, encode(&prompt.negative_prompt)?);

@@ -1,6 +1,8 @@
 //! Random numbers that are a pure function of a seed and a place, made on the host, so that a run draws the same
 //! noise on every device and after every resume.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha12Rng;
@@ -12,6 +14,12 @@ use sha2::{Digest, Sha256};
 pub enum Stream {
     /// Noise of training batches; the place is the batch's number.
     Noise,
+    /// Offsets of that noise; the place is the batch's number.
+    NoiseOffset,
+    /// Coarser levels of that noise; the place is the batch's number.
+    MultiresNoise,
+    /// Noise that the UNet sees besides; the place is the batch's number.
+    InputPerturbation,
     /// Timesteps of training batches; the place is the batch's number.
     Timesteps,
     /// Samples of the VAE's posterior; the place is the image's content and size.
@@ -32,6 +40,9 @@ impl Stream {
     fn tag(self) -> &'static [u8] {
         match self {
             Self::Noise => b"noise",
+            Self::NoiseOffset => b"noise offset",
+            Self::MultiresNoise => b"multires noise",
+            Self::InputPerturbation => b"input perturbation",
             Self::Timesteps => b"timesteps",
             Self::Latents => b"latents",
             Self::Validation => b"validation",
@@ -67,9 +78,11 @@ pub fn normal_tensor<const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
-/// Timesteps of one batch: uniform and independent in `0 .. steps`.
-pub fn timesteps(rng: &mut ChaCha12Rng, count: usize, steps: usize) -> Vec<usize> {
-    (0..count).map(|_| rng.random_range(0..steps)).collect()
+/// Timesteps of one batch: uniform and independent in a range that is not empty.
+pub fn timesteps(rng: &mut ChaCha12Rng, count: usize, range: Range<usize>) -> Vec<usize> {
+    (0..count)
+        .map(|_| rng.random_range(range.clone()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -101,10 +114,13 @@ mod tests {
 
     #[test]
     fn timesteps_cover_the_schedule() {
-        let values = timesteps(&mut generator(0, Stream::Timesteps, b""), 100_000, 1000);
+        let values = timesteps(&mut generator(0, Stream::Timesteps, b""), 100_000, 0..1000);
         assert_eq!(values.iter().min(), Some(&0));
         assert_eq!(values.iter().max(), Some(&999));
         let mean = values.iter().sum::<usize>() as f64 / 100_000.0;
         assert!((mean - 499.5).abs() < 5.0 * 288.7 / 316.2, "{mean}");
+        let values = timesteps(&mut generator(0, Stream::Timesteps, b""), 10_000, 200..205);
+        let found: std::collections::BTreeSet<usize> = values.into_iter().collect();
+        assert_eq!(found, (200..205).collect());
     }
 }

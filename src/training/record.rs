@@ -11,9 +11,11 @@ use crate::networks::metadata::{
     BaseModelRecord, BucketRecord, SubsetRecord, TrainingRecord, float, tag_frequency,
 };
 use crate::training::data::TrainingSet;
+use crate::training::loss::{HuberSchedule, LossKind};
 use crate::training::settings::{
     ComputePrecision, GradientCheckpointing, PluginChoice, TrainSettings,
 };
+use crate::training::timesteps::TimestepSettings;
 
 /// What the loop knows besides its settings.
 pub struct RunFacts<'a> {
@@ -57,7 +59,7 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
     TrainingRecord {
         output_name: settings.output_name.clone(),
         session_id: facts.session_id,
-        data_options: data_options(settings),
+        data_options: [data_options(settings), objective_options(settings)].concat(),
         recorded_at: facts.recorded_at,
         inputs_sha256: facts.inputs_sha256,
         network: settings.network.clone(),
@@ -87,6 +89,8 @@ pub fn training_record(settings: &TrainSettings, facts: RunFacts<'_>) -> Trainin
         zero_terminal_snr: facts.zero_terminal_snr,
         v_prediction: facts.prediction == PredictionType::VPrediction,
         min_snr_gamma: settings.min_snr_gamma,
+        timestep_range: (settings.timesteps != TimestepSettings::default())
+            .then_some((settings.timesteps.min, settings.timesteps.max)),
         prior_loss_weight: settings.prior_loss_weight,
         clip_skip: settings.clip_skip,
         max_token_length: settings.max_token_length,
@@ -126,6 +130,54 @@ fn data_options(settings: &TrainSettings) -> Vec<(&'static str, String)> {
         (
             "caption_tag_dropout_rate",
             float(captions.caption_tag_dropout_rate),
+        ),
+    ]
+}
+
+/// Loss and noise in the words of sd-scripts, which knows no 0 but only what is not given.
+fn objective_options(settings: &TrainSettings) -> Vec<(&'static str, String)> {
+    let boolean = |value| if value { "True" } else { "False" }.to_owned();
+    let given = |value: f64| {
+        if value == 0.0 {
+            "None".to_owned()
+        } else {
+            float(value)
+        }
+    };
+    let (loss, noise) = (&settings.loss, &settings.noise);
+    let kind = match loss.kind {
+        LossKind::L2 => "l2",
+        LossKind::L1 => "l1",
+        LossKind::Huber => "huber",
+        LossKind::SmoothL1 => "smooth_l1",
+    };
+    let schedule = match loss.huber_schedule {
+        HuberSchedule::Snr => "snr",
+        HuberSchedule::Exponential => "exponential",
+        HuberSchedule::Constant => "constant",
+    };
+    let levels = match noise.multires_iterations {
+        0 => "None".to_owned(),
+        levels => levels.to_string(),
+    };
+    vec![
+        ("loss_type", kind.to_owned()),
+        ("huber_schedule", schedule.to_owned()),
+        ("huber_c", float(loss.huber_c)),
+        ("huber_scale", float(loss.huber_scale)),
+        ("debiased_estimation", boolean(loss.debiased_estimation)),
+        ("noise_offset", given(noise.offset)),
+        (
+            "noise_offset_random_strength",
+            boolean(noise.offset_random_strength),
+        ),
+        ("adaptive_noise_scale", given(noise.adaptive_scale)),
+        ("multires_noise_iterations", levels),
+        ("multires_noise_discount", float(noise.multires_discount)),
+        ("ip_noise_gamma", given(noise.input_perturbation)),
+        (
+            "ip_noise_gamma_random_strength",
+            boolean(noise.input_perturbation_random_strength),
         ),
     ]
 }

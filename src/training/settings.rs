@@ -7,6 +7,9 @@ use crate::dataloader::{Augment, CaptionSettings};
 use crate::diffusion::samplers::SamplerKind;
 use crate::diffusion::{Keep, Precision, PredictionType};
 use crate::networks::{NetworkSettings, SavePrecision};
+use crate::training::loss::LossSettings;
+use crate::training::noise::NoiseSettings;
+use crate::training::timesteps::TimestepSettings;
 
 /// How a LoRA is trained. Where it differs from torch or sd-scripts, the field says so.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,6 +44,12 @@ pub struct TrainSettings {
     pub zero_terminal_snr: Option<bool>,
     /// γ of min-SNR loss weighting; off when not given.
     pub min_snr_gamma: Option<f64>,
+    /// How far off a prediction is, and what that counts.
+    pub loss: LossSettings,
+    /// The noise that is added.
+    pub noise: NoiseSettings,
+    /// Which timesteps are trained on.
+    pub timesteps: TimestepSettings,
     /// Loss weight of regularization images.
     pub prior_loss_weight: f64,
     /// Which hidden state of the text encoder conditions the UNet, counted from the end; 1 is the last.
@@ -176,7 +185,7 @@ pub struct SampleSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplePrompt {
-    /// What to draw.
+    /// What to draw, with weights in A1111's style.
     pub prompt: String,
     /// What to move away from.
     pub negative_prompt: String,
@@ -288,6 +297,9 @@ impl Default for TrainSettings {
             prediction: None,
             zero_terminal_snr: None,
             min_snr_gamma: None,
+            loss: LossSettings::default(),
+            noise: NoiseSettings::default(),
+            timesteps: TimestepSettings::default(),
             prior_loss_weight: 1.0,
             clip_skip: 1,
             max_token_length: 75,
@@ -383,6 +395,15 @@ impl TrainSettings {
         {
             let message = format!("is {gamma}, expected a number above 0");
             check.report("/min_snr_gamma", message);
+        }
+        for (field, message) in self.loss.problems() {
+            check.report(&format!("/loss/{field}"), message);
+        }
+        for (field, message) in self.noise.problems() {
+            check.report(&format!("/noise/{field}"), message);
+        }
+        if let Some((field, message)) = self.timesteps.problem() {
+            check.report(&format!("/timesteps/{field}"), message);
         }
         check.rate("/prior_loss_weight", self.prior_loss_weight);
         check.count("/clip_skip", self.clip_skip as u64, 48);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use image::{Rgb, RgbImage};
+use image::{DynamicImage, Rgb, RgbImage};
 use time::OffsetDateTime;
 
 use crate::dataloader::{
@@ -120,14 +120,19 @@ impl Log {
     }
 }
 
-/// Five pictures of plain colours, one of them for regularization.
-fn pictures(folder: &Path) -> TrainingSet {
+/// Five pictures of plain colours, one of them for regularization; of the second one half is transparent.
+pub(super) fn pictures(folder: &Path) -> TrainingSet {
     let images = (0..5_u8).map(|index| {
         let path = folder.join(format!("{index}.png"));
         let colour = Rgb([index * 50, 255 - index * 40, 90]);
-        RgbImage::from_pixel(64, 64, colour)
-            .save(&path)
-            .expect("a picture");
+        let mut picture = DynamicImage::from(RgbImage::from_pixel(64, 64, colour));
+        if index == 1 {
+            let mut clear = picture.into_rgba8();
+            let left = clear.enumerate_pixels_mut().filter(|(x, ..)| *x < 32);
+            left.for_each(|(.., pixel)| pixel.0[3] = 0);
+            picture = clear.into();
+        }
+        picture.save(&path).expect("a picture");
         TrainingImage {
             id: format!("image-{index}"),
             path,
@@ -196,12 +201,16 @@ pub(super) fn settings() -> TrainSettings {
     settings
 }
 
-fn run(folder: &Path, settings: &TrainSettings, log: &mut Log) -> Result<TrainOutcome, TrainError> {
+pub(super) fn run(
+    folder: &Path,
+    settings: &TrainSettings,
+    log: &mut Log,
+) -> Result<TrainOutcome, TrainError> {
     run_kept(folder, settings, log, false)
 }
 
 /// A run with resume points, if it is to have some.
-fn run_kept(
+pub(super) fn run_kept(
     folder: &Path,
     settings: &TrainSettings,
     log: &mut Log,

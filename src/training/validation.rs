@@ -5,15 +5,14 @@ use burn::tensor::{DType, Tensor};
 
 use crate::diffusion::{TextStates, TimeIds};
 use crate::training::TrainError;
-use crate::training::data::{Latents, read};
+use crate::training::data::{Latents, read, stack_masks};
 use crate::training::judge::Measured;
-use crate::training::objective::squared_errors;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::step::Trainer;
 use crate::training::text::Captions;
 
-/// 50, 150, … 950: the middle of each tenth of the schedule.
-const TIMESTEPS: [usize; 10] = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950];
+/// In the middle of so many equal parts of the timesteps that are trained on: 50, 150, … 950 of all.
+const TIMESTEPS: usize = 10;
 
 /// Samples that pass the UNet at once.
 const SAMPLES_AT_ONCE: usize = 5;
@@ -31,16 +30,20 @@ pub struct HeldOut {
     pub latents: Latents,
 }
 
-/// The mean squared error of the prediction over all images and timesteps, without any loss weighting.
+/// The mean distance of the prediction from its target over all images and timesteps: the one that is trained with, where
+/// the images' masks say that it counts, at white noise and without any weight, so that runs that differ in those can be
+/// compared.
 pub fn validate(
     trainer: &Trainer<'_>,
     images: &[HeldOut],
     captions: &Captions,
 ) -> Result<Measured, TrainError> {
-    let mut losses = Vec::with_capacity(images.len() * TIMESTEPS.len());
+    let schedule_steps = trainer.model.schedule.len();
+    let timesteps: [usize; TIMESTEPS] = trainer.timesteps().middles(schedule_steps);
+    let mut losses = Vec::with_capacity(images.len() * TIMESTEPS);
     for image in images {
         let states = trainer.encode(&captions.batch(trainer.model, &[&image.caption]))?; // [1, tokens, d]
-        for timesteps in TIMESTEPS.chunks(SAMPLES_AT_ONCE) {
+        for timesteps in timesteps.chunks(SAMPLES_AT_ONCE) {
             losses.push(image_loss(trainer, image, &states, timesteps));
         }
     }
@@ -50,7 +53,7 @@ pub fn validate(
     Ok(Measured {
         step: trainer.steps_done(),
         loss: mean(&losses),
-        standard_error: standard_error(&losses, TIMESTEPS.len()),
+        standard_error: standard_error(&losses, TIMESTEPS),
     })
 }
 
@@ -84,6 +87,7 @@ fn image_loss(
     let count = timesteps.len();
     let schedule = &trainer.model.schedule;
     let latents = image.latents.tensor(&trainer.device()); // [1, channels, height, width]
+    let mask = stack_masks(&[&image.latents], &trainer.device()); // the same for all timesteps
     let device = trainer.device();
     let shape = latents.dims();
     let noise = timesteps.iter().map(|t| {
@@ -100,7 +104,7 @@ fn image_loss(
     let condition = states.clone().repeat(count);
     let condition = condition.with_sizes(&vec![image.time_ids; count]);
     let prediction = trainer.model.unet.forward(noisy, &times, condition);
-    squared_errors(prediction, target)
+    (objective.loss).distances(prediction, target, mask, schedule, timesteps)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod goldens;
 mod models;
+mod objectives;
 mod probe;
 mod report;
 mod samples;
@@ -104,6 +105,9 @@ pub fn run(options: &VerifyOptions, plugins: &PluginHost) -> Result<VerifyReport
             continue;
         }
         models::check(&mut check, &goldens, &model, options.quick)?;
+        if config_dir.is_none() {
+            objectives::check(&mut check, &goldens, &model.schedule)?; // whatever the layout
+        }
         if options.quick {
             continue; // a backward pass takes a slow device minutes
         }

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 
 use super::VerifyError;
 use super::goldens::{GoldenFile, Goldens};
+use super::objectives;
 use super::report::Checker;
 use crate::diffusion::conditioning::TextEncoders;
 use crate::diffusion::devices::{AdapterClass, DeviceInfo};
@@ -369,13 +370,7 @@ fn schedule(
         "velocity",
         OUTPUT_TOLERANCE,
     )?;
-    for key in file
-        .keys()
-        .filter(|key| key.starts_with("huber") || key.starts_with("noise_"))
-    {
-        check.skip(format!("schedule `{key}`: not part of this version"));
-    }
-    Ok(())
+    objectives::thresholds(check, &file, schedule, WEIGHT_TOLERANCE)
 }
 
 fn weights(

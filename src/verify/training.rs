@@ -313,6 +313,8 @@ fn batch(inputs: &GoldenFile, index: usize) -> Result<MicroBatch, VerifyError> {
     Ok(MicroBatch {
         latents: inputs.tensor(&format!("latents_{index}"))?,
         noise: inputs.tensor(&format!("noise_{index}"))?,
+        input_noise: None,
+        mask: None,
         loss_weights: vec![1.0; timesteps.len()],
         timesteps,
         conditioning: Conditioning::Tokens(only.chain(pairs).collect()),

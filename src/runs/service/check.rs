@@ -72,6 +72,7 @@ impl RunService {
                 None
             }
         };
+        problems.extend(check_loss(&base, &request.settings));
         let device = request.device.as_deref().unwrap_or(&self.default_device);
         let device = device.to_owned();
         problems.extend(check_device(device.clone()).await?);
@@ -278,6 +279,18 @@ fn check_clip_skip(base: &BaseModel, settings: &TrainSettings) -> Option<RunProb
         );
         RunProblem::new("/clip_skip", "invalid_value", message)
     })
+}
+
+/// Weights that are made for the other target.
+fn check_loss(base: &BaseModel, settings: &TrainSettings) -> Option<RunProblem> {
+    let of_model = base.info.as_ref().ok()?.prediction;
+    let prediction = settings.prediction.unwrap_or(of_model);
+    let (field, message) = settings.loss.problem_with(prediction)?;
+    Some(RunProblem::new(
+        format!("/loss/{field}"),
+        "invalid_value",
+        message,
+    ))
 }
 
 fn check_images(images: &[SnapshotImage], request: &NewRunRequest) -> Vec<RunProblem> {

@@ -8,7 +8,6 @@ use super::{Conditioning, MicroBatch, StepTimes, Trainer};
 use crate::diffusion::{Keep, TextStates};
 use crate::networks::{Leaves, Place};
 use crate::training::TrainError;
-use crate::training::objective::weighted_mse;
 
 impl Trainer<'_> {
     /// Adds the gradients of one batch to the sums; the result is its loss.
@@ -41,7 +40,7 @@ impl Trainer<'_> {
         let (prediction, trace) =
             unet.forward_kept(noisy, &timesteps, condition, text.is_some(), self.keep);
         let prediction = prediction.autodiff().require_grad();
-        let loss = weighted_mse(prediction.clone(), target, &self.loss_weights(batch));
+        let loss = self.loss_of(batch, prediction.clone(), target);
         let value = loss.clone().without_autodiff();
         times.forward_s += self.seconds_since(started)?;
 
@@ -70,14 +69,15 @@ impl Trainer<'_> {
         let states = self.encode(&batch.conditioning)?; // [batch, tokens, d]
         let condition = states.with_sizes(&batch.time_ids);
         let prediction = self.model.unet.forward(noisy, &timesteps, condition);
-        Ok(weighted_mse(prediction, target, &self.loss_weights(batch)))
+        Ok(self.loss_of(batch, prediction, target))
     }
 
     /// Noisy latents, what to predict from them, and their timesteps.
     fn noisy(&self, batch: &MicroBatch) -> (Tensor<4>, Tensor<4>, Vec<f32>) {
         let schedule = &self.model.schedule;
         let (latents, noise) = (batch.latents.clone(), batch.noise.clone());
-        let noisy = schedule.add_noise(latents.clone(), noise.clone(), &batch.timesteps);
+        let added = batch.input_noise.as_ref().unwrap_or(&noise).clone();
+        let noisy = schedule.add_noise(latents.clone(), added, &batch.timesteps);
         let target = self
             .objective
             .target(schedule, latents, noise, &batch.timesteps);
@@ -85,13 +85,15 @@ impl Trainer<'_> {
         (noisy, target, timesteps)
     }
 
-    fn loss_weights(&self, batch: &MicroBatch) -> Vec<f64> {
-        batch
-            .timesteps
-            .iter()
-            .zip(&batch.loss_weights)
-            .map(|(&t, weight)| weight * self.objective.weight(&self.model.schedule, t))
-            .collect()
+    fn loss_of(&self, batch: &MicroBatch, prediction: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
+        self.objective.loss(
+            prediction,
+            target,
+            batch.mask.clone(),
+            &self.model.schedule,
+            &batch.timesteps,
+            &batch.loss_weights,
+        )
     }
 
     /// The hidden states that condition the UNet: `[batch, tokens, d]`.

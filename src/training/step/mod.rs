@@ -18,14 +18,19 @@ use crate::training::objective::Objective;
 use crate::training::optimizer::{LrScheduler, Optimizer, ParamValue};
 use crate::training::resume::Parts;
 use crate::training::settings::{ComputePrecision, TrainSettings};
+use crate::training::timesteps::TimestepSettings;
 
 /// A batch that is ready for the UNet.
 #[derive(Debug, Clone)]
 pub struct MicroBatch {
     /// Scaled latents: `[batch, channels, height, width]`.
     pub latents: Tensor<4>,
-    /// Noise of the same shape.
+    /// Noise of the same shape, which the UNet is to find.
     pub noise: Tensor<4>,
+    /// What is added to the latents in its place, where that is something else.
+    pub input_noise: Option<Tensor<4>>,
+    /// How much each place of the latents counts, 0 to 1: `[batch, 1, height, width]`. All of them do without.
+    pub mask: Option<Tensor<4>>,
     /// One timestep per sample.
     pub timesteps: Vec<usize>,
     /// Captions.
@@ -99,6 +104,7 @@ pub struct Trainer<'a> {
     optimizer: &'a mut dyn Optimizer,
     scheduler: &'a dyn LrScheduler,
     objective: Objective,
+    timesteps: TimestepSettings,
     unet_lr: f64,
     text_encoder_lr: f64,
     lr_factor: f64,
@@ -128,10 +134,8 @@ impl<'a> Trainer<'a> {
         }
         let scaled = settings.precision == ComputePrecision::Fp16 && !is_cpu(&network.device());
         Self {
-            objective: Objective {
-                prediction: settings.prediction.unwrap_or(model.prediction),
-                min_snr_gamma: settings.min_snr_gamma,
-            },
+            objective: Objective::new(settings, model.prediction),
+            timesteps: settings.timesteps,
             model,
             network,
             optimizer,
@@ -231,6 +235,11 @@ impl<'a> Trainer<'a> {
     /// What the UNet learns to predict.
     pub fn objective(&self) -> Objective {
         self.objective
+    }
+
+    /// Which timesteps are trained on.
+    pub fn timesteps(&self) -> TimestepSettings {
+        self.timesteps
     }
 
     /// Trains on the batches of one optimizer step.

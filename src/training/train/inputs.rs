@@ -1,8 +1,9 @@
 //! What goes into the steps: which images and how many steps, their latents and captions, and the batches of them.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::RunPlace;
 use super::output::Reporter;
@@ -13,9 +14,9 @@ use crate::networks::metadata::BaseModelRecord;
 use crate::training::TrainError;
 use crate::training::data::{
     LatentEncoder, Latents, Looks, Prepared, TrainingSet, encode_all, encode_held_out,
-    measured_caption, stack, time_ids,
+    measured_caption, stack, stack_masks, time_ids,
 };
-use crate::training::random::{Stream, generator, normal_tensor, timesteps};
+use crate::training::random::{Stream, generator, timesteps};
 use crate::training::record::RunFacts;
 use crate::training::settings::{TrainLength, TrainSettings};
 use crate::training::step::{MicroBatch, Trainer};
@@ -145,7 +146,7 @@ impl Inputs {
         reporter: &mut Reporter<'_>,
     ) -> Result<Self, TrainError> {
         let Selection { images, plan, .. } = selection;
-        let looks = Looks::new(data)?;
+        let looks = Looks::new(data, settings.loss.masked)?;
         let varying = images
             .iter()
             .any(|image| image.captioning.varies(&image.caption));
@@ -190,14 +191,14 @@ impl Inputs {
     }
 }
 
-/// Makes batches: latents of the images, their captions at this moment, noise and timesteps of the batch's number.
+/// Makes batches: latents of the images, their captions at this moment, noise, masks and timesteps of the batch's number.
 pub(super) struct BatchSource<'a> {
     settings: &'a TrainSettings,
     images: &'a [TrainingImage],
     inputs: &'a Inputs,
     captions: &'a Captions,
     total_steps: u64,
-    schedule_steps: usize,
+    timesteps: Range<usize>,
     device: &'a Device,
 }
 
@@ -215,7 +216,7 @@ impl<'a> BatchSource<'a> {
             inputs,
             captions: &inputs.captions,
             total_steps: selection.length.steps,
-            schedule_steps,
+            timesteps: settings.timesteps.of(schedule_steps),
             device,
         }
     }
@@ -237,8 +238,13 @@ impl<'a> BatchSource<'a> {
             .map(|slot| self.latents(batch, number, slot, model))
             .collect::<Result<_, _>>()?;
         let latents: Vec<&Latents> = latents.iter().map(AsRef::as_ref).collect();
+        let noise = self.settings.noise.draw(seed, &place, &latents);
+        let mask = stack_masks(&latents, self.device);
         let latents = stack(&latents, self.device); // [batch, channels, height, width]
-        let mut noise_rng = generator(seed, Stream::Noise, &place);
+        let like_latents = |values: Vec<f32>| {
+            let data = TensorData::new(values, latents.dims());
+            Tensor::<4>::from_data(data, (self.device, DType::F32))
+        };
         let mut timestep_rng = generator(seed, Stream::Timesteps, &place);
         let moment = Moment {
             epoch,
@@ -251,9 +257,11 @@ impl<'a> BatchSource<'a> {
             .collect();
         let prior = self.settings.prior_loss_weight;
         Ok(MicroBatch {
-            noise: normal_tensor(&mut noise_rng, latents.dims(), self.device),
+            noise: like_latents(noise.target),
+            input_noise: noise.input.map(like_latents),
+            mask,
             latents,
-            timesteps: timesteps(&mut timestep_rng, captions.len(), self.schedule_steps),
+            timesteps: timesteps(&mut timestep_rng, captions.len(), self.timesteps.clone()),
             conditioning: self.captions.batch(model, &captions),
             time_ids: images()
                 .map(|image| time_ids(image, batch.bucket))

@@ -28,7 +28,7 @@ use crate::training::position::{LoopState, Position};
 use crate::training::progress::{Phase, ProgressSink};
 use crate::training::record::training_record;
 use crate::training::resume::{Owner, ResumeFolder, ResumePoint};
-use crate::training::settings::TrainSettings;
+use crate::training::settings::{SettingProblem, TrainSettings};
 use crate::training::step::{MicroBatch, Trainer};
 use crate::training::text::Captions;
 use crate::training::validation::HeldOut;
@@ -98,6 +98,10 @@ pub fn train(
 
     let separate_vae = model.separate_vae().map(Path::to_owned);
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
+    if let Some((field, message)) = settings.loss.problem_with(trainer.objective().prediction) {
+        let pointer = format!("/loss/{field}");
+        return Err(SettingProblem { pointer, message }.into());
+    }
     let recorded = |path: &Path| {
         base_model_record(path).map_err(|source| {
             let path = path.display().to_string();
