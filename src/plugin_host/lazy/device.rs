@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use burn::backend::Cube;
 use burn::tensor::{DType, Device, Tensor};
 use lorasmith_abi::host::blocks::BLOCK;
 use lorasmith_abi::host::{Binary, Dims, Scalar, Tensors as _};
@@ -11,10 +12,12 @@ use super::super::blocks::BurnBlocks;
 use super::super::tensors::{BurnTensor, BurnTensors};
 use super::program::{Input, InputKind, Job, Made, Operation, Output, OutputKind, Program, Source};
 use super::{Expression, LazyTensor, LazyTensors};
+use crate::training::optimizer::GRADIENT_ALIGN;
 
 /// Tensors begin at multiples of so many elements of a long one: whole blocks of codes, and where every device lets a
-/// buffer begin, so that taking one out is no copy.
-const ALIGN: usize = BLOCK;
+/// buffer begin, so that taking one out is no copy. Gradients come that way.
+const ALIGN: usize = GRADIENT_ALIGN;
+const _: () = assert!(ALIGN.is_multiple_of(BLOCK));
 
 /// What each job makes, in the order of its roots.
 pub fn run(eager: &BurnTensors, jobs: &[Job]) -> Result<Vec<Vec<Made>>, String> {
@@ -145,18 +148,48 @@ fn gather(
     if let Some(whole) = whole_of(tensors, begins, length) {
         return Ok(whole);
     }
-    let mut device: Option<Device> = None;
-    let mut long: Option<Tensor<1>> = None;
-    for (tensor, &first) in tensors.iter().zip(begins) {
-        let value = value(eager, tensor)?;
-        let device = device.get_or_insert_with(|| value.device());
-        let empty = || Tensor::zeros([length], (&*device, DType::F32));
-        let elements = tensor.elements();
-        let own = value.reshape([elements]);
-        let range = first..first + elements;
-        long = Some(long.take().unwrap_or_else(empty).slice_assign([range], own));
+    let mut values: Vec<Tensor<1>> = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        values.push(value(eager, tensor)?.reshape([tensor.elements()]));
     }
-    long.ok_or_else(|| "nothing to put together".to_owned())
+    let first = values.first().ok_or("nothing to put together")?;
+    if let Some(whole) = neighbours(&values, begins, length) {
+        return Ok(whole);
+    }
+    let mut long = Tensor::zeros([length], (&first.device(), DType::F32));
+    for (value, &first) in values.into_iter().zip(begins) {
+        let range = first..first + value.dims()[0];
+        long = long.slice_assign([range], value);
+    }
+    Ok(long)
+}
+
+/// The piece of a buffer in which tensors lie behind one another already: what the last step has made of the parameters,
+/// and gradients.
+pub(super) fn neighbours(
+    tensors: &[Tensor<1>],
+    begins: &[usize],
+    length: usize,
+) -> Option<Tensor<1>> {
+    let bytes = |elements: usize| (elements * size_of::<f32>()) as u64;
+    let primitive = |tensor: &Tensor<1>| tensor.clone().try_into_primitive::<Cube>().ok();
+    let mut whole = primitive(tensors.first()?)?;
+    let start = whole.handle.offset_start.unwrap_or(0);
+    for (tensor, &begin) in tensors.iter().zip(begins) {
+        let part = primitive(tensor)?;
+        let place = part.handle.offset_start.unwrap_or(0);
+        let next = part.handle.memory.id() == whole.handle.memory.id()
+            && place == start + bytes(begin)
+            && part.dtype == DType::F32
+            && part.meta.strides()[..] == [1];
+        if !next {
+            return None;
+        }
+    }
+    let behind = whole.handle.size().checked_sub(start + bytes(length))?;
+    whole.handle.offset_end = Some(behind);
+    whole.meta.shape_mut()[0] = length;
+    Some(Tensor::from_primitive::<Cube>(whole))
 }
 
 fn whole_of(tensors: &[&LazyTensor], begins: &[usize], length: usize) -> Option<Tensor<1>> {

@@ -151,6 +151,29 @@ fn what_was_put_together_is_not_copied_again() {
     }
 }
 
+/// Views of one buffer are known by their places in it, on devices that have buffers.
+#[test]
+fn neighbours_in_a_buffer_are_one_tensor() {
+    let adapters = Device::enumerate(burn::tensor::DeviceType::Wgpu);
+    let Some(gpu) = adapters.into_iter().next() else {
+        return; // CI has a software Vulkan device
+    };
+    let whole = Tensor::<1>::from_data(TensorData::new(numbers(1024, 0.0), [1024]), &gpu);
+    let parts = [256, 512].map(|first| whole.clone().narrow(0, first, 256));
+    let found = device::neighbours(&parts, &[0, 256], 512).expect("neighbours");
+    let found = found.try_into_vec_as::<f32>().expect("read");
+    assert_eq!(found, numbers(1024, 0.0)[256..768]);
+
+    let swapped = [parts[1].clone(), parts[0].clone()];
+    assert!(device::neighbours(&swapped, &[0, 256], 512).is_none());
+    assert!(
+        device::neighbours(&parts, &[0, 256], 1024).is_none(),
+        "beyond the buffer"
+    );
+    let copied = parts.map(|part| part.add_scalar(1.0));
+    assert!(device::neighbours(&copied, &[0, 256], 512).is_none());
+}
+
 /// The bits do not depend on how many threads there are, nor on what else is computed.
 #[test]
 fn threads_and_company_change_no_bit() {

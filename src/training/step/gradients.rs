@@ -1,6 +1,6 @@
 //! The gradients of a step: read, clipped, handed to the optimizer.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::{StepOutput, Trainer};
@@ -8,7 +8,7 @@ use crate::diffusion::Part;
 use crate::diffusion::devices::is_cpu;
 use crate::training::TrainError;
 use crate::training::data::read;
-use crate::training::optimizer::ParamUpdate;
+use crate::training::optimizer::{GRADIENT_ALIGN, ParamUpdate};
 
 /// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
 const CLIP_EPSILON: f64 = 1e-6;
@@ -20,41 +20,67 @@ pub(super) struct Norms {
     pub(super) text_encoder: Option<f64>,
 }
 
+/// The gradients of a step.
+pub(super) struct Collected {
+    /// Of each parameter.
+    each: Vec<Option<Tensor<4>>>,
+    /// Sums of their squares, and whether they belong to text encoders.
+    squares: Vec<(Tensor<1>, bool)>,
+}
+
 impl Trainer<'_> {
+    /// Prepares gradients for being measured and used.
+    ///
+    /// On the CPU the threads share the gradients: there are many small ones. Elsewhere an operation is a launch: there
+    /// they are put behind one another, and everything that follows is done once for all.
+    pub(super) fn collect(&self, gradients: Vec<Option<Tensor<4>>>) -> Collected {
+        let parameters = self.network.parameters().iter();
+        let texts: Vec<bool> = parameters
+            .map(|parameter| parameter.part.is_text())
+            .collect();
+        if !is_cpu(&self.device()) {
+            return side_by_side(gradients, &texts);
+        }
+        let own = gradients.iter().zip(&texts);
+        let own: Vec<_> = own
+            .filter_map(|(g, text)| Some((g.as_ref()?, *text)))
+            .collect();
+        let squares = own.into_par_iter();
+        let squares = squares.map(|(gradient, text)| (gradient.clone().square().sum(), text));
+        Collected {
+            squares: squares.collect(),
+            each: gradients,
+        }
+    }
+
     /// The mean loss and the L2 norms of the gradients, in one read from the device.
     pub(super) fn read_loss_and_norms(
         &self,
         losses: Vec<Tensor<1>>,
-        gradients: &[Option<Tensor<4>>],
+        gradients: &Collected,
     ) -> Result<(f64, Norms), TrainError> {
         let count = losses.len();
-        let mut numbers = losses;
-        numbers.extend(squared_norms(gradients));
-        let none = numbers.len() == count;
+        let squares = &gradients.squares;
         // With dropout of whole adapters a step may have left out all of them.
-        if count == 0 || (none && !self.network.drops()) {
+        if count == 0 || (squares.is_empty() && !self.network.drops()) {
             return Err(TrainError::NothingToTrain);
         }
+        let mut numbers = losses;
+        numbers.extend(squares.iter().map(|(square, _)| square.clone()));
         let numbers = read(Tensor::cat(numbers, 0))?;
-        let (losses, squares) = numbers.split_at(count);
+        let (losses, values) = numbers.split_at(count);
         let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-        let parameters = self.network.parameters().iter().zip(gradients);
-        let parts = parameters.filter_map(|(parameter, gradient)| {
-            gradient.as_ref()?;
-            Some(parameter.part)
-        });
-        let parts: Vec<Part> = parts.collect();
         let of_half = |text: bool| {
-            let own = parts
+            let own = squares
                 .iter()
-                .zip(squares)
-                .filter(|(part, _)| part.is_text() == text);
+                .zip(values)
+                .filter(|((_, of_text), _)| *of_text == text);
             own.map(|(_, square)| f64::from(*square))
                 .sum::<f64>()
                 .sqrt()
         };
         let norms = Norms {
-            all: sum(squares).sqrt(),
+            all: sum(values).sqrt(),
             unet: self.network.covers(Part::UNet).then(|| of_half(false)),
             text_encoder: self.network.covers_text().then(|| of_half(true)),
         };
@@ -64,14 +90,14 @@ impl Trainer<'_> {
     /// Lets the optimizer change the adapters, with the gradients times `grad_scale` and the learning rates of `output`.
     pub(super) fn update(
         &mut self,
-        gradients: Vec<Option<Tensor<4>>>,
+        gradients: Collected,
         grad_scale: f64,
         updates_done: u64,
         output: &StepOutput,
     ) -> Result<(), TrainError> {
-        let mut updates = Vec::with_capacity(gradients.len());
+        let mut updates = Vec::with_capacity(gradients.each.len());
         let parameters = self.network.parameters_mut().iter_mut();
-        for (id, (parameter, gradient)) in parameters.zip(gradients).enumerate() {
+        for (id, (parameter, gradient)) in parameters.zip(gradients.each).enumerate() {
             // A parameter that the loss does not reach (behind clip skip) is left alone, even by weight decay.
             let Some(grad) = gradient else { continue };
             updates.push(ParamUpdate {
@@ -94,13 +120,53 @@ impl Trainer<'_> {
     }
 }
 
-/// The sum of the squares of each gradient. On the CPU the threads share the gradients: there are many small ones.
-fn squared_norms(gradients: &[Option<Tensor<4>>]) -> Vec<Tensor<1>> {
-    let norm = |gradient: &Tensor<4>| gradient.clone().square().sum();
-    let all: Vec<&Tensor<4>> = gradients.iter().flatten().collect();
-    match all.first() {
-        Some(first) if is_cpu(&first.device()) => all.into_par_iter().map(norm).collect(),
-        _ => all.into_iter().map(norm).collect(),
+/// Gradients in one buffer, in their order; the squares are summed by runs of one half of the model.
+fn side_by_side(gradients: Vec<Option<Tensor<4>>>, texts: &[bool]) -> Collected {
+    let elements = |gradient: &Tensor<4>| gradient.shape().num_elements();
+    let mut begins = Vec::with_capacity(gradients.len());
+    let mut length = 0;
+    for gradient in &gradients {
+        begins.push(length);
+        let own = gradient.as_ref().map_or(0, elements);
+        length += own.next_multiple_of(GRADIENT_ALIGN);
+    }
+    let Some(device) = gradients.iter().flatten().next().map(Tensor::device) else {
+        return Collected {
+            each: gradients,
+            squares: Vec::new(),
+        };
+    };
+    let shapes: Vec<Option<[usize; 4]>> = gradients
+        .iter()
+        .map(|gradient| gradient.as_ref().map(Tensor::dims))
+        .collect();
+    let mut long = Tensor::<1>::zeros([length], (&device, DType::F32));
+    // Each is freed once it has been copied.
+    for (gradient, &begin) in gradients.into_iter().zip(&begins) {
+        if let Some(gradient) = gradient {
+            let count = elements(&gradient);
+            long = long.slice_assign([begin..begin + count], gradient.reshape([count]));
+        }
+    }
+    let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
+    let ends = begins.iter().copied().skip(1).chain([length]);
+    for ((&begin, end), &text) in begins.iter().zip(ends).zip(texts) {
+        match runs.last_mut() {
+            Some((range, of_text)) if *of_text == text => range.end = end,
+            _ => runs.push((begin..end, text)),
+        }
+    }
+    let runs = runs.into_iter().filter(|(range, _)| !range.is_empty());
+    let squares = runs.map(|(range, text)| (long.clone().slice([range]).square().sum(), text));
+    let squares = squares.collect();
+    let each = shapes.into_iter().zip(begins).map(|(shape, begin)| {
+        let shape = shape?;
+        let count = shape.iter().product();
+        Some(long.clone().narrow(0, begin, count).reshape(shape))
+    });
+    Collected {
+        each: each.collect(),
+        squares,
     }
 }
 
@@ -111,5 +177,47 @@ pub(super) fn clip_factor(norm: f64, max_norm: f64) -> f64 {
         1.0
     } else {
         factor.min(1.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Distribution};
+
+    use super::*;
+
+    #[test]
+    fn gradients_behind_one_another_are_what_they_were() {
+        let device = Device::flex();
+        let shapes = [
+            Some([1, 1, 3, 5]),
+            None,
+            Some([4, 100, 1, 1]),
+            Some([1, 1, 1, 256]),
+        ];
+        let gradients = shapes.map(|shape| {
+            shape.map(|shape| Tensor::<4>::random(shape, Distribution::Default, &device))
+        });
+        let texts = [true, true, false, false];
+        let found = side_by_side(gradients.to_vec(), &texts);
+        let read = |tensor: &Tensor<4>| tensor.to_data();
+        let before: Vec<_> = gradients.iter().map(|g| g.as_ref().map(read)).collect();
+        let after: Vec<_> = found.each.iter().map(|g| g.as_ref().map(read)).collect();
+        assert_eq!(after, before);
+
+        let square = |index: usize| {
+            let gradient = gradients[index].clone().expect("a gradient");
+            gradient.square().sum().into_scalar::<f32>()
+        };
+        let squares = found.squares.into_iter();
+        let squares: Vec<(f32, bool)> = squares
+            .map(|(sum, text)| (sum.into_scalar::<f32>(), text))
+            .collect();
+        let expected = [(square(0), true), (square(2) + square(3), false)];
+        for ((found, text), (sum, of_text)) in squares.iter().zip(expected) {
+            assert!((found - sum).abs() < 1e-4 * sum, "{found} {sum}");
+            assert_eq!(*text, of_text);
+        }
+        assert_eq!(squares.len(), 2);
     }
 }

@@ -261,6 +261,7 @@ impl<'a> Trainer<'a> {
         }
         let started = Instant::now();
         let scale = self.loss_scale.factor();
+        let gradients = self.collect(gradients);
         let (loss, norms) = self.read_loss_and_norms(losses, &gradients)?;
         let grad_norm = norms.all / scale;
         let updates_done = self.step - self.loss_scale.skipped();
