@@ -41,7 +41,13 @@ impl ModelCatalog {
                 .any(|name| path.join(name).is_file())
         };
         let mut paths = walk(&folder, whole)?;
+        let records = self.records.all();
+        let registered = records
+            .values()
+            .map(|record| self.folder().join(&record.path));
+        paths.extend(registered.filter(|path| path.starts_with(&folder) && path.exists()));
         paths.sort();
+        paths.dedup();
         Ok(paths
             .into_iter()
             .map(|path| self.describe_vae(path))

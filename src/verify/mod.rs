@@ -14,7 +14,7 @@ mod training;
 use std::path::{Path, PathBuf};
 
 use crate::diffusion::devices::{self, DeviceSpec};
-use crate::diffusion::{LoadError, LoadOptions, Precision, StableDiffusion};
+use crate::diffusion::{FILE_ENDINGS, LoadError, LoadOptions, Precision, StableDiffusion};
 use crate::plugin_host::PluginHost;
 
 pub use goldens::GoldenError;
@@ -127,7 +127,10 @@ fn single_file(fixture: &Path) -> Result<Option<PathBuf>, VerifyError> {
     let entries = std::fs::read_dir(fixture).map_err(|error| broken(error.to_string()))?;
     let mut files: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|end| end == "safetensors"))
+        .filter(|path| {
+            let ending = path.extension().and_then(|ending| ending.to_str());
+            ending.is_some_and(|ending| FILE_ENDINGS.contains(&ending))
+        })
         .collect();
     files.sort();
     match files.len() {

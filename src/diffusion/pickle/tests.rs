@@ -51,11 +51,7 @@ fn tensor(offset: u8, shape: [u8; 2], strides: [u8; 2]) -> Vec<u8> {
     for [a, b] in [shape, strides] {
         pickle.extend([b'K', a, b'K', b, 0x86]);
     }
-    pickle.extend(
-        b"\x89Ntrs."
-            .iter()
-            .map(|byte| if *byte == b'r' { b'R' } else { *byte }),
-    );
+    pickle.extend(b"\x89NtRs.");
     pickle
 }
 
@@ -182,9 +178,11 @@ fn archives_that_unpack_are_refused() {
     );
     assert!(bomb.len() < 10_000);
     assert!(refusal(&bomb).contains("compressed"));
-    let other = archive(b"", &[], CompressionMethod::Stored);
-    let other = String::from_utf8_lossy(&other).replace("data.pkl", "data.txt");
-    assert!(refusal(other.as_bytes()).contains("no `data.pkl`"));
+    let mut other = archive(b"", &[], CompressionMethod::Stored);
+    while let Some(at) = other.windows(8).position(|window| window == b"data.pkl") {
+        other[at..at + 8].copy_from_slice(b"data.txt");
+    }
+    assert!(refusal(&other).contains("no `data.pkl`"));
 }
 
 #[test]

@@ -15,6 +15,8 @@ use crate::training::{PluginChoice, TrainSettings};
 
 /// Longest name of a run, in characters.
 const MAX_NAME_CHARS: usize = 128;
+/// Channels of the latents of all generations that are supported.
+const LATENT_CHANNELS: usize = 4;
 /// How far from 0 a priority may be.
 const MAX_PRIORITY: i32 = 100;
 
@@ -173,6 +175,13 @@ impl RunService {
             Some(Vae {
                 info: Err(message), ..
             }) => problem("invalid_value", format!("cannot be used: {message}")),
+            Some(Vae { info: Ok(info), .. }) if info.latent_channels != LATENT_CHANNELS => problem(
+                "invalid_value",
+                format!(
+                    "has latents of {} channels (of a newer model?), Stable Diffusion 1.x, 2.x and XL have {LATENT_CHANNELS}",
+                    info.latent_channels
+                ),
+            ),
             Some(vae) => Ok(Some(vae)),
         })
     }
