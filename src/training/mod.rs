@@ -14,6 +14,8 @@ mod guard_tests;
 pub mod judge;
 pub mod loss_scale;
 pub mod memory;
+#[cfg(test)]
+mod network_tests;
 pub mod objective;
 pub mod optimizer;
 mod position;

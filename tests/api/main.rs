@@ -11,6 +11,7 @@ mod grids;
 mod images;
 mod limits;
 mod models;
+mod networks;
 mod openapi;
 mod operations;
 mod plugins;
