@@ -11,10 +11,11 @@ use crate::diffusion::conditioning::{Added, Condition};
 use crate::diffusion::{Keep, LoadOptions, StableDiffusion};
 use crate::networks::{LoraFile, LoraNetwork};
 
-/// That of the UNet's own goldens.
+/// That of the UNet's own goldens. Ours are computed in f64; torch's own f32 is up to 3e-6 away from them.
 const OUTPUT_TOLERANCE: f32 = 2e-5;
-/// Share of a tensor's largest gradient, which is of the same order in all of them. Sums of f32 in another order.
-const GRADIENT_TOLERANCE: f32 = 2e-4;
+/// Share of a tensor's largest gradient and a hundredth of the largest of all: some gradients are 0 but for rounding (a
+/// shift of channels before a norm over each). The generator prints that of torch's f32.
+const GRADIENT_TOLERANCE: f32 = 5e-4;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -130,10 +131,14 @@ fn check(base: &str, kind: &str) {
     let network = LoraNetwork::load(&file, &mut model, &device).expect("LyCORIS' file");
     let (output, gradients) = run(&mut model, &network, &golden, Keep::Graphs);
     let error = distance(&host(&output), &golden.0["output"].1);
+    println!("{name}: the output differs by {error} at most");
     assert!(error < OUTPUT_TOLERANCE, "{name}: {error} in the output");
 
-    let wanted = golden.0.keys().filter(|key| key.starts_with("grad."));
-    assert_eq!(wanted.count(), network.parameters().len(), "{name}");
+    let wanted = || golden.0.iter().filter(|(key, _)| key.starts_with("grad."));
+    assert_eq!(wanted().count(), network.parameters().len(), "{name}");
+    let most = wanted().map(|(_, (_, values))| largest(values));
+    let floor = 0.01 * most.fold(0.0, f32::max);
+    let mut worst = 0.0_f32;
     for (parameter, gradient) in network.parameters().iter().zip(&gradients) {
         let (shape, expected) = &golden.0[&format!("grad.{}", parameter.name)];
         let gradient = gradient
@@ -141,13 +146,16 @@ fn check(base: &str, kind: &str) {
             .unwrap_or_else(|| panic!("{name}: no gradient of {}", parameter.name));
         let known: usize = shape.iter().product();
         assert_eq!(gradient.shape().num_elements(), known, "{}", parameter.name);
-        let error = distance(&host(gradient), expected) / largest(expected);
+        let error = distance(&host(gradient), expected) / (largest(expected) + floor);
+        worst = worst.max(error);
         assert!(
             error < GRADIENT_TOLERANCE,
             "{name}: {error} in the gradient of {}",
             parameter.name
         );
     }
+
+    println!("{name}: gradients differ by {worst} at most");
 
     // A block that runs again computes the same, to the bit.
     let (again, recomputed) = run(&mut model, &network, &golden, Keep::Inputs);
