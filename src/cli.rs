@@ -10,6 +10,7 @@ use crate::access::Scope;
 use crate::bench::ModelSource;
 use crate::config::Overrides;
 use crate::diffusion::Family;
+use crate::networks::NetworkKind;
 use crate::training::{ComputePrecision, GradientCheckpointing};
 
 /// Trains LoRA adapters for Stable Diffusion on any GPU, behind a REST API.
@@ -215,6 +216,9 @@ pub struct BenchArgs {
     /// Pictures per step.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub batch_size: u32,
+    /// Kind of the adapters, on the layers that each kind has by itself.
+    #[arg(long, value_enum, default_value_t = KindName::Lora)]
+    pub network_kind: KindName,
     /// Rank of the adapters, of UNet and text encoder.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub rank: u32,
@@ -271,6 +275,33 @@ impl From<FamilyName> for Family {
             FamilyName::Sd1 => Self::Sd1,
             FamilyName::Sd2 => Self::Sd2,
             FamilyName::Sdxl => Self::Sdxl,
+        }
+    }
+}
+
+/// Kinds of adapters.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum KindName {
+    /// Two narrow matrices.
+    Lora,
+    /// The same, on convolutions too.
+    Locon,
+    /// The element-wise product of two such products.
+    Loha,
+    /// The Kronecker product of two matrices.
+    Lokr,
+    /// One factor for each output or input.
+    Ia3,
+}
+
+impl From<KindName> for NetworkKind {
+    fn from(name: KindName) -> Self {
+        match name {
+            KindName::Lora => Self::Lora,
+            KindName::Locon => Self::Locon,
+            KindName::Loha => Self::Loha,
+            KindName::Lokr => Self::Lokr,
+            KindName::Ia3 => Self::Ia3,
         }
     }
 }

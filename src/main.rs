@@ -173,6 +173,7 @@ fn run_bench(args: &BenchArgs, plugins: &PluginHost, process_start: Moment) -> R
         resolution_px: args.resolution,
         batch_size: args.batch_size as usize,
         steps: args.steps as usize,
+        network_kind: args.network_kind.into(),
         rank: args.rank as usize,
         unet_only: args.unet_only,
         gradient_checkpointing: args.gradient_checkpointing.into(),

@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::allocator;
 use crate::diffusion::devices::{self, DeviceSpec};
 use crate::diffusion::{CaptionTokens, Family, LoadError, LoadOptions, StableDiffusion, TimeIds};
-use crate::networks::{LoraNetwork, NetworkSettings, TrainParts};
+use crate::networks::{LoraNetwork, NetworkKind, NetworkSettings, TrainParts};
 use crate::plugin_host::PluginHost;
 use crate::training::random::{Stream, generator, normal_tensor, timesteps};
 use crate::training::{
@@ -61,6 +61,8 @@ pub struct BenchOptions {
     pub batch_size: usize,
     /// Steps that are timed, after a first one.
     pub steps: usize,
+    /// Kind of the adapters.
+    pub network_kind: NetworkKind,
     /// Rank of the adapters.
     pub rank: usize,
     /// Whether the text encoders stay as they are: the caption is encoded once, and their memory given back.
@@ -236,6 +238,7 @@ fn model_file(options: &BenchOptions) -> Result<PathBuf, BenchError> {
 fn settings(options: &BenchOptions) -> TrainSettings {
     TrainSettings {
         network: NetworkSettings {
+            kind: options.network_kind,
             rank: options.rank,
             alpha: options.rank as f64,
             ..NetworkSettings::default()

@@ -9,6 +9,7 @@ use super::BenchOptions;
 use super::usage::{Spent, peak_rss_bytes};
 use crate::diffusion::Family;
 use crate::diffusion::devices::DeviceInfo;
+use crate::networks::NetworkKind;
 use crate::training::ComputePrecision;
 use crate::training::GradientCheckpointing;
 
@@ -141,6 +142,8 @@ pub struct BenchReport {
     pub resolution_px: u32,
     /// Pictures per step.
     pub batch_size: usize,
+    /// Kind of the adapters.
+    pub network_kind: NetworkKind,
     /// Rank of the adapters.
     pub rank: usize,
     /// Whether the text encoders stay as they are.
@@ -202,6 +205,7 @@ impl BenchReport {
             model: model.display().to_string(),
             resolution_px: options.resolution_px,
             batch_size: options.batch_size,
+            network_kind: options.network_kind,
             rank: options.rank,
             unet_only: options.unet_only,
             trained_parameters: measured.trained_parameters,
@@ -231,9 +235,10 @@ impl fmt::Display for BenchReport {
         writeln!(f, "device   {} ({})", self.device, self.device_name)?;
         let checkpointing = format!("{:?}", self.gradient_checkpointing).to_lowercase();
         let precision = format!("{:?}", self.precision).to_lowercase();
+        let kind = self.network_kind.algo();
         writeln!(
             f,
-            "training {0} × {0}, batch {1}, rank {2}, {precision}, gradient checkpointing {checkpointing}, \
+            "training {0} × {0}, batch {1}, {kind} of rank {2}, {precision}, gradient checkpointing {checkpointing}, \
              {5}, {3} parameters of {4}",
             self.resolution_px,
             self.batch_size,
@@ -318,6 +323,7 @@ mod tests {
             resolution_px: 512,
             batch_size: 1,
             steps: 3,
+            network_kind: NetworkKind::Lora,
             rank: 32,
             unet_only: false,
             gradient_checkpointing: GradientCheckpointing::None,

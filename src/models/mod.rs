@@ -28,6 +28,8 @@ pub use crate::diffusion::{Family, Layout, ModelInfo, PredictionType, VaeInfo};
 const MAX_DEPTH: usize = 4;
 /// The folder of the model folder that has models of another kind.
 const CAPTIONERS: &str = crate::captioning::catalog::FOLDER;
+/// The folder of the model folder that has LoRA files.
+const LORAS: &str = "lora";
 /// The most models that are listed; a folder with more is not a model folder.
 const MAX_MODELS: usize = 10_000;
 
@@ -126,6 +128,11 @@ impl ModelCatalog {
     /// The model folder.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Where a LoRA file of this name is that runs may begin with; it need not be there.
+    pub fn lora_file(&self, name: &str) -> PathBuf {
+        self.folder.join(LORAS).join(name)
     }
 
     /// What tells a model or VAE apart by content, if that is known; reads no weights.

@@ -155,6 +155,15 @@ impl Form {
         tensors
     }
 
+    /// Whether there is a core with the kernel.
+    pub fn has_core(&self) -> bool {
+        match *self {
+            Self::LowRank { core } | Self::Hadamard { core } => core,
+            Self::Kronecker(form) => form.core,
+            Self::Scale { .. } => false,
+        }
+    }
+
     /// Whether it has a strength, `alpha / rank`.
     pub fn has_alpha(&self) -> bool {
         !matches!(self, Self::Scale { .. })

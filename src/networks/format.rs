@@ -49,6 +49,15 @@ pub struct SavedLora {
 impl LoraFile {
     /// Reads a file; half-precision numbers are widened.
     pub fn read(path: &Path) -> Result<Self, NetworkError> {
+        Self::read_values(path, |_| true)
+    }
+
+    /// The same with the values of single numbers alone: what adapters a file has, not what is in them.
+    pub fn outline(path: &Path) -> Result<Self, NetworkError> {
+        Self::read_values(path, |shape| shape.iter().product::<usize>() == 1)
+    }
+
+    fn read_values(path: &Path, wanted: impl Fn(&[usize]) -> bool) -> Result<Self, NetworkError> {
         let io = |source| NetworkError::Io {
             path: path.to_owned(),
             source,
@@ -62,20 +71,24 @@ impl LoraFile {
             });
         }
         let bytes = fs::read(path).map_err(io)?;
-        Self::parse(&bytes).map_err(|message| NetworkError::Format {
+        Self::parse(&bytes, wanted).map_err(|message| NetworkError::Format {
             path: path.to_owned(),
             message,
         })
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, String> {
+    fn parse(bytes: &[u8], wanted: impl Fn(&[usize]) -> bool) -> Result<Self, String> {
         let (_, header) = SafeTensors::read_metadata(bytes)
             .map_err(|error| format!("no safetensors: {error}"))?;
         let file =
             SafeTensors::deserialize(bytes).map_err(|error| format!("no safetensors: {error}"))?;
         let mut tensors = BTreeMap::new();
         for (key, view) in file.iter() {
-            let data = view.data();
+            let data = if wanted(view.shape()) {
+                view.data()
+            } else {
+                &[]
+            };
             let values = match view.dtype() {
                 Dtype::F32 => decode(data, |bytes: [u8; 4]| f32::from_le_bytes(bytes)),
                 Dtype::F16 => decode(data, |bytes: [u8; 2]| f16::from_le_bytes(bytes).to_f32()),
@@ -342,11 +355,11 @@ mod tests {
 
     #[test]
     fn broken_files_are_refused_with_a_reason() {
-        assert!(LoraFile::parse(b"").is_err());
-        assert!(LoraFile::parse(&[0xff; 64]).is_err());
+        assert!(LoraFile::parse(b"", |_| true).is_err());
+        assert!(LoraFile::parse(&[0xff; 64], |_| true).is_err());
         let header = br#"{"x":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}  "#;
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header, &[0_u8; 8]].concat();
-        let message = LoraFile::parse(&bytes).expect_err("an integer tensor");
+        let message = LoraFile::parse(&bytes, |_| true).expect_err("an integer tensor");
         assert!(message.contains("I64"), "{message}");
     }
 }

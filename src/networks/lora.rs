@@ -12,6 +12,7 @@ use crate::diffusion::{Part, StableDiffusion};
 use crate::kernels::widen;
 use crate::networks::NetworkError;
 use crate::networks::adapters::{self, Moment, Place};
+use crate::networks::beginning::compare;
 use crate::networks::blocks::{Blocks, block_index};
 use crate::networks::filter::LayerFilter;
 use crate::networks::form::{Form, TensorSpec};
@@ -436,63 +437,6 @@ impl TrainParts {
             self.unet
         }
     }
-}
-
-/// Refuses adapters of a file that are not those of the settings.
-fn compare<'a>(
-    found: impl Iterator<Item = &'a Target>,
-    expected: impl Iterator<Item = Target>,
-) -> Result<(), NetworkError> {
-    let mut found: HashMap<&str, &Target> =
-        found.map(|target| (target.name.as_str(), target)).collect();
-    for expected in expected {
-        let Some(found) = found.remove(expected.name.as_str()) else {
-            let message = format!("has no adapter {}", expected.name);
-            return Err(NetworkError::OtherAdapters { message });
-        };
-        let told = |target: &Target| {
-            let form = (target.form, target.dora);
-            // Whole matrices tell no rank, and files may hold alpha in half precision.
-            let scaled = !target.form.is_unscaled() && target.form.has_alpha();
-            let size = scaled.then(|| (target.rank, (target.alpha * 1e3).round()));
-            (form, size)
-        };
-        if told(found) != told(&expected) {
-            let message = format!(
-                "{}: the file has {}, the settings {}",
-                expected.name,
-                words(found),
-                words(&expected)
-            );
-            return Err(NetworkError::OtherAdapters { message });
-        }
-    }
-    match found.keys().min() {
-        Some(name) => Err(NetworkError::OtherAdapters {
-            message: format!("has an adapter {name}, the settings have none there"),
-        }),
-        None => Ok(()),
-    }
-}
-
-fn words(target: &Target) -> String {
-    let form = match target.form {
-        Form::LowRank { .. } => "lora",
-        Form::Hadamard { .. } => "loha",
-        Form::Kronecker(_) => "lokr",
-        Form::Scale { .. } => "ia3",
-    };
-    let shapes: Vec<String> = target
-        .tensors()
-        .iter()
-        .map(|spec| format!("{} {:?}", spec.suffix, spec.shape))
-        .collect();
-    format!(
-        "{form} of rank {}, alpha {} ({})",
-        target.rank,
-        target.alpha,
-        shapes.join(", ")
-    )
 }
 
 fn set_adapter(layer: &mut LayerMut<'_>, adapter: Option<Arc<dyn Adapter>>) {

@@ -211,11 +211,22 @@ impl TrainingRecord {
     }
 
     fn put_training(&self, put: &mut impl FnMut(&str, String) -> Option<String>) {
-        put("network_module", "networks.lora".to_owned());
-        put("network_dim", self.network.rank.to_string());
-        put("network_alpha", float(self.network.alpha));
-        if let Some((rank, alpha)) = self.network.conv() {
-            let args = [("conv_dim", rank.to_string()), ("conv_alpha", float(alpha))];
+        let network = &self.network;
+        let module = if network.is_plain_lora() {
+            "networks.lora"
+        } else {
+            "lycoris.kohya"
+        };
+        put("network_module", module.to_owned());
+        put("network_dim", network.rank.to_string());
+        put("network_alpha", float(network.alpha));
+        let given = |value: f64| (value != 0.0).then_some(value);
+        let neurons = given(network.dropout.neuron);
+        put("network_dropout", optional(neurons, float));
+        let norm = network.scale_weight_norms;
+        put("scale_weight_norms", optional(norm, float));
+        let args = network_args(network);
+        if !args.is_empty() {
             put("network_args", python_json(&Pairs(&args)));
         }
         let rate = self.unet_lr.or(self.text_encoder_lr).unwrap_or(0.0);
@@ -361,6 +372,62 @@ impl BucketRecord {
             .collect();
         python_json(&Pairs(&[("buckets", Pairs(&buckets))]))
     }
+}
+
+/// What sd-scripts is told beside dim and alpha, `--network_args`: for `networks.lora`, or LyCORIS.
+fn network_args(network: &NetworkSettings) -> Vec<(&'static str, String)> {
+    let mut args = Vec::new();
+    let mut put = |key: &'static str, value: Option<String>| {
+        args.extend(value.map(|value| (key, value)));
+    };
+    let on = |given: bool| given.then(|| boolean(true));
+    if !network.is_plain_lora() {
+        // sd-scripts' own layers are those of this preset, or with convolutions nearly those of `full`.
+        let own = match network.conv() {
+            Some(_) => "full",
+            None => "attn-mlp",
+        };
+        let preset = network.preset().map_or(own, |preset| preset.name());
+        put("preset", Some(preset.to_owned()));
+        put("algo", Some(network.kind.algo().to_owned()));
+    }
+    if let Some((rank, alpha)) = network.conv() {
+        put("conv_dim", Some(rank.to_string()));
+        put("conv_alpha", Some(float(alpha)));
+    }
+    put("dora_wd", on(network.dora));
+    put("use_tucker", on(network.tucker));
+    put("factor", network.factor.map(|factor| factor.to_string()));
+    put("decompose_both", on(network.decompose_both));
+    put("full_matrix", on(network.full_matrix));
+    let chance = |value: f64| (value != 0.0).then(|| float(value));
+    put("rank_dropout", chance(network.dropout.rank));
+    put("module_dropout", chance(network.dropout.module));
+    let blocks = &network.blocks;
+    let whole = |list: &Option<Vec<usize>>| {
+        let texts = list.as_ref()?.iter().map(usize::to_string);
+        Some(texts.collect::<Vec<_>>().join(","))
+    };
+    let real = |list: &Option<Vec<f64>>| {
+        let texts = list.as_ref()?.iter().copied().map(float);
+        Some(texts.collect::<Vec<_>>().join(","))
+    };
+    put("block_dims", whole(&blocks.dims));
+    put("block_alphas", real(&blocks.alphas));
+    put("conv_block_dims", whole(&blocks.conv_dims));
+    put("conv_block_alphas", real(&blocks.conv_alphas));
+    put("down_lr_weight", blocks.down_lr_weight.clone());
+    put("mid_lr_weight", blocks.mid_lr_weight.clone());
+    put("up_lr_weight", blocks.up_lr_weight.clone());
+    put("block_lr_zero_threshold", chance(blocks.lr_zero_threshold));
+    let plus = &network.lora_plus;
+    put("loraplus_lr_ratio", plus.ratio.map(float));
+    put("loraplus_unet_lr_ratio", plus.unet_ratio.map(float));
+    put(
+        "loraplus_text_encoder_lr_ratio",
+        plus.text_encoder_ratio.map(float),
+    );
+    args
 }
 
 fn dataset_dirs(subsets: &[SubsetRecord]) -> String {

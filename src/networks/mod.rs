@@ -1,10 +1,13 @@
 //! Adapters of all kinds: which layers get one, how it changes their output, and the files that it lives in.
 
 pub mod adapters;
+pub mod beginning;
 mod blocks;
 mod filter;
 mod form;
 pub mod format;
+#[cfg(test)]
+mod golden_tests;
 mod initial;
 pub mod lora;
 pub mod metadata;

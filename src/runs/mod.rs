@@ -1,6 +1,7 @@
 //! Training runs: what may be asked for, the queue, the process of each run, and its end.
 
 mod attempt;
+mod beginning;
 pub mod captioning;
 mod crash;
 mod folders;

@@ -186,6 +186,11 @@ impl Inputs {
         let (base_model, vae, plugins) = materials.map_or((None, None, Vec::new()), |found| {
             (Some(found.base_model), found.vae, found.plugins)
         });
+        let mut spec = spec.clone();
+        // The LoRA to begin with is told by its digest; its id is this service's.
+        if let Some(from) = &mut spec.settings.network.init_from {
+            from.lora_id = None;
+        }
         Self {
             // Names, numbers and lists of them, all of which have a JSON.
             settings: serde_json::to_value(spec).unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! Runs as the API knows them: made and found here; checked, extended and ended beside it.
 
 mod check;
+mod check_network;
 mod error;
 mod extend;
 mod lifecycle;

@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::attempt::{self, BeginError, Begun};
+use super::beginning;
 use super::captioning;
 use super::folders;
 use super::grid_drawing;
@@ -33,7 +34,7 @@ use crate::store::runs::{Claim, Room, Run, RunFailure, RunState, Wait};
 use crate::store::{Store, StoreError, is_storage_full};
 use crate::training::{
     Control, Phase, ProgressSink as _, Report, ResumeError, ResumeFolder, RunPlace, TrainError,
-    TrainLength, TrainOutcome, TrainingSet, train,
+    TrainLength, TrainOutcome, TrainSettings, TrainingSet, train,
 };
 
 /// How long a worker is believed to be alive after its last sign of life.
@@ -377,18 +378,7 @@ fn run_training(
     };
     let mut model = StableDiffusion::load(&base.path, &load)
         .map_err(|error| RunFailure::new("model_unusable", error))?;
-    let trained = TrainParts {
-        unet: settings.unet_lr != 0.0,
-        text_encoder: settings.text_encoder_lr != 0.0,
-    };
-    let mut network = LoraNetwork::create(
-        &mut model,
-        &settings.network,
-        trained,
-        settings.seed,
-        &device.device,
-    )
-    .map_err(|error| RunFailure::new("training_failed", error))?;
+    let mut network = network(parts, &mut model, settings, &device)?;
 
     let plugin = |error| RunFailure::new("plugin_failed", error);
     let mut optimizer = parts
@@ -446,6 +436,28 @@ pub(super) fn vae_path(
     id: Option<&str>,
 ) -> Result<Option<PathBuf>, RunFailure> {
     Ok(found_vae(models, id)?.map(|vae| vae.path))
+}
+
+/// The adapters: new ones, or those of the LoRA to begin with.
+fn network(
+    parts: &WorkerParts,
+    model: &mut StableDiffusion,
+    settings: &TrainSettings,
+    device: &ComputeDevice,
+) -> Result<LoraNetwork, RunFailure> {
+    let trained = TrainParts {
+        unet: settings.unet_lr != 0.0,
+        text_encoder: settings.text_encoder_lr != 0.0,
+    };
+    let (of_run, device) = (&settings.network, &device.device);
+    let made = match &of_run.init_from {
+        None => LoraNetwork::create(model, of_run, trained, settings.seed, device),
+        Some(from) => {
+            let file = beginning::find(&parts.store, &parts.models, from)?;
+            LoraNetwork::continue_from(&file, model, of_run, trained, device)
+        }
+    };
+    made.map_err(|error| RunFailure::new("training_failed", error))
 }
 
 /// Where the run's files go, and what its resume points belong to.

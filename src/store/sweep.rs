@@ -59,7 +59,11 @@ impl Store {
             .await?;
         for id in runs {
             match self.run(id).await {
-                Ok(run) => named.extend(run.provenance_sha256.as_deref().and_then(parse_digest)),
+                Ok(run) => {
+                    named.extend(run.provenance_sha256.as_deref().and_then(parse_digest));
+                    // The LoRA that it begins with may be gone from its own row.
+                    named.extend(digests_in(&run.spec));
+                }
                 Err(StoreError::NotFound) => {} // deleted meanwhile
                 Err(error) => return Err(error),
             }

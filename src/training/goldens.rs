@@ -194,6 +194,14 @@ fn golden_batch(inputs: &Goldens, index: usize) -> MicroBatch {
     }
 }
 
+/// The first of the golden batches.
+pub(super) fn golden_batches(count: usize) -> Vec<MicroBatch> {
+    let inputs = Goldens::read("train_inputs.safetensors");
+    (0..count)
+        .map(|index| golden_batch(&inputs, index))
+        .collect()
+}
+
 fn load_lora(model: &mut StableDiffusion, name: &str) -> LoraNetwork {
     let path = fixture("goldens").join(name);
     LoraNetwork::load(&path, model, &Device::flex()).expect("a golden LoRA")

@@ -15,6 +15,8 @@ pub mod judge;
 pub mod loss;
 pub mod loss_scale;
 pub mod memory;
+#[cfg(test)]
+mod network_tests;
 pub mod noise;
 pub mod objective;
 #[cfg(test)]

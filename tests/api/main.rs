@@ -12,6 +12,7 @@ mod images;
 mod limits;
 mod model_files;
 mod models;
+mod networks;
 mod objectives;
 mod openapi;
 mod operations;

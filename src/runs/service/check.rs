@@ -59,8 +59,10 @@ impl RunService {
         mut request: NewRunRequest,
     ) -> Result<Checked, RunError> {
         self.own_names(&mut request.settings);
-        let mut problems = self.check_values(&request);
         let base = self.find_model(&request.base_model).await?;
+        let of_network = self.check_network(&base, &mut request.settings).await?;
+        let mut problems = self.check_values(&request);
+        problems.extend(of_network);
         if let Some(problem) = base.problem() {
             let message = format!("cannot be trained: {problem}");
             problems.push(RunProblem::new("/base_model", "invalid_value", message));
