@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::backend::Cube;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use lorasmith_abi::host::blocks::BLOCK;
 use lorasmith_abi::host::{Binary, Dims, Scalar, Tensors as _};
 
@@ -178,7 +178,7 @@ pub(super) fn neighbours(
     for (tensor, &begin) in tensors.iter().zip(begins) {
         let part = primitive(tensor)?;
         let place = part.handle.offset_start.unwrap_or(0);
-        let next = part.handle.memory.id() == whole.handle.memory.id()
+        let next = part.handle.memory.descriptor() == whole.handle.memory.descriptor()
             && place == start + bytes(begin)
             && part.dtype == DType::F32
             && part.meta.strides()[..] == [1];

@@ -145,7 +145,8 @@ fn side_by_side(gradients: Vec<Option<Tensor<4>>>, texts: &[bool]) -> Collected 
     for (gradient, &begin) in gradients.into_iter().zip(&begins) {
         if let Some(gradient) = gradient {
             let count = elements(&gradient);
-            long = long.slice_assign([begin..begin + count], gradient.reshape([count]));
+            let range = begin..begin + count;
+            long = long.slice_assign([range], gradient.reshape([count]));
         }
     }
     let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
