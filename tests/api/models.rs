@@ -165,10 +165,10 @@ fn other_models_are_named() {
     );
     let text = "cond_stage_model.transformer.text_model.final_layer_norm.bias";
     let clip = "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias";
-    let unet =
-        |channels: &'static [usize; 4]| vec![(input, &channels[..]), (output, &[4, 8, 3, 3][..])];
-    let one = &[1][..];
-    let sd1 = |channels| [unet(channels), vec![(text, one)]].concat();
+    const OUT: &[usize] = &[4, 8, 3, 3];
+    let unet = |channels: &'static [usize]| vec![(input, channels), (output, OUT)];
+    let one: &[usize] = &[1];
+    let sd1 = |channels: &'static [usize]| [unet(channels), vec![(text, one)]].concat();
     let cases: Vec<(&str, Vec<(&str, &[usize])>, Option<&str>)> = vec![
         ("pix2pix", sd1(&[8, 8, 3, 3]), Some("instruct-pix2pix")),
         ("inpainting", sd1(&[8, 9, 3, 3]), Some("9 to 4 channels")),
