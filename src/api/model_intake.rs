@@ -254,7 +254,8 @@ impl From<IntakeError> for Problem {
     fn from(error: IntakeError) -> Self {
         let text = error.to_string();
         match error {
-            IntakeError::Name(_) => Self::field(Code::InvalidModel, "/path", "invalid_value", text),
+            IntakeError::Name(_) => Self::field(Code::InvalidModel, "/name", "invalid_value", text),
+            IntakeError::Path(_) => Self::field(Code::InvalidModel, "/path", "invalid_value", text),
             IntakeError::Missing(_) => Self::field(Code::InvalidModel, "/path", "not_found", text),
             IntakeError::Refused(_) => Self::new(Code::InvalidModel, text),
             IntakeError::Exists(_) => Self::new(Code::ModelExists, text),

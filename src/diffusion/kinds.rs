@@ -103,6 +103,15 @@ pub fn other(weights: &Weights) -> Option<Other> {
     })
 }
 
+/// Parts of names that only models of moving pictures have.
+const OF_VIDEO: [&str; 4] = [".time_stack.", ".time_mix", ".temporal_", ".temopral_"];
+
+/// Whether a file that is laid out like Stable Diffusion draws moving pictures.
+pub fn is_video(weights: &Weights) -> bool {
+    let of_video = |key: &str| OF_VIDEO.iter().any(|part| key.contains(part));
+    weights.stored().any(|(key, ..)| of_video(key))
+}
+
 /// What a UNet is told besides the noisy latent, by the channels that go into it and the latent's.
 pub fn of_channels(channels: usize, latent: usize) -> &'static str {
     match channels.checked_sub(latent) {

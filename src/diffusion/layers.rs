@@ -186,8 +186,12 @@ pub struct Conv2d {
 impl Conv2d {
     /// A convolution of weights that are there already.
     pub fn new(weight: Tensor<4>, bias: Option<Tensor<1>>, stride: usize, padding: usize) -> Self {
+        Self::ordered(kernels::order_by_taps(weight), bias, stride, padding)
+    }
+
+    fn ordered(weight: Tensor<4>, bias: Option<Tensor<1>>, stride: usize, padding: usize) -> Self {
         Self {
-            weight: kernels::order_by_taps(weight),
+            weight,
             bias,
             stride: [stride, stride],
             padding: [padding, padding],
@@ -208,9 +212,14 @@ impl Conv2d {
     ) -> Result<Self, LoadError> {
         let weight = weights.tensor("weight", [c_out, c_in, kernel, kernel])?;
         let bias = optional_bias(weights, c_out)?;
+        let (stride, padding) = (1, kernel / 2);
+        if weights.only_shapes() {
+            // Ordered they would take memory, and nothing is computed with them.
+            return Ok(Self::ordered(weight, bias, stride, padding));
+        }
         Ok(Self {
             precision: weights.precision(),
-            ..Self::new(weight, bias, 1, kernel / 2)
+            ..Self::new(weight, bias, stride, padding)
         })
     }
 

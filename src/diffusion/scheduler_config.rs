@@ -12,6 +12,8 @@ const MAX_TIMESTEPS: usize = 100_000;
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 pub struct SchedulerConfig {
+    #[serde(rename = "_class_name")]
+    class_name: String,
     beta_schedule: String,
     beta_start: f64,
     beta_end: f64,
@@ -25,6 +27,7 @@ impl Default for SchedulerConfig {
     /// diffusers' defaults, which a file leaves out.
     fn default() -> Self {
         Self {
+            class_name: String::new(),
             beta_schedule: "linear".to_owned(),
             beta_start: 0.0001,
             beta_end: 0.02,
@@ -39,6 +42,15 @@ impl Default for SchedulerConfig {
 impl SchedulerConfig {
     /// The schedule and what the UNet predicts; or what is wrong with the values.
     pub fn resolve(self) -> Result<(NoiseSchedule, PredictionType), String> {
+        if ["EDM", "FlowMatch"]
+            .iter()
+            .any(|kind| self.class_name.starts_with(kind))
+        {
+            return Err(format!(
+                "`_class_name` is `{}`, expected a schedule of discrete steps",
+                self.class_name
+            ));
+        }
         let prediction = match self.prediction_type.as_str() {
             "epsilon" => PredictionType::Epsilon,
             "v_prediction" => PredictionType::VPrediction,
@@ -127,6 +139,7 @@ mod tests {
         for (text, named) in [
             (r#"{"beta_schedule": "squaredcos_cap_v2"}"#, "beta_schedule"),
             (r#"{"prediction_type": "sample"}"#, "prediction_type"),
+            (r#"{"_class_name": "EDMEulerScheduler"}"#, "_class_name"),
             (r#"{"beta_end": 2.0}"#, "beta_end"),
             (r#"{"num_train_timesteps": 0}"#, "num_train_timesteps"),
             (r#"{"trained_betas": []}"#, "trained_betas"),

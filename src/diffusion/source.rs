@@ -102,6 +102,9 @@ impl Source {
             found,
             expected: expected.to_owned(),
         };
+        if kinds::is_video(unet) {
+            return Err(unsupported("a video model".to_owned(), SUPPORTED));
+        }
         if self.refiner {
             return Err(unsupported(
                 "the refiner of Stable Diffusion XL".to_owned(),
@@ -122,6 +125,12 @@ impl Source {
         let channels = [first.get(1), last.first()].map(|count| count.copied().unwrap_or(0));
         if channels[0] != channels[1] {
             return Err(other_channels(&self.path, channels, channels[1]));
+        }
+        if unet.has("time_embedding.cond_proj.weight") {
+            return Err(unsupported(
+                "a UNet that is told its guidance (a distilled model, LCM)".to_owned(),
+                SUPPORTED,
+            ));
         }
         let told = unet.has("add_embedding.linear_1.weight");
         if unet.has("class_embedding.linear_1.weight") || (told && self.family != Family::Sdxl) {

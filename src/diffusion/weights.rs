@@ -356,6 +356,11 @@ impl WeightsAt<'_> {
         self.weights.precision()
     }
 
+    /// Whether only names and shapes are looked at.
+    pub fn only_shapes(&self) -> bool {
+        self.weights.options.only_shapes
+    }
+
     /// Whether the tensor is there.
     pub fn has(&self, name: &str) -> bool {
         let key = self.key(name);

@@ -39,9 +39,12 @@ pub enum Taken {
 /// Why something is not taken in, or stays.
 #[derive(Debug, thiserror::Error)]
 pub enum IntakeError {
-    /// The name or path cannot be used.
+    /// The name of an upload cannot be used.
     #[error("{0}")]
     Name(String),
+    /// The path to register cannot be used.
+    #[error("{0}")]
+    Path(String),
     /// There is nothing at the path.
     #[error("there is no file or folder `{0}` in the model folder")]
     Missing(String),
@@ -156,7 +159,7 @@ impl ModelCatalog {
     /// Registers what lies in the model folder already: it is opened, and listed from now on wherever it lies there.
     ///
     /// # Errors
-    /// [`IntakeError::Name`] for a path that leads outside, [`IntakeError::Missing`], [`IntakeError::Refused`].
+    /// [`IntakeError::Path`] for one that leads outside, [`IntakeError::Missing`], [`IntakeError::Refused`].
     pub fn register(&self, kind: Kind, below: &str) -> Result<Taken, IntakeError> {
         let path = self.inside(kind, below)?;
         check(kind, &path).map_err(IntakeError::Refused)?;
@@ -231,7 +234,7 @@ impl ModelCatalog {
 
     /// A path of the model folder that leads nowhere else, by whatever links.
     fn inside(&self, kind: Kind, below: &str) -> Result<PathBuf, IntakeError> {
-        let wrong = |reason: &str| IntakeError::Name(format!("`{}` {reason}", short(below)));
+        let wrong = |reason: &str| IntakeError::Path(format!("`{}` {reason}", short(below)));
         if below.is_empty() || below.len() > MAX_PATH_BYTES || below.contains(['\0', '\\']) {
             return Err(wrong("is no path below the model folder"));
         }

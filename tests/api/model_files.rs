@@ -190,6 +190,11 @@ fn a_separate_vae_makes_the_latents_and_is_told_everywhere() {
     );
     write(folder.path(), "vae/whole.ckpt", &checkpoint_of(&tiny()));
     write(folder.path(), "vae/notes.safetensors", b"nothing");
+    let diffusers = fixtures().join("diffusers/vae");
+    for name in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        let content = std::fs::read(diffusers.join(name)).expect("a fixture");
+        write(folder.path(), &format!("vae/folder/{name}"), &content);
+    }
     let listed = service.get("/v1/vaes").expect(200);
     let named: Vec<(&Value, &Value)> = listed["data"]
         .as_array()
@@ -197,7 +202,12 @@ fn a_separate_vae_makes_the_latents_and_is_told_everywhere() {
         .iter()
         .map(|vae| (&vae["name"], &vae["usable"]))
         .collect();
-    let expected = [("notes", false), ("other", true), ("whole.ckpt", true)];
+    let expected = [
+        ("folder", true),
+        ("notes", false),
+        ("other", true),
+        ("whole.ckpt", true),
+    ];
     let expected = expected.map(|(name, usable)| (json!(name), json!(usable)));
     assert_eq!(
         named,
@@ -215,10 +225,12 @@ fn a_separate_vae_makes_the_latents_and_is_told_everywhere() {
     };
     let (own, _) = run(Value::Null);
     let (whole, _) = run(json!("whole.ckpt"));
+    let (parts, _) = run(json!("folder"));
     let (other, path) = run(json!("other"));
     let [(_, own), (_, whole), (metadata, other)] =
         [&own, &whole, &other].map(|run| lora(&service, run));
     assert_eq!(own, whole, "the same VAE in another file");
+    assert_eq!(own, lora(&service, &parts).1, "the same VAE in a folder");
     assert_ne!(own, other);
     assert_eq!(metadata["ss_vae_name"], "other.safetensors");
     let vae = service.get("/v1/vaes/other").expect(200);

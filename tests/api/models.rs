@@ -155,6 +155,96 @@ fn family_and_prediction_are_told_by_tensors() {
     }
 }
 
+/// What is no base model at all is left out; what is one of another kind is listed with what it is.
+#[test]
+fn other_models_are_named() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (input, output) = (
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.out.2.weight",
+    );
+    let text = "cond_stage_model.transformer.text_model.final_layer_norm.bias";
+    let clip = "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias";
+    const OUT: &[usize] = &[4, 8, 3, 3];
+    let unet = |channels: &'static [usize]| vec![(input, channels), (output, OUT)];
+    let one: &[usize] = &[1];
+    let sd1 = |channels: &'static [usize]| [unet(channels), vec![(text, one)]].concat();
+    let cases: Vec<(&str, Vec<(&str, &[usize])>, Option<&str>)> = vec![
+        ("pix2pix", sd1(&[8, 8, 3, 3]), Some("instruct-pix2pix")),
+        ("inpainting", sd1(&[8, 9, 3, 3]), Some("9 to 4 channels")),
+        ("depth", sd1(&[8, 5, 3, 3]), Some("a depth map")),
+        ("upscaler", sd1(&[8, 7, 3, 3]), Some("an upscaler")),
+        (
+            "flux",
+            vec![("double_blocks.0.img_attn.norm.key_norm.scale", one)],
+            Some("a Flux model"),
+        ),
+        (
+            "sd3",
+            vec![(
+                "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+                one,
+            )],
+            Some("Stable Diffusion 3"),
+        ),
+        (
+            "video",
+            [
+                unet(&[8, 8, 3, 3]),
+                vec![
+                    ("conditioner.embedders.0.open_clip.model.ln_final.bias", one),
+                    (
+                        "model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.bias",
+                        one,
+                    ),
+                ],
+            ]
+            .concat(),
+            Some("a video model"),
+        ),
+        (
+            "edm",
+            [unet(&[8, 4, 3, 3]), vec![(clip, one), ("edm_mean", one)]].concat(),
+            Some("another kind of noise"),
+        ),
+        ("unet", unet(&[8, 4, 3, 3]), Some("without a text encoder")),
+        (
+            "lora",
+            vec![("lora_unet_mid_block_attentions_0_proj_in.alpha", one)],
+            None,
+        ),
+        (
+            "vae",
+            vec![("decoder.up.0.block.0.conv1.weight", one)],
+            None,
+        ),
+        ("embedding", vec![("emb_params", one)], None),
+    ];
+    for (name, tensors, _) in &cases {
+        write_header(&folder.path().join(format!("{name}.safetensors")), tensors);
+    }
+    let models = folder.path().to_owned();
+    let service = Service::start_with(move |config| config.models_dir = models);
+    for (name, _, said) in cases {
+        let answer = service.get(&format!("/v1/models/{name}"));
+        let Some(said) = said else {
+            answer.problem(404, "model_not_found");
+            let path = json!({"path": format!("{name}.safetensors")});
+            service
+                .post("/v1/models", &path)
+                .problem(422, "invalid_model");
+            continue;
+        };
+        let model = answer.expect(200);
+        let problem = model["problem"].as_str().unwrap_or_default();
+        assert!(
+            problem.contains(said) && problem.contains("supported"),
+            "{name}: {problem}"
+        );
+        assert_eq!(model["trainable"], false);
+    }
+}
+
 #[test]
 fn every_generation_is_trained_and_drawn_with() {
     let folder = tempfile::tempdir().expect("a folder");
