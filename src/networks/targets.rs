@@ -139,14 +139,17 @@ impl Target {
         if made { elements } else { 0 }
     }
 
-    /// The same, where the graph keeps it: convolutions keep their weights, lengths of rows those and two more.
+    /// How many such matrices of f32 the graph keeps, in elements: those of convolutions, and three where lengths of rows
+    /// are trained. For the lengths of a LoRA a convolution's weight is put in another order, in half precision.
     pub fn kept_elements(&self) -> usize {
         let conv = matches!(self.shape, LayerShape::Conv { .. });
-        let kept = match self.form {
-            Form::Hadamard { .. } => usize::from(conv) + 3 * usize::from(self.dora),
-            _ => 3 * usize::from(self.dora),
-        };
-        kept * self.rebuilt_elements()
+        let elements: usize = self.shape.dims().iter().product();
+        match self.form {
+            Form::LowRank { .. } if self.dora && self.shape.is_wide_conv() => elements / 2,
+            Form::LowRank { .. } | Form::Scale { .. } => 0,
+            Form::Hadamard { .. } => elements * (usize::from(conv) + 3 * usize::from(self.dora)),
+            Form::Kronecker(_) => elements * 3 * usize::from(self.dora),
+        }
     }
 }
 

@@ -319,7 +319,7 @@ fn a_file_is_the_beginning_of_a_run() {
             .save(&path, Default::default(), Default::default())
             .expect("a file");
         let expected = LoraFile::read(&path).expect("a file").tensors;
-        let mut begin = |settings: &NetworkSettings, parts: TrainParts| {
+        let begin = |settings: &NetworkSettings, parts: TrainParts| {
             let mut model = load_model(fixture("diffusers"));
             LoraNetwork::continue_from(&path, &mut model, settings, parts, &device)
         };
