@@ -61,6 +61,8 @@ codes! {
     DatasetInUse = "dataset_in_use", 409, "A run uses the dataset";
     SubsetNotFound = "subset_not_found", 404, "There is no such subset";
     ImageNotFound = "image_not_found", 404, "There is no such image";
+    MaskNotFound = "mask_not_found", 404, "The image has no mask";
+    InvalidMask = "invalid_mask", 422, "The picture cannot be the image's mask";
     InvalidDataset = "invalid_dataset", 422, "The dataset's description has a wrong value";
     InvalidSubset = "invalid_subset", 422, "The subset's description has a wrong value";
     InvalidCaption = "invalid_caption", 422, "The caption cannot be kept";

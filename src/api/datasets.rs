@@ -468,6 +468,7 @@ impl From<DatasetError> for Problem {
                 let message = error.to_string();
                 return Problem::field(Code::InvalidCaption, "/caption", "invalid_value", message);
             }
+            DatasetError::Mask(_) => Code::InvalidMask,
             DatasetError::UploadNotFound(_) => Code::UploadNotFound,
             DatasetError::InvalidUpload(fields) => return wrong(Code::InvalidUpload, fields),
             DatasetError::TooManyUploads(_) => Code::TooManyUploads,

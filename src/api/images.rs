@@ -40,7 +40,7 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
     "subset_id": "019a9c1e-7b5f-7d21-8c43-5e6f7a8b9c0d", "subset": "10_lumo", "file_name": "lumo_00.png",
     "caption": "lumo, a small robot", "color_correction": null, "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "media_type": "image/png", "size_bytes": 5120, "width_px": 64, "height_px": 64,
-    "has_alpha": false, "background": null, "created_at": "2026-11-25T06:40:02Z", "updated_at": "2026-11-25T06:40:02Z"
+    "has_alpha": false, "background": null, "mask_sha256": null, "created_at": "2026-11-25T06:40:02Z", "updated_at": "2026-11-25T06:40:02Z"
 }))]
 pub struct Image {
     pub id: Uuid,
@@ -64,6 +64,8 @@ pub struct Image {
     pub has_alpha: bool,
     /// What it is laid on where it is transparent, as the upload said; `null` drops alpha, as sd-scripts does.
     pub background: Option<String>,
+    /// Of its mask, in lower-case hex; `null` without one.
+    pub mask_sha256: Option<String>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
@@ -294,7 +296,7 @@ pub async fn get_image_content(
     download::serve(&request, file).await
 }
 
-fn image_answer(image: rows::Image) -> HttpResponse {
+pub(super) fn image_answer(image: rows::Image) -> HttpResponse {
     HttpResponse::Ok()
         .insert_header((header::ETAG, etag(image.revision)))
         .json(Image::from(image))
@@ -317,6 +319,7 @@ impl From<rows::Image> for Image {
             height_px: image.height_px,
             has_alpha: image.has_alpha,
             background: image.background,
+            mask_sha256: image.mask_sha256,
             created_at: image.created_at,
             updated_at: image.updated_at,
         }

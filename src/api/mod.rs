@@ -19,7 +19,8 @@ mod events;
 pub mod extract;
 mod framing;
 pub mod idempotency;
-pub mod images;
+pub mod image_masks;
+mod images;
 pub mod limits;
 pub mod loras;
 pub mod metrics;
@@ -102,6 +103,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(captioning_jobs::routes)
             .configure(captioning_results::routes)
             .configure(images::routes)
+            .configure(image_masks::routes)
             .configure(captions::routes)
             .configure(uploads::routes)
             .configure(upload_parts::routes)

@@ -27,7 +27,9 @@ pub fn source(store: &Store, run: &Run, pinned: PinnedDataset, spec: &RunSpec) -
             .into_iter()
             .map(|image| {
                 let content = store.blobs().path(&image.sha256);
-                exported(image, content)
+                let mask = image.mask_sha256.as_deref();
+                let mask = mask.map(|sha256| store.blobs().path(sha256));
+                exported(image, content, mask)
             })
             .collect(),
         general,
@@ -46,7 +48,7 @@ fn subset(subset: SnapshotSubset) -> ExportSubset {
     }
 }
 
-fn exported(image: SnapshotImage, content: PathBuf) -> ExportImage {
+fn exported(image: SnapshotImage, content: PathBuf, mask: Option<PathBuf>) -> ExportImage {
     ExportImage {
         content,
         // Runs that have kept no names have pictures of any format; sd-scripts looks at the ending.
@@ -56,6 +58,7 @@ fn exported(image: SnapshotImage, content: PathBuf) -> ExportImage {
         sha256: image.sha256,
         subset: image.subset,
         caption: (!image.captioned_by_prompt).then_some(image.caption),
+        mask,
     }
 }
 

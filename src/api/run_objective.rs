@@ -24,9 +24,10 @@ pub struct Loss {
     /// Factor of their threshold with `exponential` and `constant` (`--huber_scale`).
     #[schema(exclusive_minimum = 0, maximum = 100)]
     pub huber_scale: f64,
-    /// Whether pictures count only as far as they are opaque (`--alpha_mask`): the loss of each place of the latents is
-    /// multiplied by the mean alpha there, and its mean stays that over the whole picture. A picture without
-    /// transparency counts wholly. What is transparent is still laid on the image's `background`.
+    /// Whether pictures count only where their mask says (`--masked_loss`), or as far as they are opaque where they have
+    /// none (`--alpha_mask`): the loss of each place of the latents is multiplied by the mean of the mask there, and its
+    /// mean stays that over the whole picture. A picture without mask and transparency counts wholly. What is transparent
+    /// is still laid on the image's `background`. Masks come by `PUT …/images/{image_id}/mask`.
     pub masked: bool,
     /// Weight `1 / √snr`, or `1 / (snr + 1)` of a v-prediction (`--debiased_estimation_loss`).
     pub debiased_estimation: bool,

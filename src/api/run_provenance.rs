@@ -133,6 +133,10 @@ pub struct ProvenanceImage {
     /// What it was laid on where it is transparent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// Of its mask; absent where it had none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub mask_sha256: Option<String>,
     /// What was done to its colours; absent where nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub color_correction: Option<ColorCorrection>,

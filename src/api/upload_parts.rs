@@ -241,7 +241,8 @@ pub async fn put_upload_part(
         let detail = format!("found part {number}, expected 1 to {MAX_PARTS}");
         return Err(Problem::new(Code::InvalidUpload, detail));
     }
-    let size_bytes = announced_length(request.headers(), &upload)?;
+    let most = MAX_PART_BYTES.min(upload.size_bytes);
+    let size_bytes = announced_length(request.headers(), most, Code::InvalidUpload)?;
     let expected = content_digest(request.headers())?;
     let scratch = datasets.scratch()?;
     let written = scratch.path().join("part");
@@ -338,8 +339,12 @@ fn announcement(body: CreateUpload) -> Result<Announcement, Problem> {
     })
 }
 
-/// What the part will be long, before anything of it is read.
-fn announced_length(headers: &HeaderMap, upload: &rows::PartedUpload) -> Result<u64, Problem> {
+/// How long the body will be, before anything of it is read; `empty` is the problem of one without a byte.
+pub(super) fn announced_length(
+    headers: &HeaderMap,
+    most: u64,
+    empty: Code,
+) -> Result<u64, Problem> {
     let text = headers.get(header::CONTENT_LENGTH);
     let length = text.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let Some(length) = length else {
@@ -347,9 +352,8 @@ fn announced_length(headers: &HeaderMap, upload: &rows::PartedUpload) -> Result<
         return Err(Problem::new(Code::LengthRequired, detail));
     };
     if length == 0 {
-        return Err(Problem::new(Code::InvalidUpload, "the part is empty"));
+        return Err(Problem::new(empty, "the body is empty"));
     }
-    let most = MAX_PART_BYTES.min(upload.size_bytes);
     if length > most {
         let detail = format!("found {length} bytes, expected at most {most}");
         return Err(Problem::new(Code::PayloadTooLarge, detail));
@@ -380,7 +384,7 @@ fn content_digest(headers: &HeaderMap) -> Result<Option<[u8; 32]>, Problem> {
 }
 
 /// Writes a body to a file; its SHA-256.
-async fn receive(
+pub(super) async fn receive(
     mut payload: web::Payload,
     path: &Path,
     expected: u64,

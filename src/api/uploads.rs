@@ -101,6 +101,8 @@ pub struct UploadedFile {
 pub enum UploadedKind {
     Image,
     Caption,
+    /// What of an image counts in the loss: a picture named `a.mask.png` beside `a.png`, or `masks/a.png`.
+    Mask,
     Archive,
     /// `metadata.jsonl`, `metadata.csv`, or sd-scripts' dataset settings.
     Metadata,
@@ -141,8 +143,9 @@ pub struct UploadSummary {
 ///
 /// Images, caption files and archives, in any number and order; the body is streamed to disk. Files are judged by their
 /// content, one by one: what is wrong with one keeps none of the others out, and what was done to one is remarked. A
-/// caption whose image is in the dataset already replaces that image's caption. Archives may lie in archives. For large
-/// ones over bad lines there are uploads in parts: `POST /v1/datasets/{dataset_id}/uploads`.
+/// caption whose image is in the dataset already replaces that image's caption. A picture `a.mask.png` beside `a.png`, or
+/// `masks/a.png`, is that image's mask, for runs with `loss.masked`. Archives may lie in archives. For large ones over bad
+/// lines there are uploads in parts: `POST /v1/datasets/{dataset_id}/uploads`.
 #[utoipa::path(
     tag = "images",
     params(("dataset_id" = Uuid, Path, description = "The dataset's id")),
@@ -261,6 +264,7 @@ impl From<report::FileKind> for UploadedKind {
         match kind {
             report::FileKind::Image => Self::Image,
             report::FileKind::Caption => Self::Caption,
+            report::FileKind::Mask => Self::Mask,
             report::FileKind::Archive => Self::Archive,
             report::FileKind::Metadata => Self::Metadata,
             report::FileKind::Other => Self::Other,

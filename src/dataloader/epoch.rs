@@ -161,6 +161,7 @@ mod tests {
             caption: String::new(),
             repeats,
             regularization,
+            mask: None,
             background: None,
             augment: Augment::default(),
             correction: None,

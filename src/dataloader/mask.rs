@@ -7,7 +7,8 @@ use image::{DynamicImage, GrayImage};
 use super::pixels::{decode_whole, resize};
 use super::{BucketSettings, DataError, Energy, Look, Window};
 
-/// The mask of a picture at its training size, cut and flipped as the picture; `None` where all of it counts wholly.
+/// The mask of a picture at its training size, cut and flipped as the picture; `None` where all of it counts wholly. It is
+/// a file of its own, or the picture's alpha.
 ///
 /// `Look` is the picture's: only what says where it is cut and whether it is flipped is of use here.
 ///
@@ -15,16 +16,18 @@ use super::{BucketSettings, DataError, Energy, Look, Window};
 /// When a file cannot be decoded.
 pub fn load_mask(
     path: &Path,
+    own: Option<&Path>,
     settings: &BucketSettings,
     look: Look,
 ) -> Result<Option<GrayImage>, DataError> {
     let mut picture = decode_whole(path)?;
-    let Some(mask) = picture.alpha.take() else {
+    let alpha = picture.alpha.take();
+    let Some(mask) = own.map(grey).transpose()?.or_else(|| alpha.clone()) else {
         return Ok(None);
     };
     let placement = settings.place(picture.rgb.width(), picture.rgb.height());
     let energy = (look.window == Window::Smart).then(|| {
-        picture.alpha = Some(mask.clone()); // edges are those of the picture on its background
+        picture.alpha = alpha; // edges are those of the picture on its background
         Energy::of(&picture.flatten(look.background))
     });
     let (left, top) = placement.origin(look.window, energy.as_ref());
@@ -38,6 +41,11 @@ pub fn load_mask(
     Ok(Some(GrayImage::from_fn(width, height, |x, y| {
         image::Luma([mask.get_pixel(x, y).0[0]])
     })))
+}
+
+/// What is in a file of a mask.
+fn grey(path: &Path) -> Result<GrayImage, DataError> {
+    Ok(DynamicImage::from(decode_whole(path)?.rgb).into_luma8())
 }
 
 /// A mask at the size of the latents, 0 to 1: `[height, width]`, each the mean of the area that it covers.
@@ -90,7 +98,9 @@ mod tests {
             .save(&path)
             .unwrap();
         let columns = |look: Look| {
-            let mask = load_mask(&path, &settings(16, 8), look).unwrap().unwrap();
+            let mask = load_mask(&path, None, &settings(16, 8), look)
+                .unwrap()
+                .unwrap();
             assert_eq!(mask.dimensions(), (16, 8));
             (mask.get_pixel(0, 3).0[0], mask.get_pixel(15, 3).0[0])
         };
@@ -106,8 +116,28 @@ mod tests {
         };
         assert_eq!(columns(drawn), (255, 128));
         image::RgbImage::new(16, 8).save(&path).unwrap();
-        let opaque = load_mask(&path, &settings(16, 8), Look::default()).unwrap();
+        let opaque = load_mask(&path, None, &settings(16, 8), Look::default()).unwrap();
         assert_eq!(opaque, None);
+    }
+
+    #[test]
+    fn a_mask_of_its_own_may_be_smaller_and_comes_before_transparency() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, own) = (folder.path().join("a.png"), folder.path().join("mask.png"));
+        let clear = RgbaImage::from_pixel(32, 16, Rgba([0, 0, 0, 0]));
+        clear.save(&path).unwrap();
+        let half = GrayImage::from_fn(16, 8, |x, _| image::Luma([if x < 8 { 255 } else { 0 }]));
+        half.save(&own).unwrap();
+        let look = Look {
+            flipped: true,
+            ..Look::default()
+        };
+        let mask = load_mask(&path, Some(&own), &settings(32, 16), look);
+        let mask = mask.unwrap().unwrap();
+        assert_eq!(
+            (mask.get_pixel(0, 8).0[0], mask.get_pixel(31, 8).0[0]),
+            (0, 255)
+        );
     }
 
     #[test]
@@ -124,7 +154,9 @@ mod tests {
             window: Window::Smart,
             ..Look::default()
         };
-        let mask = load_mask(&path, &settings(16, 16), look).unwrap().unwrap();
+        let mask = load_mask(&path, None, &settings(16, 16), look)
+            .unwrap()
+            .unwrap();
         assert!(mask.pixels().all(|pixel| pixel.0[0] == 40));
     }
 

@@ -37,6 +37,8 @@ pub struct TrainingImage {
     pub id: String,
     /// The file.
     pub path: PathBuf,
+    /// What of it counts in the loss, a grey picture; its transparency says so without.
+    pub mask: Option<PathBuf>,
     /// SHA-256 of the file, hexadecimal.
     pub sha256: String,
     /// Width as shown, after the EXIF orientation.

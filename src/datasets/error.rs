@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use super::captions::CaptionError;
+use super::masks::MaskError;
 use crate::store::StoreError;
 
 /// A failed call of [`super::DatasetService`].
@@ -33,6 +34,8 @@ pub enum DatasetError {
     NothingToUndo(i64),
     #[error(transparent)]
     Caption(#[from] CaptionError),
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     #[error("the dataset has no upload {0}")]
     UploadNotFound(Uuid),
     #[error("{}", describe(.0))]

@@ -11,6 +11,7 @@ use toml::{Table, Value};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+use super::group::{MASK, MASKS};
 use super::layout::Place;
 use super::manifest::{self, FORMAT, Manifest, ManifestImage, ManifestSubset};
 use crate::store::datasets::{SubsetCaptions, SubsetTraining};
@@ -59,6 +60,8 @@ pub struct ExportImage {
     /// The name of its subset.
     pub subset: String,
     pub caption: Option<String>,
+    /// Where the content of its mask is.
+    pub mask: Option<PathBuf>,
 }
 
 /// A file of the archive.
@@ -132,6 +135,13 @@ impl ExportSource {
                 path: path.clone(),
                 file: image.content.clone(),
             });
+            if let Some(mask) = &image.mask {
+                files.push(Entry::Content {
+                    // Not beside the image, where sd-scripts would train on it.
+                    path: format!("{MASKS}/{}/{}.png", folder.path, Place::stem_of(&name)),
+                    file: mask.clone(),
+                });
+            }
             images.push(ManifestImage {
                 path,
                 file_name: image.file_name.clone(),
@@ -218,6 +228,11 @@ fn file_name(name: &str, taken: &mut HashSet<String>) -> String {
         Some((stem, extension)) if !stem.is_empty() => (stem, format!(".{extension}")),
         _ => (safe.as_str(), String::new()),
     };
+    // Beside `a.png` the picture `a.mask.png` would come back as its mask.
+    let picture = stem.to_lowercase();
+    let picture = picture.strip_suffix(MASK).map(str::len);
+    let renamed = picture.and_then(|length| Some(format!("{}_mask", stem.get(..length)?)));
+    let stem = renamed.as_deref().unwrap_or(stem);
     let stem = unused(taken, |number| match number {
         None => stem.to_owned(),
         Some(number) => format!("{stem}_{number}"),

@@ -60,7 +60,36 @@ impl Member {
             self.place.stem().to_owned(),
         )
     }
+
+    /// Where it is, whatever its ending.
+    pub fn spot(&self) -> Spot {
+        (self.place.folders.clone(), self.place.stem().to_owned())
+    }
+
+    /// Where the image is that this one would be the mask of: `a.mask.png` that of `a.jpg` beside it, `masks/x/a.png`
+    /// that of `x/a.jpg`.
+    pub fn mask_of(&self) -> Option<Spot> {
+        let (mut folders, stem) = self.spot();
+        let cut = stem.len().checked_sub(MASK.len());
+        if let Some((of, ending)) = cut.and_then(|cut| stem.split_at_checked(cut))
+            && !of.is_empty()
+            && ending.eq_ignore_ascii_case(MASK)
+        {
+            return Some((folders, of.to_owned()));
+        }
+        let is_masks = |folder: &String| folder.eq_ignore_ascii_case(MASKS);
+        folders.remove(folders.iter().rposition(is_masks)?);
+        Some((folders, stem))
+    }
 }
+
+/// A folder and a stem.
+pub type Spot = (Vec<String>, String);
+
+/// What the stem of a mask ends with.
+pub const MASK: &str = ".mask";
+/// The folder that masks may be in.
+pub const MASKS: &str = "masks";
 
 const EXPECTED: &str = "expected a PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF image, a zip or tar of them, a caption named \
                         *.txt or *.caption, metadata.jsonl, metadata.csv or sd-scripts' dataset settings (*.toml)";

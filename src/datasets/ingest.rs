@@ -97,6 +97,7 @@ struct Ingest {
 struct Placed {
     image: PreparedImage,
     subset_id: Uuid,
+    mask_sha256: Option<String>,
 }
 
 impl Ingest {
@@ -104,7 +105,11 @@ impl Ingest {
         let mut placed = Vec::with_capacity(batch.len());
         for image in batch {
             match self.subset_of(&image.target).await? {
-                Ok(subset_id) => placed.push(Placed { image, subset_id }),
+                Ok(subset_id) => placed.push(Placed {
+                    mask_sha256: self.adopt_mask(&image).await?,
+                    image,
+                    subset_id,
+                }),
                 Err(remark) => self.refuse(&image, &remark),
             }
         }
@@ -151,6 +156,16 @@ impl Ingest {
             stored.push(blob.await?);
         }
         Ok(stored)
+    }
+
+    /// The digest of an image's mask, if it has one. A disk that fails here fails the upload.
+    async fn adopt_mask(&self, image: &PreparedImage) -> Result<Option<String>, DatasetError> {
+        let Some(mask) = &image.mask else {
+            return Ok(None);
+        };
+        let (blobs, path) = (self.store.blobs().clone(), mask.path.clone());
+        let stored = spawn_blocking(move || blobs.adopt(&path)).await??;
+        Ok(Some(stored.sha256))
     }
 
     /// The subset's id, or why there cannot be one.
@@ -221,6 +236,12 @@ impl Ingest {
             }
         };
         self.files[image.report].outcome = outcome;
+        if let Some(mask) = &image.mask {
+            self.files[mask.report].outcome = Outcome::Accepted {
+                image_id: Some(id),
+                subset: Some(subset.clone()),
+            };
+        }
         if let Some(caption) = &image.caption {
             self.files[caption.report].outcome = Outcome::Accepted {
                 image_id: Some(id),
@@ -232,6 +253,9 @@ impl Ingest {
     /// An image that is left out takes its caption with it, unless another image has the caption too.
     fn refuse(&mut self, image: &PreparedImage, remark: &Remark) {
         self.files[image.report].outcome = Outcome::Refused(remark.clone());
+        if let Some(mask) = &image.mask {
+            self.files[mask.report].outcome = Outcome::Refused(remark.clone());
+        }
         if let Some(caption) = &image.caption
             && !matches!(self.files[caption.report].outcome, Outcome::Accepted { .. })
         {
@@ -265,6 +289,7 @@ fn row(placed: &Placed, blob: StoredBlob) -> NewImage {
         height_px: image.picture.height_px,
         caption: image.caption_text(),
         has_alpha: image.picture.has_alpha,
+        mask_sha256: placed.mask_sha256.clone(),
         background: image.background.map(|colour| colour.to_string()),
     }
 }

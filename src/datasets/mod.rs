@@ -14,6 +14,7 @@ mod ingest;
 pub mod layout;
 pub mod limits;
 mod manifest;
+pub mod masks;
 pub mod parts;
 pub mod pictures;
 pub mod prepare;

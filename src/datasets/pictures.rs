@@ -84,7 +84,7 @@ pub fn check(path: &Path, limits: &Limits, trial: Option<&Trial>) -> Result<Pict
     let sha256 = hex::encode(Sha256::digest(&bytes)); // here, as the bytes are at hand, and on all cores
     let findings = match trial {
         Some(trial) if format == Format::Avif => tried(path, limits, trial)?,
-        _ => decode(&bytes, limits)?,
+        _ => with_pixels(&bytes, limits, |decoded| Findings::of(&decoded))?,
     };
     Ok(Picture::new(format, findings, sha256, bytes.len() as u64))
 }
@@ -94,10 +94,19 @@ pub fn check(path: &Path, limits: &Limits, trial: Option<&Trial>) -> Result<Pict
 /// # Errors
 /// With the reason, when the file is not a whole picture within the limits.
 pub fn examine(path: &Path, limits: &Limits) -> Result<Findings, PictureError> {
-    decode(&std::fs::read(path)?, limits)
+    let bytes = std::fs::read(path)?;
+    with_pixels(&bytes, limits, |decoded| Findings::of(&decoded))
 }
 
-fn decode(bytes: &[u8], limits: &Limits) -> Result<Findings, PictureError> {
+/// Does something with a decoded picture, with large ones one at a time.
+///
+/// # Errors
+/// With the reason, when the bytes are not a whole picture within the limits.
+pub(super) fn with_pixels<T>(
+    bytes: &[u8],
+    limits: &Limits,
+    work: impl FnOnce(Decoded) -> T,
+) -> Result<T, PictureError> {
     let mut decode_limits = DecodeLimits {
         pixels: limits.image_pixels.min(LARGE_PIXELS),
         ..DecodeLimits::default()
@@ -107,12 +116,12 @@ fn decode(bytes: &[u8], limits: &Limits) -> Result<Findings, PictureError> {
             pictures::PictureError::TooManyPixels { .. }
             | pictures::PictureError::TooMuchMemory { .. },
         ) => {}
-        decoded => return Ok(Findings::of(&decoded?)),
+        decoded => return Ok(work(decoded?)),
     }
     // It was refused before anything was allocated for it.
     let _alone = ONE_LARGE.lock().unwrap_or_else(PoisonError::into_inner);
     decode_limits.pixels = limits.image_pixels;
-    Ok(Findings::of(&pictures::decode(bytes, &decode_limits)?))
+    Ok(work(pictures::decode(bytes, &decode_limits)?))
 }
 
 fn tried(path: &Path, limits: &Limits, trial: &Trial) -> Result<Findings, PictureError> {

@@ -1,5 +1,6 @@
 //! The first half of an upload: files on disk become checked images with captions. Blocks; touches no rows.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -9,9 +10,10 @@ use rayon::prelude::*;
 
 use super::archive::{self, Budget};
 use super::captions::{self, Caption};
-use super::group::{Group, Member};
+use super::group::{Group, Member, Spot};
 use super::layout::Place;
 use super::limits::Limits;
+use super::masks;
 use super::pictures::{self, Picture};
 use super::report::{FileKind, FileReport, Outcome, Remark};
 use super::trial::Trial;
@@ -57,6 +59,15 @@ pub struct PreparedImage {
     pub caption: Option<PreparedCaption>,
     /// Of a table, where there is no file.
     pub listed_caption: Option<String>,
+    pub mask: Option<PreparedMask>,
+}
+
+/// A mask, a grey PNG by now.
+#[derive(Debug)]
+pub struct PreparedMask {
+    /// Its index in [`Prepared::files`].
+    pub report: usize,
+    pub path: PathBuf,
 }
 
 impl PreparedImage {
@@ -312,15 +323,24 @@ fn check(
             Err(remark) => refuse(&mut files[member.report], remark.code, remark.message),
         }
     }
+    let (masks, images) = apart(images, &mut files);
     let pictures: Vec<_> = images
         .par_iter()
         .map(|member| pictures::check(&member.path, limits, checks.trial))
         .collect();
+    let mut masks: Vec<Option<Mask>> = (images.par_iter().zip(&pictures))
+        .map(|(member, picture)| {
+            let mask = masks.get(&member.spot())?;
+            let picture = picture.as_ref().ok()?; // without an image its mask is refused below
+            Some(Mask::make(mask, picture, checks))
+        })
+        .collect();
     let mut prepared = Prepared::default();
     let mut used = HashSet::new();
-    for (member, picture) in images.into_iter().zip(pictures) {
+    for (index, (member, picture)) in images.into_iter().zip(pictures).enumerate() {
         match picture {
             Ok(mut picture) => {
+                let mask = masks[index].take().and_then(|mask| mask.settle(&mut files));
                 let remarks = &mut files[member.report].remarks;
                 remarks.append(&mut picture.remarks);
                 if picture.has_alpha {
@@ -338,6 +358,7 @@ fn check(
                     picture,
                     listed_caption: member.listed_caption.filter(|_| caption.is_none()),
                     caption,
+                    mask,
                 });
             }
             Err(error) => refuse(&mut files[member.report], error.code(), error.to_string()),
@@ -348,6 +369,72 @@ fn check(
     prepared.orphans.sort_by_key(|caption| caption.report);
     prepared.files = files;
     prepared
+}
+
+/// Masks by the images that they are of, and the images. A mask without an image is an image.
+fn apart(images: Vec<Member>, files: &mut [FileReport]) -> (HashMap<Spot, Member>, Vec<Member>) {
+    let spots: HashSet<Spot> = images.iter().map(Member::spot).collect();
+    let mut masks: HashMap<Spot, Member> = HashMap::new();
+    let mut others = Vec::with_capacity(images.len());
+    for member in images {
+        let Some(spot) = member.mask_of().filter(|spot| spots.contains(spot)) else {
+            others.push(member);
+            continue;
+        };
+        let file = &mut files[member.report];
+        file.kind = FileKind::Mask;
+        // Overwritten when the image is there.
+        refuse(
+            file,
+            "no_image",
+            "the image that it is the mask of was refused",
+        );
+        match masks.entry(spot) {
+            Entry::Vacant(place) => _ = place.insert(member),
+            Entry::Occupied(_) => {
+                let message = "another file is the mask of the same image already";
+                refuse(file, "second_mask", message);
+            }
+        }
+    }
+    (masks, others)
+}
+
+/// A mask after its check.
+struct Mask {
+    report: usize,
+    made: Result<PathBuf, Remark>,
+}
+
+impl Mask {
+    /// In place of the file that came. Images that share a stem share a mask, each at its own path.
+    fn make(member: &Member, picture: &Picture, checks: Checks<'_>) -> Self {
+        let size = (picture.width_px, picture.height_px);
+        let png = masks::make(&member.path, size, checks.limits, checks.trial);
+        let made = png
+            .map_err(|error| Remark::new(error.code(), error))
+            .and_then(|png| {
+                let path = member.path.with_extension(&picture.sha256);
+                let written = std::fs::write(&path, png);
+                written.map_err(|error| Remark::new("not_stored", error))?;
+                Ok(path)
+            });
+        Self {
+            report: member.report,
+            made,
+        }
+    }
+
+    fn settle(self, files: &mut [FileReport]) -> Option<PreparedMask> {
+        let report = self.report;
+        match self.made {
+            Ok(path) => Some(PreparedMask { report, path }),
+            Err(remark) => {
+                refuse(&mut files[report], remark.code, remark.message);
+                None
+            }
+        }
+    }
 }
 
 pub(super) fn refuse(file: &mut FileReport, code: &'static str, message: impl Into<String>) {
@@ -467,6 +554,54 @@ mod tests {
                 .iter()
                 .all(|image| image.target.name == DEFAULT_SUBSET)
         );
+    }
+
+    #[test]
+    fn masks_find_their_images_and_are_images_without_one() {
+        let png = png();
+        let mut other = std::io::Cursor::new(Vec::new());
+        let picture = image::RgbImage::new(9, 3);
+        picture
+            .write_to(&mut other, image::ImageFormat::Png)
+            .expect("an encoder");
+        let found = prepared(
+            &[
+                ("10_a/x.mask.png", &png),
+                ("10_a/x.jpg", &png),
+                ("10_a/x.MASK.webp", &png),
+                ("10_a/y.png", &png),
+                ("10_a/y.mask.png", &other.into_inner()),
+                ("10_a/lone.mask.png", &png),
+                ("10_c/z.png", &png),
+                ("masks/10_c/z.bmp", &png),
+                ("10_c/masks/lone.png", &png),
+                ("10_b/x.png", &png),
+                ("10_b/broken.png", &png[..40]),
+                ("10_b/broken.mask.png", &png),
+            ],
+            &SubsetChoice::default(),
+        );
+        let images: Vec<_> = found
+            .images
+            .iter()
+            .map(|image| (image.file_name.as_str(), image.mask.is_some()))
+            .collect();
+        let expected = [
+            ("x.jpg", true),
+            ("y.png", false),
+            ("lone.mask.png", false),
+            ("z.png", true),
+            ("lone.png", false),
+            ("x.png", false),
+        ];
+        assert_eq!(images, expected);
+        for (name, expected) in [
+            ("10_a/x.MASK.webp", "second_mask"),
+            ("10_a/y.mask.png", "mask_of_other_shape"),
+            ("10_b/broken.mask.png", "no_image"),
+        ] {
+            assert_eq!(code(&found, name), expected, "{name}");
+        }
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct FileReport {
 pub enum FileKind {
     Image,
     Caption,
+    /// What of an image counts in the loss.
+    Mask,
     Archive,
     /// A table of captions, or settings of subsets.
     Metadata,

@@ -28,7 +28,7 @@ use crate::store::{Store, StoreError};
 pub struct DatasetService {
     pub(super) store: Store,
     pub(super) limits: Limits,
-    trial: Option<Trial>,
+    pub(super) trial: Option<Trial>,
     /// Whoever looks at pictures that have come.
     uploaded: Arc<Notify>,
 }
@@ -301,6 +301,7 @@ impl DatasetService {
             file_name: image.file_name,
             subset: image.subset_name,
             caption: image.caption,
+            mask: image.mask_sha256.map(|sha256| self.mask_path(&sha256)),
         };
         Ok(ExportSource {
             dataset: dataset.name,

@@ -322,6 +322,7 @@ mod tests {
                 caption: String::new(),
                 repeats: 1,
                 regularization: false,
+                mask: None,
                 background: None,
                 augment: Augment::default(),
                 correction: None,

@@ -57,14 +57,16 @@ impl PinnedDataset {
             .images
             .iter()
             .map(|image| {
-                json!([
-                    image.sha256,
-                    image.caption,
-                    image.subset,
-                    image.repeats,
-                    image.regularization,
-                    image.training,
-                ])
+                let mut told = vec![
+                    json!(image.sha256),
+                    json!(image.caption),
+                    json!(image.subset),
+                    json!(image.repeats),
+                    json!(image.regularization),
+                    json!(image.training),
+                ];
+                told.extend(image.mask_sha256.as_deref().map(Value::from));
+                Value::Array(told)
             })
             .collect();
         hex::encode(Sha256::digest(Value::Array(images).to_string()))
@@ -312,6 +314,7 @@ mod tests {
             repeats: 1,
             regularization: false,
             background: None,
+            mask_sha256: None,
             color_correction: None,
             training: SubsetTraining::default(),
             file_name: None,

@@ -93,6 +93,9 @@ pub struct PinnedImage {
     /// What it is laid on where it is transparent: `#rrggbb`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// Digest of its mask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_sha256: Option<String>,
     /// What is done to its colours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub color_correction: Option<ColorCorrection>,
@@ -180,6 +183,7 @@ impl Inputs {
             repeats: image.repeats,
             regularization: image.regularization,
             background: image.background.clone(),
+            mask_sha256: image.mask_sha256.clone(),
             color_correction: image.color_correction,
             training: image.training.clone(),
         });

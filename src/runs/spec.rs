@@ -60,6 +60,9 @@ pub struct SnapshotImage {
     /// What it is laid on where it is transparent: `#rrggbb`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
+    /// Digest of its mask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_sha256: Option<String>,
     /// What is done to its colours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub color_correction: Option<ColorCorrection>,

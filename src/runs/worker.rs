@@ -574,6 +574,7 @@ pub(super) fn training_set(
         .into_iter()
         .map(|image| TrainingImage {
             path: store.blobs().path(&image.sha256),
+            mask: (image.mask_sha256).map(|sha256| store.blobs().path(&sha256)),
             id: image.id,
             sha256: image.sha256,
             width_px: image.width_px,

@@ -3,6 +3,7 @@
 mod captions;
 mod correction;
 mod images;
+mod masks;
 mod tags;
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use sea_orm::{EntityTrait, QuerySelect as _};
+use sea_orm::{ColumnTrait as _, EntityTrait, QueryFilter as _, QuerySelect as _};
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
@@ -46,6 +46,8 @@ impl Store {
             self.digests::<run_sample::Entity>(run_sample::Column::Sha256)
                 .await?,
             self.digests::<lora::Entity>(lora::Column::Sha256).await?,
+            self.digests::<image::Entity>(image::Column::MaskSha256)
+                .await?,
         ] {
             named.extend(column.iter().filter_map(|sha256| parse_digest(sha256)));
         }
@@ -78,6 +80,7 @@ impl Store {
 
     async fn digests<E: EntityTrait>(&self, column: E::Column) -> Result<Vec<String>, StoreError> {
         let query = E::find().select_only().column(column).distinct();
+        let query = query.filter(column.is_not_null());
         Ok(query.into_tuple().all(&self.db).await?)
     }
 }
@@ -126,6 +129,7 @@ mod tests {
             height_px: 64,
             caption: None,
             has_alpha: false,
+            mask_sha256: None,
             background: None,
         }
     }

@@ -48,6 +48,7 @@ impl Place {
             caption: String::new(),
             repeats: 1,
             regularization: false,
+            mask: None,
             background: None,
             augment: Augment::default(),
             correction: None,

@@ -339,7 +339,7 @@ impl Looks {
             return Ok(latents);
         }
         let [_, height, width] = latents.shape;
-        let mask = load_mask(&image.path, &self.buckets, look)?;
+        let mask = load_mask(&image.path, image.mask.as_deref(), &self.buckets, look)?;
         Ok(Latents {
             mask: mask.map(|mask| shrink_mask(&mask, width, height)),
             ..latents

@@ -142,6 +142,7 @@ pub(super) fn pictures(folder: &Path) -> TrainingSet {
             caption: format!("colour {index}"),
             repeats: 2,
             regularization: index == 4,
+            mask: None,
             background: None,
             augment: Augment::default(),
             correction: None,

@@ -10,6 +10,7 @@ mod examples;
 mod grids;
 mod images;
 mod limits;
+mod masks;
 mod model_files;
 mod models;
 mod networks;

@@ -265,6 +265,7 @@ fn bucket_uses(
             repeats: entry.subset.repeats,
             regularization: entry.subset.is_reg,
             captioning: CaptionSettings::default(),
+            mask: None,
             background: None,
             augment: Augment::default(),
             correction: None,

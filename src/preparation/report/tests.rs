@@ -85,6 +85,7 @@ impl Maker {
             caption: caption.map(str::to_owned),
             color_correction: None,
             has_alpha: false,
+            mask_sha256: None,
             background: None,
             revision: 1,
             created_at: OffsetDateTime::UNIX_EPOCH,

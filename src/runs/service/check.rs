@@ -254,6 +254,7 @@ fn snapshot_image(image: Image, subset: Subset, correction: Option<Correction>) 
         repeats: subset.repeats,
         regularization: subset.is_reg,
         background: image.background,
+        mask_sha256: image.mask_sha256,
         color_correction: color_correction(image.color_correction.or(correction)),
         training: subset.training,
         file_name: Some(image.file_name),

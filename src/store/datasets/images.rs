@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use super::captions::{Author, ChangeKind, write_caption};
+use super::masks::write_mask;
 use super::{Correction, ImageFilter, Subset, check_revision, row_count, row_int, touch};
 use crate::store::rows::{image, subset};
 use crate::store::{Store, StoreError, now_ms, time_of};
@@ -50,6 +51,8 @@ pub struct Image {
     pub background: Option<String>,
     /// What is done to its colours; `None` leaves it to the dataset.
     pub color_correction: Option<Correction>,
+    /// Its mask, the blob of this digest.
+    pub mask_sha256: Option<String>,
     pub revision: i64,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
@@ -68,13 +71,15 @@ pub struct NewImage {
     pub caption: Option<String>,
     pub has_alpha: bool,
     pub background: Option<String>,
+    /// The digest of its mask, whose content is stored, too.
+    pub mask_sha256: Option<String>,
 }
 
 /// What became of a [`NewImage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddedImage {
     New(Uuid),
-    /// The subset has this content already; only a caption and a background that came with it were taken over.
+    /// The subset has this content already; only a caption, a background and a mask that came with it were taken over.
     Present(Uuid),
 }
 
@@ -116,8 +121,14 @@ impl Store {
                         Some(caption) => write_caption(&write, row, Some(caption), &author).await?,
                         None => row,
                     };
-                    if new.background.is_some() && new.background != row.background {
-                        write_background(&write, row, new.background).await?;
+                    let row = match new.background {
+                        Some(background) if row.background.as_ref() != Some(&background) => {
+                            write_background(&write, row, Some(background)).await?
+                        }
+                        _ => row,
+                    };
+                    if new.mask_sha256.is_some() && new.mask_sha256 != row.mask_sha256 {
+                        write_mask(&write, row, new.mask_sha256).await?;
                     }
                     AddedImage::Present(id)
                 }
@@ -357,7 +368,11 @@ impl Store {
         check_revision(expected_revision, row.revision)?;
         touch(&write, row.dataset_id).await?;
         let blobs = self.blobs.clone();
-        spawn_blocking(move || blobs.touch(&row.sha256)).await??;
+        spawn_blocking(move || {
+            row.mask_sha256.map_or(Ok(()), |mask| blobs.touch(&mask))?;
+            blobs.touch(&row.sha256)
+        })
+        .await??;
         image::Entity::delete_many()
             .filter(image::Column::Id.eq(id))
             .exec(&write)
@@ -366,7 +381,10 @@ impl Store {
     }
 }
 
-async fn named<C: ConnectionTrait>(db: &C, row: image::Model) -> Result<Image, StoreError> {
+pub(super) async fn named<C: ConnectionTrait>(
+    db: &C,
+    row: image::Model,
+) -> Result<Image, StoreError> {
     let subset = subset::Entity::find_by_id(row.subset_id).one(db).await?;
     let subset = subset.ok_or(StoreError::NotFound)?; // deleted between the two queries, and the image with it
     Ok(Image::of(row, subset.name))
@@ -408,7 +426,7 @@ async fn write_background<C: ConnectionTrait>(
     write: &C,
     row: image::Model,
     background: Option<String>,
-) -> Result<(), StoreError> {
+) -> Result<image::Model, StoreError> {
     let revision = row.revision + 1;
     let row = image::ActiveModel {
         background: Set(background),
@@ -416,8 +434,7 @@ async fn write_background<C: ConnectionTrait>(
         updated_at_ms: Set(now_ms()),
         ..row.into()
     };
-    row.update(write).await?;
-    Ok(())
+    Ok(row.update(write).await?)
 }
 
 impl NewImage {
@@ -437,6 +454,7 @@ impl NewImage {
             has_alpha: Set(self.has_alpha),
             background: Set(self.background),
             color_correction: Set(None),
+            mask_sha256: Set(self.mask_sha256),
             revision: Set(1),
             created_at_ms: Set(now),
             updated_at_ms: Set(now),
@@ -461,6 +479,7 @@ impl Image {
             has_alpha: row.has_alpha,
             background: row.background,
             color_correction: Correction::of_row(row.color_correction.as_deref()),
+            mask_sha256: row.mask_sha256,
             revision: row.revision,
             created_at: time_of(row.created_at_ms),
             updated_at: time_of(row.updated_at_ms),

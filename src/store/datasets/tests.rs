@@ -23,6 +23,7 @@ fn picture(subset_id: Uuid, content: &str, caption: Option<&str>) -> NewImage {
         height_px: 48,
         caption: caption.map(str::to_owned),
         has_alpha: false,
+        mask_sha256: None,
         background: None,
     }
 }

@@ -19,6 +19,7 @@ pub struct Model {
     pub has_alpha: bool,
     pub background: Option<String>,
     pub color_correction: Option<String>,
+    pub mask_sha256: Option<String>,
     pub revision: i64,
     pub created_at_ms: i64,
     pub updated_at_ms: i64,
