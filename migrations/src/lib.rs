@@ -15,6 +15,7 @@ mod m20261128_000001_ingest;
 mod m20261128_000004_captioning;
 mod m20261128_000005_preparation;
 mod m20261128_000007_captions;
+mod m20261128_000021_lora_tools;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::{MigrationTrait, async_trait};
@@ -40,6 +41,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261128_000004_captioning::Migration),
             Box::new(m20261128_000005_preparation::Migration),
             Box::new(m20261128_000007_captions::Migration),
+            Box::new(m20261128_000021_lora_tools::Migration),
         ]
     }
 }

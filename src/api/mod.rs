@@ -21,6 +21,7 @@ mod framing;
 pub mod idempotency;
 pub mod images;
 pub mod limits;
+mod lora_tools;
 pub mod loras;
 pub mod metrics;
 pub mod middleware;
@@ -114,6 +115,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_logs::routes)
             .configure(run_tensorboard::routes)
             .configure(loras::routes)
+            .configure(lora_tools::routes)
             .configure(plugins::routes)
             .configure(webhooks::routes)
             .configure(operations::v1_routes);

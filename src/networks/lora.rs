@@ -283,7 +283,8 @@ fn set_adapter(layer: &mut LayerMut<'_>, adapter: Option<Arc<LoraAdapter>>) {
     }
 }
 
-fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
+/// Kind and size of a layer.
+pub fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
     match layer {
         LayerMut::Linear(linear) => {
             let [d_out, d_in] = linear.weight.dims();

@@ -10,7 +10,7 @@ pub mod targets;
 use std::path::PathBuf;
 
 pub use format::{HostTensor, LoraFile, SavedLora};
-pub use lora::{Leaves, LoraNetwork, Parameter};
+pub use lora::{Leaves, LoraNetwork, Parameter, shape_of as layer_shape};
 pub use settings::{NetworkSettings, SavePrecision, TrainParts};
 pub use targets::{LayerShape, Naming, Target, parameter_count};
 

@@ -19,6 +19,7 @@ use self::output::{Files, Reporter};
 use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan};
 use crate::diffusion::StableDiffusion;
+use crate::lora_tools::Layers;
 use crate::networks::metadata::{BaseModelRecord, base_model_record};
 use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::TrainingSet;
@@ -96,6 +97,7 @@ pub fn train(
     let schedule_steps = model.schedule.len();
     let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
 
+    let layers = Layers::of(model);
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
     let base_model = base_model_record(&data.base_model).map_err(|source| {
         let path = data.base_model.display().to_string();
@@ -111,6 +113,7 @@ pub fn train(
         settings,
         output_dir: &place.output_dir,
         record: training_record(settings, facts),
+        layers,
     };
     let state = LoopState {
         ema: (settings.ema.clone()).map(|ema| Ema::new(ema, trainer.network)),
