@@ -21,6 +21,7 @@ use crate::api::server::{self, HttpService, Services, StopHandle};
 use crate::config::Config;
 use crate::datasets::limits::Limits;
 use crate::datasets::{DatasetService, Trial};
+use crate::loras::LoraService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::{PluginFolders, PluginHost};
 use crate::preparation::PreparationService;
@@ -175,6 +176,7 @@ async fn run(config: Config, ready: impl FnOnce(SocketAddr, StopHandle)) -> Resu
         preparation: preparation.clone(),
         models,
         runs,
+        loras: LoraService::new(store.clone()),
         plugins,
         webhooks: WebhookService::new(
             store.clone(),

@@ -1,4 +1,5 @@
-//! The command line: `serve`, `keys`, `worker`, `demo`, `verify`, `bench`, `plugins`, `devices`, `doctor`, `openapi`.
+//! The command line: `serve`, `keys`, `worker`, `demo`, `verify`, `bench`, `lora`, `plugins`, `devices`, `doctor`,
+//! `openapi`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use crate::access::Scope;
 use crate::bench::ModelSource;
 use crate::config::Overrides;
 use crate::diffusion::Family;
+use crate::lora_commands::LoraArgs;
 use crate::networks::NetworkKind;
 use crate::training::{ComputePrecision, GradientCheckpointing};
 
@@ -42,6 +44,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write one output of the UNet with a LoRA, with its inputs, for other programs to compare with.
     LoraOutput(LoraOutputArgs),
+    /// Look into LoRA files, merge, resize and rename them; also those of other programs.
+    Lora(LoraArgs),
     /// List optimizer and scheduler plugins: found, loaded, refused and why.
     Plugins(JsonArgs),
     /// List the compute devices of this machine.

@@ -8,6 +8,7 @@ pub mod lettering;
 pub mod pictures;
 
 pub mod diffusion;
+pub mod lora_tools;
 pub mod networks;
 pub mod selfcheck;
 
@@ -22,6 +23,7 @@ pub mod store;
 pub mod access;
 pub mod bench;
 pub mod datasets;
+pub mod loras;
 pub mod models;
 pub mod runs;
 pub mod verify;
@@ -35,4 +37,5 @@ pub mod demo;
 pub mod doctor;
 pub mod key_commands;
 pub mod listing;
+pub mod lora_commands;
 pub mod telemetry;

@@ -16,7 +16,7 @@ use lorasmith::runs::{STORAGE_FULL, WorkerEnd};
 use lorasmith::selfcheck::Remembered;
 use lorasmith::training::ComputePrecision;
 use lorasmith::verify::{self, VerifyOptions};
-use lorasmith::{api, app, key_commands, listing, telemetry};
+use lorasmith::{api, app, key_commands, listing, lora_commands, telemetry};
 
 /// The mascot counts as learned when the held-out loss has fallen to at most this part of the base's.
 const LEARNED: f64 = 0.5;
@@ -67,6 +67,10 @@ fn main() -> Result<ExitCode> {
         }
         Command::LoraOutput(args) => {
             verify::lora_output(&args.base, &args.lora, &args.output)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Lora(args) => {
+            print!("{}", lora_commands::run(&args)?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Plugins(args) => {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 24] = [
+const MAY_USE: [(&str, &[&str]); 26] = [
     ("allocator", &[]),
     ("kernels", &[]),
     ("lettering", &[]),
@@ -12,11 +12,19 @@ const MAY_USE: [(&str, &[&str]); 24] = [
     ("diffusion", &["kernels"]),
     ("captioning", &["diffusion", "kernels", "pictures"]),
     ("networks", &["diffusion", "kernels"]),
+    ("lora_tools", &["diffusion", "networks"]),
+    ("loras", &["lora_tools", "networks", "diffusion", "store"]),
     ("selfcheck", &["kernels", "diffusion", "networks"]),
     ("dataloader", &["pictures"]),
     (
         "training",
-        &["networks", "diffusion", "dataloader", "allocator"],
+        &[
+            "networks",
+            "lora_tools",
+            "diffusion",
+            "dataloader",
+            "allocator",
+        ],
     ),
     ("plugin_host", &["training"]),
     ("store", &[]),
@@ -40,6 +48,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
             "lettering",
             "captioning",
             "preparation",
+            "lora_tools",
         ],
     ),
     // Of `diffusion` only the list of devices.
@@ -57,6 +66,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
             "selfcheck",
             "webhooks",
             "preparation",
+            "loras",
         ],
     ),
     (

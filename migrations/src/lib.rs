@@ -15,6 +15,7 @@ mod m20261128_000001_ingest;
 mod m20261128_000004_captioning;
 mod m20261128_000005_preparation;
 mod m20261128_000007_captions;
+mod m20261128_000021_lora_tools;
 mod m20261128_000021_masks;
 
 pub use sea_orm_migration::MigratorTrait;
@@ -42,6 +43,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261128_000005_preparation::Migration),
             Box::new(m20261128_000007_captions::Migration),
             Box::new(m20261128_000021_masks::Migration),
+            Box::new(m20261128_000021_lora_tools::Migration),
         ]
     }
 }

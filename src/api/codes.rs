@@ -108,6 +108,8 @@ codes! {
     OptimizerNotFound = "optimizer_not_found", 422, "No loaded plugin offers this optimizer";
     SchedulerNotFound = "scheduler_not_found", 422, "No loaded plugin offers this scheduler";
     LoraNotFound = "lora_not_found", 404, "There is no such LoRA";
+    LoraUnusable = "lora_unusable", 422, "The LoRA file cannot be worked on";
+    InvalidLoraRequest = "invalid_lora_request", 422, "The wish for a LoRA file has a wrong value";
 
     // webhooks
     WebhookNotFound = "webhook_not_found", 404, "There is no such webhook";

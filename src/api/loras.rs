@@ -1,4 +1,4 @@
-//! `/v1/loras`: trained LoRA files.
+//! `/v1/loras`: LoRA files, those of runs and others.
 
 use std::collections::HashMap;
 
@@ -16,6 +16,7 @@ use super::extract::Query;
 use super::page::{Page, PageQuery, PageRequest};
 use super::patch::check_if_match;
 use super::problem::{Problem, ProblemBody};
+use crate::loras::{Checked, Origin, OriginKind};
 use crate::runs::RunService;
 use crate::store::loras as rows;
 use crate::store::{Store, StoreError};
@@ -30,22 +31,25 @@ pub fn routes(config: &mut ServiceConfig<'_>) {
         .service(get_lora_content);
 }
 
-/// A trained LoRA file.
+/// A LoRA file.
 #[derive(Serialize, ToSchema)]
 #[schema(example = json!({
     "id": "019a9c20-1111-7c30-a4b2-3d1f2f6f0a11", "run_id": "019a9c1f-0000-7c30-a4b2-3d1f2f6f0a11",
     "file_name": "lumo.safetensors", "step": 400, "epoch": 10, "final": true, "best": true,
     "validation_loss": 0.0983, "validation_error": 0.0031, "size_bytes": 9876543,
     "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+    "origin": {"kind": "trained", "sources": []},
+    "self_check": {"modules": 264, "tensors": 792, "with_effect": 264, "norm_mean": 0.41, "norm_max": 1.9},
     "created_at": "2026-11-25T06:44:00Z"
 }))]
 pub struct Lora {
     pub id: Uuid,
-    pub run_id: Uuid,
+    /// The run that has made it; `null` of a file that was uploaded, or made of others.
+    pub run_id: Option<Uuid>,
     pub file_name: String,
-    /// Optimizer steps behind it.
+    /// Optimizer steps behind it; 0 of a file that no run of this service has made.
     pub step: u64,
-    /// Epoch it was saved in.
+    /// Epoch it was saved in; 0 of a file that no run of this service has made.
     pub epoch: u64,
     /// Whether it is the run's result, not one saved on the way.
     #[serde(rename = "final")]
@@ -59,14 +63,109 @@ pub struct Lora {
     pub size_bytes: u64,
     /// Also its ETag.
     pub sha256: String,
+    pub origin: LoraOrigin,
+    /// What was seen when the file was read again after it was saved, before it was offered; `null` of files that no
+    /// run has made, and of those that older versions have saved. A file that does not pass fails its run.
+    pub self_check: Option<LoraSelfCheck>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
 }
 
+/// Where a LoRA file comes from.
+#[derive(Serialize, ToSchema)]
+pub struct LoraOrigin {
+    pub kind: LoraOriginKind,
+    /// What it was made of.
+    pub sources: Vec<LoraSource>,
+}
+
+/// Ways in which a LoRA file comes to be.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraOriginKind {
+    Trained,
+    Uploaded,
+    Merged,
+    Resized,
+    Converted,
+}
+
+/// A LoRA file that another was made of; it may be deleted.
+#[derive(Serialize, ToSchema)]
+pub struct LoraSource {
+    pub lora_id: Uuid,
+    pub file_name: String,
+    pub sha256: String,
+    /// How much of it was taken; `null` unless files were merged.
+    pub strength: Option<f64>,
+}
+
+/// What was seen when a file was read again: every key and shape is of a layer of the base model, every number finite.
+#[derive(Serialize, ToSchema)]
+pub struct LoraSelfCheck {
+    /// Adapters that were found in the base model.
+    pub modules: u64,
+    pub tensors: u64,
+    /// Adapters that change something; 0 is right only before the first step.
+    pub with_effect: u64,
+    /// Mean of the Frobenius norms of what is added to the weights; `null` of kinds that only scale them.
+    pub norm_mean: Option<f64>,
+    /// The largest of them.
+    pub norm_max: Option<f64>,
+}
+
+impl LoraOrigin {
+    /// A text that cannot be read any more tells nothing.
+    fn of(text: Option<&str>) -> Self {
+        let origin = text.and_then(|text| serde_json::from_str::<Origin>(text).ok());
+        let Some(origin) = origin else {
+            return Self {
+                kind: LoraOriginKind::Trained,
+                sources: Vec::new(),
+            };
+        };
+        let sources = origin.sources.into_iter().map(|source| LoraSource {
+            lora_id: source.lora_id,
+            file_name: source.file_name,
+            sha256: source.sha256,
+            strength: source.strength,
+        });
+        Self {
+            kind: match origin.kind {
+                OriginKind::Uploaded => LoraOriginKind::Uploaded,
+                OriginKind::Merged => LoraOriginKind::Merged,
+                OriginKind::Resized => LoraOriginKind::Resized,
+                OriginKind::Converted => LoraOriginKind::Converted,
+            },
+            sources: sources.collect(),
+        }
+    }
+}
+
+impl LoraSelfCheck {
+    fn of(text: &str) -> Option<Self> {
+        let checked: Checked = serde_json::from_str(text).ok()?;
+        Some(Self {
+            modules: checked.modules as u64,
+            tensors: checked.tensors as u64,
+            with_effect: checked.with_effect as u64,
+            norm_mean: checked.norm_mean,
+            norm_max: checked.norm_max,
+        })
+    }
+}
+
 impl Lora {
+    /// A file that no run has made.
+    pub(super) fn other(row: rows::Lora) -> Self {
+        Self::of(row, &HashMap::new())
+    }
+
     fn of(row: rows::Lora, best: &HashMap<Uuid, Uuid>) -> Self {
         Self {
-            best: best.get(&row.run_id) == Some(&row.id),
+            best: row
+                .run_id
+                .is_some_and(|run| best.get(&run) == Some(&row.id)),
             validation_loss: row.validation_loss,
             validation_error: row.validation_error,
             id: row.id,
@@ -77,6 +176,8 @@ impl Lora {
             is_final: row.is_final,
             size_bytes: row.size_bytes,
             sha256: row.sha256,
+            origin: LoraOrigin::of(row.origin.as_deref()),
+            self_check: row.self_check.as_deref().and_then(LoraSelfCheck::of),
             created_at: row.created_at,
         }
     }
@@ -98,7 +199,7 @@ pub struct LoraQuery {
 
 /// List the LoRA files.
 ///
-/// Results and files saved on the way, in the order in which they were saved.
+/// Results and files saved on the way, uploaded ones and those made of others, in the order in which they were saved.
 #[utoipa::path(
     tag = "loras",
     params(LoraQuery),
@@ -152,7 +253,7 @@ async fn page_of(
 ) -> Result<web::Json<Page<Lora>>, Problem> {
     let found = store.loras(run_id, page.after_id()?, page.rows()).await;
     let found = found.map_err(Problem::internal)?;
-    let mut runs: Vec<Uuid> = found.iter().map(|lora| lora.run_id).collect();
+    let mut runs: Vec<Uuid> = found.iter().filter_map(|lora| lora.run_id).collect();
     runs.dedup();
     let best = store.best_loras(&runs).await.map_err(Problem::internal)?;
     Ok(web::Json(page.page(
@@ -176,7 +277,7 @@ async fn page_of(
 #[get("/loras/{lora_id}")]
 pub async fn get_lora(store: Data<Store>, id: web::Path<Uuid>) -> Result<web::Json<Lora>, Problem> {
     let lora = find(&store, id.into_inner()).await?;
-    let best = store.best_loras(&[lora.run_id]).await;
+    let best = store.best_loras(lora.run_id.as_slice()).await;
     let best = best.map_err(Problem::internal)?;
     Ok(web::Json(Lora::of(lora, &best)))
 }

@@ -22,6 +22,7 @@ pub mod idempotency;
 pub mod image_masks;
 mod images;
 pub mod limits;
+mod lora_tools;
 pub mod loras;
 pub mod metrics;
 pub mod middleware;
@@ -121,6 +122,7 @@ pub fn configure(config: &mut ServiceConfig<'_>) {
             .configure(run_logs::routes)
             .configure(run_tensorboard::routes)
             .configure(loras::routes)
+            .configure(lora_tools::routes)
             .configure(plugins::routes)
             .configure(webhooks::routes)
             .configure(operations::v1_routes);

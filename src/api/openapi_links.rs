@@ -15,7 +15,7 @@ const MADE: &str = "$response.body#/id";
 const FIRST: &str = "$response.body#/data/0/id";
 
 /// Operations that answer with ids: operation, status, place of the id, the parameter that takes it.
-const SOURCES: [(&str, &str, &str, &str); 18] = [
+const SOURCES: [(&str, &str, &str, &str); 22] = [
     ("create_dataset", "201", MADE, "dataset_id"),
     ("create_upload", "201", MADE, "upload_id"),
     ("create_captioning_job", "202", MADE, "captioning_job_id"),
@@ -32,6 +32,10 @@ const SOURCES: [(&str, &str, &str, &str); 18] = [
     ("list_images", "200", FIRST, "image_id"),
     ("list_runs", "200", FIRST, "run_id"),
     ("list_samples", "200", FIRST, "sample_id"),
+    ("upload_lora", "201", MADE, "lora_id"),
+    ("merge_loras", "201", MADE, "lora_id"),
+    ("convert_lora", "201", MADE, "lora_id"),
+    ("resize_lora", "201", "$response.body#/lora/id", "lora_id"),
     ("list_loras", "200", FIRST, "lora_id"),
     ("list_checkpoints", "200", FIRST, "lora_id"),
 ];

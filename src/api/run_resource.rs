@@ -152,7 +152,8 @@ pub struct RunFailure {
     /// `plugin_failed`, `image_unusable`, `memory_budget` (the run would not fit into memory; the message says what to
     /// change), `memory_limit` (it has outgrown it), `worker_lost` (its workers die without coming further),
     /// `resume_refused` (what it was kept for has changed), `inputs_changed` (what it repeats was made with another base
-    /// model or plugin) and others.
+    /// model or plugin), `lora_failed_self_check` (a saved file is not what its base model expects, and is not offered) and
+    /// others.
     pub code: String,
     pub message: String,
 }

@@ -16,6 +16,7 @@ use super::origin::Origins;
 use super::run_logs::LogFolder;
 use crate::access::Access;
 use crate::datasets::DatasetService;
+use crate::loras::LoraService;
 use crate::models::ModelCatalog;
 use crate::plugin_host::PluginHost;
 use crate::preparation::PreparationService;
@@ -50,6 +51,8 @@ pub struct Services {
     pub models: ModelCatalog,
     /// Runs.
     pub runs: RunService,
+    /// LoRA files.
+    pub loras: LoraService,
     /// Plugins.
     pub plugins: Arc<PluginHost>,
     /// Webhooks.
@@ -99,6 +102,7 @@ impl HttpService {
                     .app_data(Data::new(services.preparation))
                     .app_data(Data::new(services.models))
                     .app_data(Data::new(services.runs))
+                    .app_data(Data::new(services.loras))
                     .app_data(Data::from(services.plugins))
                     .app_data(Data::new(services.webhooks))
                     .app_data(Data::new(services.self_checks));

@@ -168,6 +168,96 @@ impl UNetLayout {
             _ => return None,
         })
     }
+
+    /// That of the published models of a generation.
+    pub fn published(sdxl: bool) -> Self {
+        let up_attends: &[bool] = if sdxl {
+            &[true, true, false]
+        } else {
+            &[false, true, true, true]
+        };
+        Self {
+            layers_per_block: 2,
+            up_attends: up_attends.to_vec(),
+        }
+    }
+
+    /// That of a UNet whose tensors have these names in diffusers; `None` where there are no blocks.
+    pub fn of_names<'a>(names: impl Iterator<Item = &'a str>) -> Option<Self> {
+        let (mut resnets, mut attends) = (BTreeSet::new(), BTreeSet::new());
+        let mut levels = BTreeSet::new();
+        for name in names {
+            let mut parts = name.split('.');
+            let (Some(block), Some(level)) = (parts.next(), parts.next()) else {
+                continue;
+            };
+            let (Ok(level), kind) = (level.parse::<usize>(), parts.next()) else {
+                continue;
+            };
+            match (block, kind) {
+                ("down_blocks", Some("resnets")) if level == 0 => {
+                    resnets.insert(parts.next());
+                }
+                ("up_blocks", kind) => {
+                    levels.insert(level);
+                    if kind == Some("attentions") {
+                        attends.insert(level);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let last = *levels.last()?;
+        (!resnets.is_empty() && last < 64).then(|| Self {
+            layers_per_block: resnets.len(),
+            up_attends: (0..=last).map(|level| attends.contains(&level)).collect(),
+        })
+    }
+
+    /// The path in diffusers of a module with this LDM path: the other way of [`Self::ldm_path`].
+    pub fn diffusers_path(&self, ldm: &str) -> Option<String> {
+        let rename = |rest: &str, table: &[(&str, &str)]| -> Option<String> {
+            let rest = format!("{rest}.");
+            let found = table.iter().find_map(|(ldm, diffusers)| {
+                Some(format!("{diffusers}{}", rest.strip_prefix(ldm)?))
+            });
+            Some(found?.trim_end_matches('.').to_owned())
+        };
+        let mut parts = ldm.splitn(4, '.');
+        let side = parts.next()?;
+        let path = match side {
+            "input_blocks" | "output_blocks" if !ldm.starts_with("input_blocks.0.") => {
+                let (number, place) = (parts.next()?, parts.next()?);
+                let (number, rest) = (number.parse::<usize>().ok()?, parts.next()?);
+                let down = side == "input_blocks";
+                let number = number.checked_sub(usize::from(down))?;
+                let per_level = self.layers_per_block + 1;
+                let (level, index) = (number / per_level, number % per_level);
+                let block = if down { "down_blocks" } else { "up_blocks" };
+                match (place, rest) {
+                    ("0", "op") => format!("{block}.{level}.downsamplers.0.conv"),
+                    ("0", rest) => {
+                        format!("{block}.{level}.resnets.{index}.{}", rename(rest, &RESNET)?)
+                    }
+                    (_, "conv") => format!("{block}.{level}.upsamplers.0.conv"),
+                    ("1", rest) => format!("{block}.{level}.attentions.{index}.{rest}"),
+                    _ => return None,
+                }
+            }
+            "middle_block" => {
+                let (part, rest) = ldm.strip_prefix("middle_block.")?.split_once('.')?;
+                match part {
+                    "0" => format!("mid_block.resnets.0.{}", rename(rest, &RESNET)?),
+                    "1" => format!("mid_block.attentions.0.{rest}"),
+                    "2" => format!("mid_block.resnets.1.{}", rename(rest, &RESNET)?),
+                    _ => return None,
+                }
+            }
+            _ => rename(ldm, &UNET_ENDS)?,
+        };
+        // What does not come back is of another layout.
+        (self.ldm_path(&path)? == ldm).then_some(path)
+    }
 }
 
 /// `input_blocks.k`: the convolution at the start, then residual blocks, each with its attention; a level ends with a

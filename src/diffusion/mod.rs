@@ -20,7 +20,7 @@ pub mod samplers;
 pub mod schedule;
 mod scheduler_config;
 pub mod segments;
-mod source;
+pub mod source;
 #[cfg(test)]
 mod testing;
 pub mod text_encoder;

@@ -444,7 +444,8 @@ fn beside(file: &Path) -> Option<PathBuf> {
         .find(|folder| folder.join("unet/config.json").is_file())
 }
 
-fn family_of_file(weights: &Weights) -> Option<Family> {
+/// The generation of a single file; `None` where its UNet or its text encoder is not known.
+pub fn family_of_file(weights: &Weights) -> Option<Family> {
     let (mut unet, mut family) = (false, None);
     for (key, ..) in weights.stored() {
         unet |= key.starts_with(ldm::UNET_PREFIX);
@@ -459,7 +460,11 @@ fn family_of_file(weights: &Weights) -> Option<Family> {
     family.filter(|_| unet)
 }
 
-fn family_of_folder(folder: &Path) -> Result<Family, LoadError> {
+/// The generation of a diffusers folder.
+///
+/// # Errors
+/// When its text encoder's configuration cannot be read.
+pub fn family_of_folder(folder: &Path) -> Result<Family, LoadError> {
     if folder.join("text_encoder_2").is_dir() {
         return Ok(Family::Sdxl);
     }
@@ -474,6 +479,9 @@ fn family_of_folder(folder: &Path) -> Result<Family, LoadError> {
 }
 
 /// The weight files of one component of a diffusers folder: one, or several numbered ones.
+///
+/// # Errors
+/// When there are none.
 pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     if let Some(file) = WEIGHT_FILES
         .iter()

@@ -266,6 +266,15 @@ impl Weights {
         Ok((bytes, entry.dtype, &entry.shape))
     }
 
+    /// Gives back the memory of a stored name that was read as bytes; it can be read again, from the file.
+    pub fn release(&self, key: &str) {
+        if let Some(entry) = self.files.entries.get(key) {
+            self.files.mapped[entry.file]
+                .1
+                .release(entry.start..entry.end);
+        }
+    }
+
     fn source<'a>(&'a self, name: &'a str) -> Option<(&'a str, StoredView)> {
         match &self.keys {
             None => Some((name, StoredView::Whole)),

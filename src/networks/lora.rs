@@ -460,7 +460,8 @@ fn row_squares(layer: &LayerMut<'_>) -> Tensor<1> {
     widen(weight).square().sum_dim(1).reshape([rows])
 }
 
-fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
+/// Kind and size of a layer.
+pub fn shape_of(layer: &LayerMut<'_>) -> LayerShape {
     match layer {
         LayerMut::Linear(linear) => {
             let [d_out, d_in] = linear.weight.dims();

@@ -21,7 +21,7 @@ pub use adapters::Place;
 pub use filter::pattern;
 pub use form::Form;
 pub use format::{HostTensor, LoraFile, SavedLora};
-pub use lora::{Leaves, LoraNetwork, Parameter};
+pub use lora::{Leaves, LoraNetwork, Parameter, shape_of as layer_shape};
 pub use settings::{InitFrom, NetworkKind, NetworkSettings, Preset, SavePrecision, TrainParts};
 pub use targets::{LayerShape, Naming, Rules, Target, planned_targets};
 

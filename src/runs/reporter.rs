@@ -239,8 +239,9 @@ impl ProgressSink for Reporter {
                 last,
                 path,
                 saved: _,
+                checked,
                 measured,
-            } => outcome = self.checkpoint(step, epoch, last, path, measured),
+            } => outcome = self.checkpoint(step, epoch, last, path, checked, measured),
         }
         if let Err(error) = outcome {
             tracing::error!(%error, "a result could not be kept");

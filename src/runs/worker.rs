@@ -155,6 +155,7 @@ impl From<TrainError> for RunFailure {
             TrainError::Data(_) | TrainError::LatentsNotFinite { .. } => "image_unusable",
             TrainError::NoImages | TrainError::UnknownImage { .. } => "no_images",
             TrainError::NotFinite(_) => "loss_not_finite",
+            TrainError::SelfCheck(_) => "lora_failed_self_check",
             TrainError::Optimizer(_) => "plugin_failed",
             TrainError::BaseModel { .. } | TrainError::Model(_) => "model_unusable",
             TrainError::Resume(ResumeError::Foreign { .. }) => "resume_refused",

@@ -3,22 +3,23 @@
 use std::collections::HashMap;
 
 use sea_orm::{
-    ColumnTrait as _, EntityTrait as _, QueryFilter as _, QueryOrder as _, QuerySelect as _,
+    ActiveValue::Set, ColumnTrait as _, EntityTrait as _, QueryFilter as _, QueryOrder as _,
+    QuerySelect as _,
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::rows::lora;
-use super::runs::unsigned;
-use super::{Store, StoreError, time_of};
+use super::runs::{signed, unsigned};
+use super::{Store, StoreError, now_ms, time_of};
 
 /// A trained LoRA file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lora {
     /// Its id.
     pub id: Uuid,
-    /// The run that made it.
-    pub run_id: Uuid,
+    /// The run that made it; none of a file that came from elsewhere, or that was made of others.
+    pub run_id: Option<Uuid>,
     /// The name it is downloaded under.
     pub file_name: String,
     /// Optimizer steps behind it.
@@ -37,9 +38,54 @@ pub struct Lora {
     pub validation_loss: Option<f64>,
     /// Standard error of that loss.
     pub validation_error: Option<f64>,
+    /// JSON: where it comes from, if no run has made it.
+    pub origin: Option<String>,
+    /// JSON: what was seen when it was read again.
+    pub self_check: Option<String>,
+}
+
+/// A file that no run has made, already stored as a blob.
+#[derive(Clone, Debug)]
+pub struct OtherLora {
+    /// Its id.
+    pub id: Uuid,
+    /// The name it is downloaded under.
+    pub file_name: String,
+    /// Digest of its content.
+    pub sha256: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// JSON: where it comes from.
+    pub origin: String,
 }
 
 impl Store {
+    /// Lists a file that no run has made.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn add_lora(&self, new: OtherLora) -> Result<Lora, StoreError> {
+        let row = lora::ActiveModel {
+            id: Set(new.id),
+            run_id: Set(None),
+            file_name: Set(new.file_name),
+            step: Set(0),
+            epoch: Set(0),
+            is_final: Set(false),
+            sha256: Set(new.sha256),
+            size_bytes: Set(signed(new.size_bytes)),
+            created_at_ms: Set(now_ms()),
+            validation_loss: Set(None),
+            validation_error: Set(None),
+            origin: Set(Some(new.origin)),
+            self_check: Set(None),
+        };
+        lora::Entity::insert(row)
+            .exec_without_returning(&self.db)
+            .await?;
+        self.lora(new.id).await
+    }
+
     /// LoRA files in the order in which they were saved, after `after`; of one run, or of all.
     ///
     /// # Errors
@@ -144,5 +190,7 @@ fn read(row: lora::Model) -> Lora {
         created_at: time_of(row.created_at_ms),
         validation_loss: row.validation_loss,
         validation_error: row.validation_error,
+        origin: row.origin,
+        self_check: row.self_check,
     }
 }

@@ -192,6 +192,7 @@ mod tests {
                 sha256: lora.sha256.clone(),
                 size_bytes: lora.size_bytes,
                 validation: None,
+                self_check: None,
             }],
             ..WorkerReport::default()
         };

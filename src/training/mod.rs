@@ -107,6 +107,9 @@ pub enum TrainError {
     /// The device did not hand over a result.
     #[error("reading from the device: {0}")]
     Device(String),
+    /// A file that was saved is not what loaders of the base model expect.
+    #[error("the saved file has failed its self-check and is not offered: {0}")]
+    SelfCheck(String),
     /// The base model's files cannot be read for their hashes.
     #[error("{path}: {source}")]
     BaseModel {

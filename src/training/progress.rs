@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::lora_tools::Checked;
 use crate::networks::SavedLora;
 use crate::training::guard::RolledBack;
 use crate::training::judge::Measured;
@@ -113,6 +114,8 @@ pub enum Report<'a> {
         path: &'a Path,
         /// Its digest and size.
         saved: &'a SavedLora,
+        /// What was seen when it was read again.
+        checked: &'a Checked,
         /// What validation says of it.
         measured: Option<Measured>,
     },

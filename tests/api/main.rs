@@ -10,6 +10,7 @@ mod examples;
 mod grids;
 mod images;
 mod limits;
+mod lora_tools;
 mod masks;
 mod model_files;
 mod models;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Reporter, finite, unless};
+use crate::lora_tools::Checked;
 use crate::store::StoreError;
 use crate::store::runs::{Metric, NewLora, NewSample, WorkerReport};
 use crate::training::judge::Measured;
@@ -93,6 +94,7 @@ impl Reporter {
         epoch: u64,
         last: bool,
         path: &Path,
+        checked: &Checked,
         measured: Option<Measured>,
     ) -> Result<(), StoreError> {
         let file_name = path
@@ -113,6 +115,7 @@ impl Reporter {
             sha256: blob.sha256,
             size_bytes: blob.size_bytes,
             validation: measured.map(|measured| (measured.loss, measured.standard_error)),
+            self_check: serde_json::to_string(checked).ok(),
         };
         let data = json!({
             "id": lora.id, "file_name": lora.file_name, "step": step, "epoch": epoch, "final": last,

@@ -7,7 +7,8 @@ use sea_orm::entity::prelude::*;
 pub struct Model {
     #[sea_orm(primary_key, auto_increment = false)]
     pub id: Uuid,
-    pub run_id: Uuid,
+    /// None of a file that no run of this service has made.
+    pub run_id: Option<Uuid>,
     pub file_name: String,
     pub step: i64,
     pub epoch: i64,
@@ -17,6 +18,10 @@ pub struct Model {
     pub created_at_ms: i64,
     pub validation_loss: Option<f64>,
     pub validation_error: Option<f64>,
+    /// JSON: where a file comes from that no run has made.
+    pub origin: Option<String>,
+    /// JSON: what was seen when it was read again.
+    pub self_check: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

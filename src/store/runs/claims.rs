@@ -81,6 +81,8 @@ pub struct NewLora {
     pub size_bytes: u64,
     /// Loss on the held-out images, and its standard error.
     pub validation: Option<(f64, f64)>,
+    /// JSON: what was seen when it was read again.
+    pub self_check: Option<String>,
 }
 
 /// What a worker learns when it renews its lease.
@@ -353,6 +355,7 @@ impl Store {
                 .col_expr(lora::Column::SizeBytes, Expr::value(signed(new.size_bytes)))
                 .col_expr(lora::Column::ValidationLoss, Expr::value(validation_loss))
                 .col_expr(lora::Column::ValidationError, Expr::value(validation_error))
+                .col_expr(lora::Column::SelfCheck, Expr::value(new.self_check.clone()))
                 .filter(lora::Column::RunId.eq(id))
                 .filter(lora::Column::FileName.eq(new.file_name.clone()))
                 .exec(&transaction)
@@ -362,7 +365,7 @@ impl Store {
             }
             lora::Entity::insert(lora::ActiveModel {
                 id: Set(new.id),
-                run_id: Set(id),
+                run_id: Set(Some(id)),
                 file_name: Set(new.file_name),
                 step: Set(signed(new.step)),
                 epoch: Set(signed(new.epoch)),
@@ -372,6 +375,8 @@ impl Store {
                 created_at_ms: Set(now_ms()),
                 validation_loss: Set(validation_loss),
                 validation_error: Set(validation_error),
+                origin: Set(None),
+                self_check: Set(new.self_check),
             })
             .exec_without_returning(&transaction)
             .await?;

@@ -94,7 +94,9 @@ impl Store {
         let write = self.begin().await?;
         let row = lora::Entity::find_by_id(id).one(&write).await?;
         let row = row.ok_or(StoreError::NotFound)?;
-        if let Some(needed) = still_needed(&write, row.run_id, ended).await? {
+        if let Some(run_id) = row.run_id
+            && let Some(needed) = still_needed(&write, run_id, ended).await?
+        {
             return Ok(Some(needed));
         }
         self.make_young(vec![row.sha256]).await?;

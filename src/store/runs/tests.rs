@@ -315,6 +315,7 @@ async fn results_that_are_made_again_are_no_new_rows() {
                 sha256: sha256.clone(),
                 size_bytes,
                 validation: None,
+                self_check: None,
             }],
             events: vec![("lora".to_owned(), serde_json::json!({"sha256": sha256}))],
             ..WorkerReport::default()

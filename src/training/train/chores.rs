@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::Run;
 use super::measuring::{Occasion, with, with_result};
+use super::output::CheckedFile;
 use crate::networks::SavedLora;
 use crate::networks::metadata::JudgementRecord;
 use crate::training::TrainError;
@@ -110,16 +111,22 @@ impl Run<'_> {
         let rolled_back = rolled_back.map(ToString::to_string);
         self.reporter.phase(Phase::Saving)?;
         let files = &self.files;
-        let save =
-            |trainer: &mut Trainer<'_>| files.save(trainer, name, epoch, judgement, rolled_back);
+        let save = |trainer: &mut Trainer<'_>| {
+            files.save(trainer, name, epoch, judgement, rolled_back, last)
+        };
         let ema = self.state.ema.as_mut();
-        let (path, saved) = with_result(&mut self.trainer, ema, save)?;
+        let CheckedFile {
+            path,
+            saved,
+            checked,
+        } = with_result(&mut self.trainer, ema, save)?;
         self.reporter.send(Report::Checkpoint {
             step,
             epoch,
             last,
             path: &path,
             saved: &saved,
+            checked: &checked,
             measured,
         })?;
         Ok((path, saved))

@@ -19,6 +19,7 @@ use self::output::{Files, Reporter};
 use crate::allocator;
 use crate::dataloader::{Batch, EpochPlan};
 use crate::diffusion::StableDiffusion;
+use crate::lora_tools::Layers;
 use crate::networks::metadata::{BaseModelRecord, base_model_record};
 use crate::networks::{LoraNetwork, SavedLora};
 use crate::training::data::TrainingSet;
@@ -97,6 +98,7 @@ pub fn train(
     let source = BatchSource::new(settings, &selection, &inputs, schedule_steps, &device);
 
     let separate_vae = model.separate_vae().map(Path::to_owned);
+    let layers = Layers::of(model);
     let trainer = Trainer::new(model, network, optimizer, scheduler, settings);
     if let Some((field, message)) = settings.loss.problem_with(trainer.objective().prediction) {
         let pointer = format!("/loss/{field}");
@@ -127,6 +129,7 @@ pub fn train(
         settings,
         output_dir: &place.output_dir,
         record: training_record(settings, facts),
+        layers,
     };
     let state = LoopState {
         ema: (settings.ema.clone()).map(|ema| Ema::new(ema, trainer.network)),

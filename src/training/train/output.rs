@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::json;
+
 use super::Run;
+use crate::lora_tools::{Checked, Layers, check_file};
 use crate::networks::SavedLora;
 use crate::networks::metadata::{JudgementRecord, TrainingRecord};
 use crate::training::progress::{Control, Phase, ProgressSink, Report, StepReport};
@@ -53,9 +56,19 @@ pub(super) struct Files<'a> {
     pub(super) settings: &'a TrainSettings,
     pub(super) output_dir: &'a Path,
     pub(super) record: TrainingRecord,
+    /// What the files are compared with once they are written.
+    pub(super) layers: Layers,
+}
+
+/// A file that has passed its self-check.
+pub(super) struct CheckedFile {
+    pub(super) path: PathBuf,
+    pub(super) saved: SavedLora,
+    pub(super) checked: Checked,
 }
 
 impl Files<'_> {
+    /// Writes a file and reads it again, before anybody hears of it.
     pub(super) fn save(
         &self,
         trainer: &Trainer<'_>,
@@ -63,7 +76,8 @@ impl Files<'_> {
         epoch: u64,
         judgement: Option<JudgementRecord>,
         rolled_back: Option<String>,
-    ) -> Result<(PathBuf, SavedLora), TrainError> {
+        last: bool,
+    ) -> Result<CheckedFile, TrainError> {
         let record = TrainingRecord {
             output_name: name.to_owned(),
             steps: trainer.steps_done(),
@@ -74,8 +88,54 @@ impl Files<'_> {
         };
         let path = self.output_dir.join(format!("{name}.safetensors"));
         let precision = self.settings.save.precision;
-        let saved = trainer.network.save(&path, precision, record.entries())?;
-        Ok((path, saved))
+        let modules = trainer.network.modules().count();
+        let mut entries = record.entries();
+        // A file that does not pass is removed, so that one that is there has passed.
+        let told = json!({"modules": modules, "names": "kohya", "passed": true});
+        entries.insert("lorasmith_self_check".to_owned(), told.to_string());
+        let saved = trainer.network.save(&path, precision, entries)?;
+        match self.check(trainer, &path, modules, last) {
+            Ok(checked) => Ok(CheckedFile {
+                path,
+                saved,
+                checked,
+            }),
+            Err(error) => {
+                // What is wrong is worth more than what is left behind.
+                let _ = std::fs::remove_file(&path);
+                Err(error)
+            }
+        }
+    }
+
+    fn check(
+        &self,
+        trainer: &Trainer<'_>,
+        path: &Path,
+        modules: usize,
+        last: bool,
+    ) -> Result<Checked, TrainError> {
+        let checked = check_file(path, &self.layers);
+        let checked = checked.map_err(|error| TrainError::SelfCheck(error.to_string()))?;
+        if checked.modules != modules {
+            let message = format!("found {} adapters, expected {modules}", checked.modules);
+            return Err(TrainError::SelfCheck(message));
+        }
+        if checked.with_effect == 0 && last && self.has_learned(trainer) {
+            let message =
+                "no adapter changes the base model, expected an effect of the steps that were done";
+            return Err(TrainError::SelfCheck(message.to_owned()));
+        }
+        Ok(checked)
+    }
+
+    /// Whether a step was done that should have changed something. The first one has a learning rate of 0 where the
+    /// schedule warms up, and steps that overflow are left out.
+    fn has_learned(&self, trainer: &Trainer<'_>) -> bool {
+        let done = trainer.steps_done();
+        let done = done.saturating_sub(trainer.loss_scale().skipped());
+        let rates = [self.record.unet_lr, self.record.text_encoder_lr];
+        done > 1 && rates.into_iter().flatten().any(|rate| rate > 0.0)
     }
 }
 
