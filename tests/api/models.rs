@@ -169,7 +169,8 @@ fn other_models_are_named() {
     let unet = |channels: &'static [usize]| vec![(input, channels), (output, OUT)];
     let one: &[usize] = &[1];
     let sd1 = |channels: &'static [usize]| [unet(channels), vec![(text, one)]].concat();
-    let cases: Vec<(&str, Vec<(&str, &[usize])>, Option<&str>)> = vec![
+    type Shapes<'a> = Vec<(&'a str, &'a [usize])>;
+    let cases: Vec<(&str, Shapes<'_>, Option<&str>)> = vec![
         ("pix2pix", sd1(&[8, 8, 3, 3]), Some("instruct-pix2pix")),
         ("inpainting", sd1(&[8, 9, 3, 3]), Some("9 to 4 channels")),
         ("depth", sd1(&[8, 5, 3, 3]), Some("a depth map")),
