@@ -47,15 +47,19 @@ async fn rebuild(manager: &SchemaManager<'_>, run_id: ColumnDef) -> Result<(), D
         )
         .to_owned();
     manager.create_table(table).await?;
-    let connection = manager.get_connection();
-    for statement in [
-        format!("INSERT INTO loras_anew ({KEPT}) SELECT {KEPT} FROM loras"),
-        "DROP TABLE loras".to_owned(),
-        "ALTER TABLE loras_anew RENAME TO loras".to_owned(),
-        "CREATE INDEX loras_of_run ON loras (run_id)".to_owned(),
-    ] {
-        connection.execute_unprepared(&statement).await?;
-    }
+    // On one connection of the pool: another may not have heard yet that the name is free.
+    let statements = format!(
+        "BEGIN IMMEDIATE; \
+         INSERT INTO loras_anew ({KEPT}) SELECT {KEPT} FROM loras; \
+         DROP TABLE loras; \
+         ALTER TABLE loras_anew RENAME TO loras; \
+         CREATE INDEX loras_of_run ON loras (run_id); \
+         COMMIT"
+    );
+    manager
+        .get_connection()
+        .execute_unprepared(&statements)
+        .await?;
     Ok(())
 }
 

@@ -154,6 +154,21 @@ pub struct ResizeLora {
 
 /// A resized file, and what is left in it.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "lora": {
+        "id": "019a9c20-3333-7c30-a4b2-3d1f2f6f0a11", "run_id": null, "file_name": "lumo-resized.safetensors", "step": 0,
+        "epoch": 0, "final": false, "best": false, "validation_loss": null, "validation_error": null,
+        "size_bytes": 4876543, "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+        "origin": {"kind": "resized", "sources": [{
+            "lora_id": "019a9c20-1111-7c30-a4b2-3d1f2f6f0a11", "file_name": "lumo.safetensors",
+            "sha256": "6f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef", "strength": null
+        }]},
+        "self_check": null, "created_at": "2026-11-28T06:44:00Z"
+    },
+    "fro_retained_mean": 0.96, "fro_retained_std": 0.01,
+    "modules": [{"name": "lora_unet_mid_block_attentions_0_proj_in", "old_rank": 16, "new_rank": 7, "new_alpha": 3.5,
+                 "sum_retained": 0.91, "fro_retained": 0.96}]
+}))]
 pub struct ResizedLora {
     pub lora: Lora,
     /// Mean of the parts of the adapters' Frobenius norms that are kept.
@@ -217,6 +232,21 @@ pub struct ConvertLora {
 
 /// What is in a LoRA file.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({
+    "size_bytes": 9876543, "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+    "kinds": ["lora"], "convention": "kohya", "family": "sd1", "described_by": ["sd-scripts", "modelspec"],
+    "module_count": 1, "parameters": 18433, "dtypes": {"F16": 3},
+    "ranks": [{"kind": "lora", "rank": 16, "alpha": 8.0, "modules": 1}],
+    "blocks": [{"block": "unet.mid_block.attentions.0", "modules": 1, "ranks": [16], "alphas": [8.0],
+                "norms": {"mean": 0.41, "max": 0.41}}],
+    "norms": {"mean": 0.41, "max": 0.41},
+    "modules": [{"name": "lora_unet_mid_block_attentions_0_proj_in", "layer": "unet.mid_block.attentions.0.proj_in",
+                 "block": "unet.mid_block.attentions.0", "kind": "lora", "dora": false, "rank": 16, "alpha": 8.0,
+                 "shape": [1280, 1280], "norm": 0.41}],
+    "hashes": {"sshs_model_hash": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+               "sshs_legacy_hash": "5f70bf18", "model_hash_matches": true, "legacy_hash_matches": null},
+    "problems": [], "metadata": {"ss_network_dim": "16"}
+}))]
 pub struct LoraInspection {
     pub size_bytes: u64,
     pub sha256: String,

@@ -397,16 +397,10 @@ impl Reader<'_> {
     }
 
     fn number(&self, slot: Slot) -> Result<Option<f32>, ToolError> {
-        match self.file.read(self.module, slot)? {
-            None => Ok(None),
-            Some((values, _)) => match values[..] {
-                [value] if value.is_finite() => Ok(Some(value)),
-                _ => Err(self.wrong(
-                    slot,
-                    format!("{} values", values.len()),
-                    "one finite number",
-                )),
-            },
+        let number = self.file.number(self.module, slot)?;
+        match number.filter(|value| !value.is_finite() || value.abs() > MAX_VALUE) {
+            Some(value) => Err(self.wrong(slot, value.to_string(), format!("at most {MAX_VALUE}"))),
+            None => Ok(number),
         }
     }
 

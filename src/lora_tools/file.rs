@@ -293,6 +293,39 @@ impl AdapterFile {
         }
     }
 
+    /// A tensor of one number, also of a whole one: marks are stored as such.
+    ///
+    /// # Errors
+    /// When it has another number of elements, or is of no known format.
+    pub fn number(&self, module: &Module, slot: Slot) -> Result<Option<f32>, ToolError> {
+        let Some(key) = module.keys.get(&slot) else {
+            return Ok(None);
+        };
+        let (bytes, dtype, shape) = self.weights.read_bytes(key)?;
+        let whole = match (dtype, bytes) {
+            (Dtype::BOOL | Dtype::U8, [value]) => Some(f32::from(*value)),
+            (Dtype::I32, bytes) => bytes
+                .as_array()
+                .map(|bytes| i32::from_le_bytes(*bytes) as f32),
+            (Dtype::I64, bytes) => bytes
+                .as_array()
+                .map(|bytes| i64::from_le_bytes(*bytes) as f32),
+            _ => match self.weights.read_f32(key)?.0[..] {
+                [value] => Some(value),
+                _ => None,
+            },
+        };
+        let wrong = || {
+            ToolError::tensor(
+                &self.path,
+                key,
+                format!("the shape {shape:?}"),
+                "one number",
+            )
+        };
+        whole.map(Some).ok_or_else(wrong)
+    }
+
     /// The number format that most elements have, as far as files are written in it.
     pub fn precision(&self) -> SavePrecision {
         let mut elements: BTreeMap<u8, usize> = BTreeMap::new();

@@ -27,7 +27,11 @@ pub fn family_of_file(file: &AdapterFile) -> Option<Family> {
         .modules
         .iter()
         .filter(|module| reads_text(&module.name))
-        .find_map(|module| file.shape(module, Slot::Down)?.get(1).copied());
+        .find_map(|module| {
+            let factor = file.shape(module, Slot::Down);
+            let factor = factor.or_else(|| file.shape(module, Slot::HadaW1B));
+            factor?.get(1).copied()
+        });
     family_of(&names, version, text_width)
 }
 

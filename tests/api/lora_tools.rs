@@ -1,11 +1,12 @@
 //! `/v1/loras`: files from elsewhere are taken, looked into, merged, resized and converted.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use lorasmith::lora_tools::inspect;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Service};
+use crate::support::{Answer, Service, png};
 
 fn fixture(name: &str) -> Vec<u8> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lora_tools");
@@ -236,4 +237,70 @@ fn files_are_resized_and_converted() {
     let body = json!({"lora_id": second["id"], "to": "diffusers", "family": "sd1"});
     service.post("/v1/loras:convert", &body).expect(201);
     convert(&loha, "diffusers").problem(422, "lora_unusable");
+}
+
+/// A run's file is checked before it is offered, and can be worked on like the others.
+#[test]
+fn the_file_of_a_run_has_passed_its_self_check() {
+    let service = Service::start_with(|config| {
+        config.models_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-sd15");
+        config.device = "cpu".to_owned();
+    });
+    let dataset = service.dataset("a");
+    let picture = png(1);
+    service
+        .upload(
+            &format!("{dataset}/images"),
+            &[],
+            &[("a.png", picture.as_slice())],
+        )
+        .expect(201);
+    let body = json!({
+        "name": "a", "dataset_id": dataset.rsplit('/').next(), "base_model": "tiny-sd15-ldm",
+        "max_train_steps": 3, "network": {"rank": 2, "conv_rank": 2}, "resolution": {"width_px": 64, "height_px": 64},
+        "buckets": {"enabled": false}, "unet_lr": 0.01,
+    });
+    let run = service.post("/v1/runs", &body).expect(201);
+    let path = format!("/v1/runs/{}", run["id"].as_str().expect("an id"));
+    let began = Instant::now();
+    let ended = loop {
+        let run = service.get(&path).expect(200);
+        if run["state"] == "succeeded" {
+            break run;
+        }
+        assert!(
+            run["state"] != "failed" && began.elapsed() < Duration::from_secs(90),
+            "{run}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let lora = service
+        .get(&format!(
+            "/v1/loras/{}",
+            ended["lora_id"].as_str().expect("an id")
+        ))
+        .expect(200);
+    assert_eq!(lora["origin"], json!({"kind": "trained", "sources": []}));
+    let check = &lora["self_check"];
+    let number = |key: &str| check[key].as_f64().expect("a number");
+    assert_eq!(number("tensors"), 3.0 * number("modules"));
+    assert!(
+        number("with_effect") > 0.0 && number("norm_max") > 0.0,
+        "{check}"
+    );
+    let found = service
+        .get(&format!("{}/inspection", path_of(&lora)))
+        .expect(200);
+    assert_eq!(found["problems"], json!([]));
+    assert_eq!(
+        found["described_by"],
+        json!(["sd-scripts", "modelspec", "lorasmith"])
+    );
+    let told = found["metadata"]["lorasmith_self_check"]
+        .as_str()
+        .expect("an entry");
+    assert!(told.contains("\"passed\":true"), "{told}");
+    let body = json!({"lora_id": lora["id"], "rank": 1});
+    let small = service.post("/v1/loras:resize", &body).expect(201);
+    assert_eq!(small["lora"]["run_id"], Value::Null);
 }
