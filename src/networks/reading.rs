@@ -6,6 +6,7 @@ use crate::diffusion::Part;
 use crate::networks::NetworkError;
 use crate::networks::form::{Form, SUFFIXES};
 use crate::networks::format::HostTensor;
+use crate::networks::settings::MAX_RANK;
 use crate::networks::targets::{LayerShape, Target};
 
 /// The tensors of one adapter by the endings of their keys.
@@ -77,7 +78,14 @@ impl AdapterTensors {
                 Some(expected) => wrong(suffix, shape_of(suffix).unwrap_or(&[]), expected),
             },
         )?;
-        // As sd-scripts has it, 0 means the rank; so does a product of two whole matrices.
+        // Two whole matrices do not tell their rank; LyCORIS writes it as their alpha, and their strength is 1.
+        let rank = match alpha {
+            Some(told) if form.is_unscaled() && (1.0..=MAX_RANK as f64).contains(&told) => {
+                told as usize
+            }
+            _ => rank,
+        };
+        // As sd-scripts has it, 0 means the rank.
         let alpha = alpha.filter(|alpha| *alpha != 0.0 && !form.is_unscaled());
         let target = Target {
             part,
