@@ -260,14 +260,13 @@ mod tests {
             &|tensors| {
                 tensors.remove(&up);
             },
-            &[LINEAR, "Up"],
+            &[LINEAR, "no `lora_up.weight`"],
         );
         wrong(
             &|tensors| {
-                let tensor = tensors.remove(&up);
-                tensors.extend(
-                    tensor.map(|tensor| ("lora_unet_nowhere.lora_up.weight".to_owned(), tensor)),
-                );
+                let moved = std::mem::take(tensors).into_iter();
+                let elsewhere = |key: String| key.replace(LINEAR, "lora_unet_nowhere");
+                tensors.extend(moved.map(|(key, tensor)| (elsewhere(key), tensor)));
             },
             &["lora_unet_nowhere"],
         );

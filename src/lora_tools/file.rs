@@ -272,7 +272,8 @@ impl AdapterFile {
     /// When it is not, or is no float.
     pub fn need(&self, module: &Module, slot: Slot) -> Result<(Vec<f32>, Vec<usize>), ToolError> {
         self.read(module, slot)?.ok_or_else(|| {
-            let found = format!("no tensor of the slot {slot:?}");
+            let ending = ENDINGS.iter().find(|(_, of)| *of == slot);
+            let found = format!("no `{}`", ending.map_or("", |(ending, _)| &ending[1..]));
             ToolError::tensor(&self.path, &module.name, found, "a complete adapter")
         })
     }
