@@ -468,10 +468,6 @@ fn only_paths_of_the_model_folder_are_registered() {
         };
         let answer = service.post("/v1/models", &json!({"path": path}));
         let problem = answer.problem(422, "invalid_model");
-        assert!(
-            problem["detail"].to_string().contains("1 value"),
-            "{problem}"
-        );
         let said = problem["errors"][0]["message"].as_str().expect("words");
         assert!(said.contains("leads out of the model folder"), "{said}");
     }
