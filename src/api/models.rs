@@ -210,7 +210,7 @@ pub async fn get_model(
     request_body(content(
         (RegisterModel = "application/json"),
         (Vec<u8> = "application/octet-stream"),
-        (ModelForm = "multipart/form-data"),
+        (inline(ModelForm) = "multipart/form-data"),
     )),
     responses(
         (status = 201, description = "The model", body = Model, headers(("Location" = String))),

@@ -143,7 +143,7 @@ pub async fn get_vae(
     request_body(content(
         (RegisterModel = "application/json"),
         (Vec<u8> = "application/octet-stream"),
-        (ModelForm = "multipart/form-data"),
+        (inline(ModelForm) = "multipart/form-data"),
     )),
     responses(
         (status = 201, description = "The VAE", body = Vae, headers(("Location" = String))),
