@@ -37,16 +37,8 @@ pub struct RegisterModel {
     pub path: String,
 }
 
-/// The form of an upload.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "documents a body that is streamed")]
-pub struct ModelForm {
-    /// The file, with its file name; at most 10 GiB.
-    #[schema(value_type = String, format = Binary)]
-    file: String,
-}
-
-/// What a file is called that is sent without a form.
+/// What a file is called that is sent without a form. A form has no schema in the documents: generators of clients write code
+/// that does not compile where an operation takes JSON, bytes and a form. Its description tells of it.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]

@@ -10,7 +10,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use super::codes::Code;
 use super::extract::Query;
 use super::idempotency::Created;
-use super::model_intake::{self, ModelForm, RegisterModel, UploadName, blocking};
+use super::model_intake::{self, RegisterModel, UploadName, blocking};
 use super::page::{Page, PageQuery, PageRequest};
 use super::patch::{MergePatch, check_if_match, etag};
 use super::problem::{Problem, ProblemBody};
@@ -210,7 +210,6 @@ pub async fn get_model(
     request_body(content(
         (RegisterModel = "application/json"),
         (Vec<u8> = "application/octet-stream"),
-        (inline(ModelForm) = "multipart/form-data"),
     )),
     responses(
         (status = 201, description = "The model", body = Model, headers(("Location" = String))),

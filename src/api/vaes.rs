@@ -9,7 +9,7 @@ use utoipa_actix_web::service_config::ServiceConfig;
 use super::codes::Code;
 use super::extract::Query;
 use super::idempotency::Created;
-use super::model_intake::{self, ModelForm, RegisterModel, UploadName, blocking};
+use super::model_intake::{self, RegisterModel, UploadName, blocking};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{Problem, ProblemBody};
 use crate::models::{self, Kind, ModelCatalog, Taken};
@@ -143,7 +143,6 @@ pub async fn get_vae(
     request_body(content(
         (RegisterModel = "application/json"),
         (Vec<u8> = "application/octet-stream"),
-        (inline(ModelForm) = "multipart/form-data"),
     )),
     responses(
         (status = 201, description = "The VAE", body = Vae, headers(("Location" = String))),
