@@ -20,7 +20,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut document: Value = serde_json::from_slice(&fs::read(path)?)?;
     let paths = &mut document["paths"];
     // Forms: the example sends its own.
-    remove(&mut paths["/v1/datasets/{dataset_id}/images"], "post");
+    for form in ["/v1/datasets/{dataset_id}/images", "/v1/loras"] {
+        remove(&mut paths[form], "post");
+    }
     // A second good answer, which is the streams' alone.
     for events in [
         "/v1/runs/{run_id}/events",
