@@ -14,8 +14,10 @@ use super::codes::Code;
 use super::decode;
 use super::extract::read_json;
 use super::idempotency::{self, Created};
+use super::models::Model;
 use super::multipart;
 use super::problem::Problem;
+use super::vaes::Vae;
 use crate::datasets::limits::Limits;
 use crate::models::{IntakeError, Kind, ModelCatalog, Taken};
 use crate::store::Store;
@@ -57,7 +59,7 @@ struct Announced<'a> {
     digest: Option<&'a str>,
 }
 
-/// Takes a model in: 201 with what `created` makes of it.
+/// Takes a model or a VAE in: 201 with what it is.
 ///
 /// # Errors
 /// 413, 415, 422 and 409 as the operations document.
@@ -67,7 +69,6 @@ pub async fn take_in(
     store: &Store,
     (kind, name): (Kind, Option<String>),
     payload: web::Payload,
-    created: fn(Taken, &ModelCatalog) -> Result<Created, Problem>,
 ) -> Result<HttpResponse, Problem> {
     let scope = match kind {
         Kind::Model => "POST /v1/models",
@@ -117,6 +118,21 @@ pub async fn take_in(
         created(taken, &models)
     };
     idempotency::once(store, request, scope, &announced, run).await
+}
+
+fn created(taken: Taken, models: &ModelCatalog) -> Result<Created, Problem> {
+    match taken {
+        Taken::Model(model) => {
+            models.prepare_digest(&model.path);
+            let location = format!("/v1/models/{}", model.id);
+            Created::new(location, &Model::of(*model, models))
+        }
+        Taken::Vae(vae) => {
+            models.prepare_digest(&vae.path);
+            let location = format!("/v1/vaes/{}", vae.id);
+            Created::new(location, &Vae::of(*vae, models))
+        }
+    }
 }
 
 fn text(request: &HttpRequest, name: header::HeaderName) -> Option<&str> {

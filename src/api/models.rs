@@ -9,13 +9,12 @@ use utoipa_actix_web::service_config::ServiceConfig;
 
 use super::codes::Code;
 use super::extract::Query;
-use super::idempotency::Created;
 use super::model_intake::{self, RegisterModel, UploadName, blocking};
 use super::page::{Page, PageQuery, PageRequest};
 use super::patch::{MergePatch, check_if_match, etag};
 use super::problem::{Problem, ProblemBody};
 use super::run_training::Prediction;
-use crate::models::{BaseModel, Family, Kind, Layout, ModelCatalog, PredictionType, Record, Taken};
+use crate::models::{BaseModel, Family, Kind, Layout, ModelCatalog, PredictionType, Record};
 use crate::runs::RunService;
 use crate::store::Store;
 
@@ -109,7 +108,8 @@ pub enum ModelFamily {
 }
 
 impl Model {
-    fn of(model: BaseModel, models: &ModelCatalog) -> Self {
+    /// What the API says of a model.
+    pub fn of(model: BaseModel, models: &ModelCatalog) -> Self {
         let sha256 = models.known_digest(&model.path).map(|digest| digest.sha256);
         let problem = model.problem().map(str::to_owned);
         let (prediction_type, zero_terminal_snr) =
@@ -230,16 +230,7 @@ pub async fn create_model(
     payload: web::Payload,
 ) -> Result<HttpResponse, Problem> {
     let what = (Kind::Model, query.into_inner().name);
-    model_intake::take_in(&request, &models, &store, what, payload, created).await
-}
-
-fn created(taken: Taken, models: &ModelCatalog) -> Result<Created, Problem> {
-    let Taken::Model(model) = taken else {
-        return Err(Problem::internal("a VAE was taken in as a model"));
-    };
-    let location = format!("/v1/models/{}", model.id);
-    models.prepare_digest(&model.path);
-    Created::new(location, &Model::of(*model, models))
+    model_intake::take_in(&request, &models, &store, what, payload).await
 }
 
 /// Correct what is known of a base model.

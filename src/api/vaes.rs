@@ -8,11 +8,10 @@ use utoipa_actix_web::service_config::ServiceConfig;
 
 use super::codes::Code;
 use super::extract::Query;
-use super::idempotency::Created;
 use super::model_intake::{self, RegisterModel, UploadName, blocking};
 use super::page::{Page, PageQuery, PageRequest};
 use super::problem::{Problem, ProblemBody};
-use crate::models::{self, Kind, ModelCatalog, Taken};
+use crate::models::{self, Kind, ModelCatalog};
 use crate::runs::RunService;
 use crate::store::Store;
 
@@ -52,7 +51,8 @@ pub struct Vae {
 }
 
 impl Vae {
-    fn of(vae: models::Vae, models: &ModelCatalog) -> Self {
+    /// What the API says of a VAE.
+    pub fn of(vae: models::Vae, models: &ModelCatalog) -> Self {
         let sha256 = models.known_digest(&vae.path).map(|digest| digest.sha256);
         let (info, problem) = match vae.info {
             Ok(info) => (Some(info), None),
@@ -163,16 +163,7 @@ pub async fn create_vae(
     payload: web::Payload,
 ) -> Result<HttpResponse, Problem> {
     let what = (Kind::Vae, query.into_inner().name);
-    model_intake::take_in(&request, &models, &store, what, payload, created).await
-}
-
-fn created(taken: Taken, models: &ModelCatalog) -> Result<Created, Problem> {
-    let Taken::Vae(vae) = taken else {
-        return Err(Problem::internal("a model was taken in as a VAE"));
-    };
-    let location = format!("/v1/vaes/{}", vae.id);
-    models.prepare_digest(&vae.path);
-    Created::new(location, &Vae::of(*vae, models))
+    model_intake::take_in(&request, &models, &store, what, payload).await
 }
 
 /// Remove an uploaded VAE.

@@ -141,8 +141,7 @@ pub fn read_all(path: &Path) -> Result<usize, ToolError> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
+    use super::super::tests::{KINDS, fixture};
     use super::*;
     use crate::networks::{HostTensor, LoraFile, SavePrecision};
 
@@ -165,27 +164,9 @@ mod tests {
         ]))
     }
 
-    fn fixture(kind: &str) -> PathBuf {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lora_tools");
-        folder.join(format!("{kind}.safetensors"))
-    }
-
     #[test]
     fn files_of_every_kind_pass() {
-        for kind in [
-            "locon_tucker",
-            "loha",
-            "loha_tucker",
-            "lokr",
-            "lokr_full",
-            "lokr_both",
-            "lokr_tucker",
-            "dora",
-            "dora_loha",
-            "dora_in",
-            "ia3",
-            "ia3_in",
-        ] {
+        for kind in KINDS {
             let checked = check_file(&fixture(kind), &layers()).expect(kind);
             assert_eq!((checked.modules, checked.with_effect), (2, 2), "{kind}");
             let is_sum = !kind.starts_with("dora") && !kind.starts_with("ia3");

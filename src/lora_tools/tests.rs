@@ -19,11 +19,27 @@ const TOLERANCE: f64 = 5e-6;
 const LINEAR: &str = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k";
 const CONV: &str = "lora_unet_down_blocks_0_resnets_0_conv1";
 
+/// Files of a module of LyCORIS on a linear layer and on a convolution.
+pub const KINDS: [&str; 12] = [
+    "locon_tucker",
+    "loha",
+    "loha_tucker",
+    "lokr",
+    "lokr_full",
+    "lokr_both",
+    "lokr_tucker",
+    "dora",
+    "dora_loha",
+    "dora_in",
+    "ia3",
+    "ia3_in",
+];
+
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     fixtures()
         .join("lora_tools")
         .join(format!("{name}.safetensors"))
@@ -255,20 +271,7 @@ fn base_of(kind: &str, folder: &Path) -> PathBuf {
 #[test]
 fn kinds_of_lycoris_do_what_its_modules_do() {
     let folder = tempfile::tempdir().expect("a folder");
-    for kind in [
-        "locon_tucker",
-        "loha",
-        "loha_tucker",
-        "lokr",
-        "lokr_full",
-        "lokr_both",
-        "lokr_tucker",
-        "dora",
-        "dora_loha",
-        "dora_in",
-        "ia3",
-        "ia3_in",
-    ] {
+    for kind in KINDS {
         let output = folder.path().join("out.safetensors");
         let lora = [Ingredient::open(&fixture(kind), 1.0).expect(kind)];
         merge_into_base(

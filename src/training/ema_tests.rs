@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::networks::LoraFile;
 use crate::training::goldens::AdamW;
 use crate::training::settings::EmaSettings;
-use crate::training::train_tests::{Log, run_with, settings};
+use crate::training::train_tests::{Folders, Log, run_in_two, run_with, settings};
 use crate::training::{
     Optimizer, OptimizerError, ParamUpdate, StateTensor, TrainLength, TrainSettings,
 };
@@ -61,11 +61,10 @@ fn averaged(decay: f64, warm_up: bool) -> TrainSettings {
 /// The file has the average that a hand would compute, and a run that was killed the same one to the bit.
 #[test]
 fn the_file_has_the_average_resumed_or_not() {
-    let temporary = tempfile::tempdir().expect("a folder");
+    let folders = Folders::new();
     let mut settings = averaged(0.2, true);
     let mut recorder = Recorder::default();
-    let folder = temporary.path().join("whole");
-    std::fs::create_dir_all(&folder).expect("a folder");
+    let folder = folders.get("whole");
     let mut log = Log::default();
     let whole = run_with(&folder, &settings, &mut log, true, &mut recorder).expect("a result");
     let file = LoraFile::read(&whole.path).expect("a LoRA");
@@ -89,17 +88,12 @@ fn the_file_has_the_average_resumed_or_not() {
 
     settings.resume.every_n_steps = Some(1);
     for (stop_at, leave) in [("step 2", true), ("step 4", false)] {
-        let folder = temporary.path().join(stop_at);
-        std::fs::create_dir_all(&folder).expect("a folder");
-        let mut first = Log {
+        let first = Log {
             stop_at: Some(stop_at),
             leave,
             ..Log::default()
         };
-        run_with(&folder, &settings, &mut first, true, &mut AdamW::default()).expect_err("stopped");
-        let mut second = Log::default();
-        let resumed = run_with(&folder, &settings, &mut second, true, &mut AdamW::default());
-        let resumed = resumed.expect("a result");
+        let (.., resumed) = run_in_two(&folders.get(stop_at), &settings, first);
         assert_eq!(resumed.saved, whole.saved, "{stop_at}");
         assert_eq!(
             resumed.validation_loss_after, whole.validation_loss_after,

@@ -5,8 +5,8 @@ use burn::tensor::Device;
 use crate::networks::settings::DropoutSettings;
 use crate::networks::{LoraFile, LoraNetwork, NetworkKind, NetworkSettings, TrainParts};
 use crate::training::goldens::{AdamW, Constant, fixture, golden_batches, load_model};
-use crate::training::train_tests::{Log, run_with, settings};
-use crate::training::{GradientCheckpointing, TrainError, TrainLength, TrainSettings, Trainer};
+use crate::training::train_tests::{Folders, Log, run, run_in_two, settings};
+use crate::training::{GradientCheckpointing, TrainLength, TrainSettings, Trainer};
 
 fn kinds() -> Vec<NetworkSettings> {
     let of = |kind: NetworkKind, dora: bool| NetworkSettings {
@@ -161,32 +161,15 @@ fn dropout_is_the_same_when_blocks_run_again_and_a_run_goes_on() {
         assert_eq!(tensors(&blocks), expected, "{kind:?}");
         assert_ne!(tensors(&without).0, expected.0, "{kind:?}");
 
-        let temporary = tempfile::tempdir().expect("a folder");
-        let place = |name: &str| {
-            let folder = temporary.path().join(name);
-            std::fs::create_dir_all(&folder).expect("a folder");
-            folder
-        };
-        let mut optimizer = AdamW::default();
-        let mut log = Log::default();
-        let whole = run_with(&place("whole"), &plain, &mut log, false, &mut optimizer);
-        let whole = whole.expect("a result");
-        let mut first = Log {
+        let folders = Folders::new();
+        let whole = run(&folders.get("whole"), &plain, &mut Log::default()).expect("a result");
+        let first = Log {
             stop_at: Some("step 3"),
             leave: true,
             ..Log::default()
         };
-        let folder = place("parts");
-        let stopped = run_with(&folder, &plain, &mut first, true, &mut AdamW::default());
-        assert!(matches!(stopped, Err(TrainError::Stopped { .. })));
-        let resumed = run_with(
-            &folder,
-            &plain,
-            &mut Log::default(),
-            true,
-            &mut AdamW::default(),
-        );
-        assert_eq!(resumed.expect("a result").saved, whole.saved, "{kind:?}");
+        let (.., resumed) = run_in_two(&folders.get("parts"), &plain, first);
+        assert_eq!(resumed.saved, whole.saved, "{kind:?}");
     }
 }
 

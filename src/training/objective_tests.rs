@@ -11,9 +11,9 @@ use crate::training::loss::{HuberSchedule, LossKind, LossSettings};
 use crate::training::noise::NoiseSettings;
 use crate::training::random::{Stream, generator, normal_tensor};
 use crate::training::timesteps::TimestepSettings;
-use crate::training::train_tests::{Log, pictures, run, run_kept, settings};
+use crate::training::train_tests::{Folders, Log, pictures, run, run_in_two, settings};
 use crate::training::{
-    Conditioning, MicroBatch, TrainError, TrainLength, TrainOutcome, TrainSettings, Trainer,
+    Conditioning, MicroBatch, TrainLength, TrainOutcome, TrainSettings, Trainer,
 };
 
 fn everything() -> TrainSettings {
@@ -49,24 +49,16 @@ fn bytes(outcome: &TrainOutcome) -> Vec<u8> {
 
 #[test]
 fn a_run_with_everything_on_goes_on_to_the_same_bits_and_tells_what_it_did() {
-    let temporary = tempfile::tempdir().expect("a folder");
-    let place = |name: &str| {
-        let folder = temporary.path().join(name);
-        std::fs::create_dir_all(&folder).expect("a folder");
-        folder
-    };
+    let folders = Folders::new();
     let settings = everything();
     let mut log = Log::default();
-    let whole = run(&place("whole"), &settings, &mut log).expect("a result");
-    let folder = place("stopped");
-    let mut first = Log {
+    let whole = run(&folders.get("whole"), &settings, &mut log).expect("a result");
+    let first = Log {
         stop_after: Some(2),
         leave: true,
         ..Log::default()
     };
-    let stopped = run_kept(&folder, &settings, &mut first, true);
-    assert!(matches!(stopped, Err(TrainError::Stopped { .. })));
-    let rest = run_kept(&folder, &settings, &mut Log::default(), true).expect("a result");
+    let (.., rest) = run_in_two(&folders.get("stopped"), &settings, first);
     assert!(bytes(&whole) == bytes(&rest));
 
     let file = LoraFile::read(&whole.path).expect("a LoRA");

@@ -1,7 +1,7 @@
 //! Tests of the whole loop on a tiny model and pictures made up here.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use image::{DynamicImage, Rgb, RgbImage};
@@ -220,6 +220,34 @@ pub(super) fn run_kept(
     run_with(folder, settings, log, kept, &mut AdamW::default())
 }
 
+/// Folders of a test by name.
+pub(super) struct Folders(tempfile::TempDir);
+
+impl Folders {
+    pub(super) fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    pub(super) fn get(&self, name: &str) -> PathBuf {
+        let folder = self.0.path().join(name);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        folder
+    }
+}
+
+/// A run that `first` stops and another one on its folder that goes on to the end: what was logged, and the result.
+pub(super) fn run_in_two(
+    folder: &Path,
+    settings: &TrainSettings,
+    mut first: Log,
+) -> (Log, Log, TrainOutcome) {
+    let stopped = run_kept(folder, settings, &mut first, true);
+    assert!(matches!(stopped, Err(TrainError::Stopped { .. })));
+    let mut second = Log::default();
+    let outcome = run_kept(folder, settings, &mut second, true).expect("a result");
+    (first, second, outcome)
+}
+
 /// A run with an optimizer.
 pub(super) fn run_with(
     folder: &Path,
@@ -312,16 +340,11 @@ fn a_run_reports_and_saves_what_it_was_asked_to() {
 /// Stopped in every way and at every place, a run goes on to the same losses and, to the bit, the same file.
 #[test]
 fn a_run_that_was_stopped_gives_what_it_would_have_given() {
-    let temporary = tempfile::tempdir().expect("a folder");
-    let place = |name: &str| {
-        let folder = temporary.path().join(name);
-        std::fs::create_dir_all(&folder).expect("a folder");
-        folder
-    };
+    let folders = Folders::new();
     let mut settings = settings();
     settings.length = TrainLength::Steps(8);
     let mut whole = Log::default();
-    let outcome = run(&place("whole"), &settings, &mut whole).expect("a result");
+    let outcome = run(&folders.get("whole"), &settings, &mut whole).expect("a result");
     let expected = std::fs::read(&outcome.path).expect("a file");
 
     // Asked to leave it is kept at once; killed, it goes on from the point before.
@@ -335,20 +358,14 @@ fn a_run_that_was_stopped_gives_what_it_would_have_given() {
     .into_iter()
     .enumerate()
     {
-        let folder = place(&case.to_string());
+        let folder = folders.get(&case.to_string());
         settings.resume.every_n_steps = Some(2);
-        let mut first = Log {
+        let first = Log {
             stop_at: Some(stop_at),
             leave,
             ..Log::default()
         };
-        let stopped = run_kept(&folder, &settings, &mut first, true);
-        assert!(
-            matches!(stopped, Err(TrainError::Stopped { .. })),
-            "{stop_at}"
-        );
-        let mut second = Log::default();
-        let outcome = run_kept(&folder, &settings, &mut second, true).expect("a result");
+        let (first, second, outcome) = run_in_two(&folder, &settings, first);
 
         let done = 8 - second.losses.len();
         if leave {
@@ -406,12 +423,7 @@ fn a_longer_run_goes_on_where_a_shorter_one_has_ended() {
 /// The files tell what validation says, and only what validation says stops a run early, resumed or not.
 #[test]
 fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
-    let temporary = tempfile::tempdir().expect("a folder");
-    let place = |name: &str| {
-        let folder = temporary.path().join(name);
-        std::fs::create_dir_all(&folder).expect("a folder");
-        folder
-    };
+    let folders = Folders::new();
     let mut settings = settings();
     settings.length = TrainLength::Steps(20);
     settings.validation.image_ids.clear();
@@ -422,7 +434,7 @@ fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
         min_delta: 1e3,
     });
     let mut whole = Log::default();
-    let outcome = run(&place("whole"), &settings, &mut whole).expect("a result");
+    let outcome = run(&folders.get("whole"), &settings, &mut whole).expect("a result");
     assert_eq!((outcome.steps, whole.losses.len()), (4, 4));
     let why = whole.stopped.expect("a reason");
     assert!(
@@ -444,15 +456,13 @@ fn a_run_whose_validation_no_longer_improves_ends_early_at_the_same_step() {
         ("validation 4", true),
         ("saved colours.", false),
     ] {
-        let folder = place(stop_at);
-        let mut first = Log {
+        let folder = folders.get(stop_at);
+        let first = Log {
             stop_at: Some(stop_at),
             leave,
             ..Log::default()
         };
-        run_kept(&folder, &settings, &mut first, true).expect_err("stopped");
-        let mut second = Log::default();
-        let resumed = run_kept(&folder, &settings, &mut second, true).expect("a result");
+        let (_, second, resumed) = run_in_two(&folder, &settings, first);
         assert_eq!(
             (resumed.steps, &resumed.saved),
             (4, &outcome.saved),
@@ -566,12 +576,7 @@ fn unusable_settings_are_refused_before_any_work() {
 /// seen, with latents that are kept (flips) and with those that are made each time.
 #[test]
 fn pictures_change_alike_after_a_stop() {
-    let temporary = tempfile::tempdir().expect("a folder");
-    let place = |name: &str| {
-        let folder = temporary.path().join(name);
-        std::fs::create_dir_all(&folder).expect("a folder");
-        folder
-    };
+    let folders = Folders::new();
     let mut settings = settings();
     settings.length = TrainLength::Steps(4);
     settings.samples.prompts.clear(); // the VAE is kept nevertheless
@@ -583,16 +588,14 @@ fn pictures_change_alike_after_a_stop() {
             color,
             random_crop: color,
         };
-        let whole = run(&place(name), &settings, &mut Log::default()).expect("a result");
-        let folder = place(&format!("{name} stopped"));
-        let mut first = Log {
+        let whole = run(&folders.get(name), &settings, &mut Log::default()).expect("a result");
+        let folder = folders.get(&format!("{name} stopped"));
+        let first = Log {
             stop_after: Some(2),
             leave: true,
             ..Log::default()
         };
-        let stopped = run_kept(&folder, &settings, &mut first, true);
-        assert!(matches!(stopped, Err(TrainError::Stopped { .. })));
-        let rest = run_kept(&folder, &settings, &mut Log::default(), true).expect("a result");
+        let (.., rest) = run_in_two(&folder, &settings, first);
         assert!(bytes(&whole) == bytes(&rest), "{name}");
         let file = LoraFile::read(&whole.path).expect("a LoRA");
         let entry = |key: &str| file.metadata.get(key).map(String::as_str);

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use proptest::sample::Index;
 use zip::CompressionMethod;
 
 use super::{PickleError, is_torch, read};
+use crate::damage::{damage, damaged};
 use crate::diffusion::Weights;
 
 fn fixture(name: &str) -> PathBuf {
@@ -232,56 +232,6 @@ fn damage_is_named() {
             assert!(!is_torch(cut) || read(cut).is_err(), "{name} {length}");
         }
     }
-}
-
-/// What is done to a valid file.
-#[derive(Clone, Debug)]
-enum Damage {
-    Set(Index, u8),
-    Flip(Index, u8),
-    Remove(Index, usize),
-    Insert(Index, Vec<u8>),
-    Huge(Index),
-    Cut(Index),
-}
-
-fn damage() -> impl Strategy<Value = Damage> {
-    prop_oneof![
-        6 => (any::<Index>(), any::<u8>()).prop_map(|(at, to)| Damage::Set(at, to)),
-        6 => (any::<Index>(), 0..8_u8).prop_map(|(at, bit)| Damage::Flip(at, bit)),
-        2 => (any::<Index>(), 1..40_usize).prop_map(|(at, count)| Damage::Remove(at, count)),
-        2 => (any::<Index>(), vec(any::<u8>(), 1..40)).prop_map(|(at, new)| Damage::Insert(at, new)),
-        3 => any::<Index>().prop_map(Damage::Huge),
-        1 => any::<Index>().prop_map(Damage::Cut),
-    ]
-}
-
-fn damaged(bytes: &[u8], all: &[Damage]) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    for damage in all {
-        let length = bytes.len();
-        if length == 0 {
-            break;
-        }
-        match damage {
-            Damage::Set(at, to) => bytes[at.index(length)] = *to,
-            Damage::Flip(at, bit) => bytes[at.index(length)] ^= 1 << bit,
-            Damage::Remove(at, count) => {
-                let at = at.index(length);
-                bytes.drain(at..(at + count).min(length));
-            }
-            Damage::Insert(at, new) => {
-                let at = at.index(length);
-                bytes.splice(at..at, new.iter().copied());
-            }
-            Damage::Huge(at) => {
-                let at = at.index(length);
-                bytes[at..(at + 4).min(length)].fill(0xff);
-            }
-            Damage::Cut(at) => bytes.truncate(at.index(length)),
-        }
-    }
-    bytes
 }
 
 /// What was found lies in the file, whatever the file says; nothing has panicked.
