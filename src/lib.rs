@@ -3,6 +3,8 @@
 //! Modules in the order of their dependencies; `ARCHITECTURE.md` says who may use whom.
 
 pub mod allocator;
+#[cfg(test)]
+mod damage;
 pub mod kernels;
 pub mod lettering;
 pub mod pictures;
@@ -10,7 +12,6 @@ pub mod pictures;
 pub mod diffusion;
 pub mod lora_tools;
 pub mod networks;
-pub mod selfcheck;
 
 pub mod captioning;
 pub mod dataloader;
@@ -18,6 +19,7 @@ pub mod training;
 
 pub mod plugin_host;
 pub mod preparation;
+pub mod selfcheck;
 pub mod store;
 
 pub mod access;

@@ -4,17 +4,21 @@
 use std::path::{Path, PathBuf};
 
 /// Who may use whom; a file beside `main.rs` that is not listed may use everything.
-const MAY_USE: [(&str, &[&str]); 26] = [
+const MAY_USE: [(&str, &[&str]); 27] = [
+    ("damage", &[]),
     ("allocator", &[]),
     ("kernels", &[]),
     ("lettering", &[]),
     ("pictures", &[]),
-    ("diffusion", &["kernels"]),
+    ("diffusion", &["kernels", "damage"]),
     ("captioning", &["diffusion", "kernels", "pictures"]),
     ("networks", &["diffusion", "kernels"]),
     ("lora_tools", &["diffusion", "networks"]),
     ("loras", &["lora_tools", "networks", "diffusion", "store"]),
-    ("selfcheck", &["kernels", "diffusion", "networks"]),
+    (
+        "selfcheck",
+        &["kernels", "diffusion", "networks", "plugin_host"],
+    ),
     ("dataloader", &["pictures"]),
     (
         "training",
@@ -22,13 +26,14 @@ const MAY_USE: [(&str, &[&str]); 26] = [
             "networks",
             "lora_tools",
             "diffusion",
+            "kernels",
             "dataloader",
             "allocator",
         ],
     ),
-    ("plugin_host", &["training"]),
+    ("plugin_host", &["kernels", "training"]),
     ("store", &[]),
-    ("datasets", &["store", "pictures"]),
+    ("datasets", &["store", "pictures", "damage"]),
     // Of `diffusion` only the tokenizer.
     ("preparation", &["store", "dataloader", "diffusion"]),
     ("access", &["store"]),
@@ -89,7 +94,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
 ];
 
 /// Where a crate, or a word, may appear.
-const KNOWN_IN: [(&str, &[&str]); 11] = [
+const KNOWN_IN: [(&str, &[&str]); 12] = [
     ("tract_onnx", &["src/captioning/taggers/"]),
     ("actix_cors", &["src/api/"]),
     ("actix_web", &["src/api/"]),
@@ -112,6 +117,7 @@ const KNOWN_IN: [(&str, &[&str]); 11] = [
             "src/bench/",
         ],
     ),
+    ("cubecl", &["src/kernels/", "src/plugin_host/lazy/"]),
     ("ash", &["src/diffusion/device_memory.rs"]),
     // SIMD, the one place that maps files, Vulkan beside wgpu, and the C boundary.
     (

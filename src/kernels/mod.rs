@@ -14,6 +14,7 @@ pub mod norm;
 mod operation;
 mod precision;
 mod seed;
+pub mod together;
 
 pub use attention::attention;
 pub use conv::{Geometry, conv2d, order_by_taps};

@@ -60,6 +60,28 @@ pub struct Packed {
 }
 
 impl BurnBlocks {
+    /// Codes that a kernel has made.
+    pub fn new(words: Tensor<1, Int>, absmax: Tensor<1>, elements: usize) -> Self {
+        let [blocks] = absmax.dims();
+        Self::Device(Box::new(Packed {
+            words,
+            absmax: absmax.reshape([blocks, 1]),
+            elements,
+        }))
+    }
+
+    /// The codes, four to an integer as [`pack`] does it, and the scale of each block, where they are on a device:
+    /// `[blocks · 64]` and `[blocks]`.
+    pub fn on_device(&self) -> Option<(Tensor<1, Int>, Tensor<1>)> {
+        let packed = match self {
+            Self::Host(_) => return None,
+            Self::Device(packed) => (**packed).clone(),
+            Self::Part(part) => part.packed(),
+        };
+        let [blocks, _] = packed.absmax.dims();
+        Some((packed.words, packed.absmax.reshape([blocks])))
+    }
+
     /// Copies codes and scales to the host.
     pub fn read(&self) -> Result<Quantized, String> {
         match self {

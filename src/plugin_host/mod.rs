@@ -23,6 +23,7 @@ use library::{Library, OptimizerType, ScheduleType};
 
 /// Why a schedule has no factor.
 pub use crate::training::optimizer::OptimizerError as ScheduleError;
+pub use lazy::{Probed, probe};
 pub use settings::SettingError;
 
 /// Version of the plugin ABI that this program speaks: major, minor.

@@ -109,7 +109,8 @@ impl Traced {
     }
 }
 
-fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+/// The elements in their order.
+pub fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     let count = tensor.shape().num_elements();
     tensor.reshape([count])
 }

@@ -1,5 +1,5 @@
-//! Whether a device computes what the CPU computes: the frozen layers, attention and LoRA gradients that training is
-//! made of, with the same numbers on both. Drivers and shader compilers err silently; a GPU is checked before its
+//! Whether a device computes what the CPU computes: the frozen layers, attention, LoRA gradients and updates that training
+//! is made of, with the same numbers on both. Drivers and shader compilers err silently; a GPU is checked before its
 //! first run, and what was found is remembered.
 
 mod compare;
@@ -7,6 +7,7 @@ mod inputs;
 mod layers;
 mod lora;
 mod remembered;
+mod update;
 
 use std::time::Instant;
 
@@ -123,7 +124,10 @@ const F16: f64 = 5e-3;
 /// A block rounds to halves a dozen times.
 const F16_DEEP: f64 = 2e-2;
 
-const CHECKS: [Check; 18] = [
+/// The widest gap between codes of 8 bits is 1.4e-2.
+const CODES: f64 = 2e-2;
+
+const CHECKS: [Check; 21] = [
     f32_check("linear", layers::linear),
     f32_check("conv_stride_1", |inputs| layers::conv(inputs, 1)),
     f32_check("conv_stride_2", |inputs| layers::conv(inputs, 2)),
@@ -146,6 +150,12 @@ const CHECKS: [Check; 18] = [
         ..f32_check("lora_blocks_input_untracked_burn_5162", |inputs| {
             lora::blocks(inputs, false)
         })
+    },
+    f32_check("gradients_together", update::gradients),
+    f32_check("optimizer_update", update::optimizer),
+    Check {
+        tolerance: CODES,
+        ..f32_check("optimizer_8bit_state", update::codes)
     },
     Check {
         needs_f16: true,

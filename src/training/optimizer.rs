@@ -2,9 +2,6 @@
 
 use burn::tensor::Tensor;
 
-/// Where gradients lie behind one another in one buffer, each begins at a multiple of so many elements.
-pub const GRADIENT_ALIGN: usize = 256;
-
 /// Changes the trainable tensors once per step.
 pub trait Optimizer: Send {
     /// Updates all listed parameters; `step` counts the steps done before.

@@ -385,10 +385,6 @@ fn the_numbers_are_the_same_on_a_wgpu_device() {
         if golden.name != golden.optimizer {
             continue;
         }
-        // Ways to multiply matrices are timed for a minute before the first product.
-        if golden.name == "muon" && std::env::var_os("LORASMITH_SLOW_TESTS").is_none() {
-            continue;
-        }
         let started = std::time::Instant::now();
         let follow = || golden.follow(&host, &device, golden.tolerance());
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(follow)).is_err() {

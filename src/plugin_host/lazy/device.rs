@@ -1,22 +1,19 @@
-//! Programs on devices that burn launches kernels on: tensors that are computed alike are put behind one another, so
-//! that an operation is one launch for all of them.
+//! Programs on devices that kernels are launched on: tensors that are computed alike are put behind one another, and the
+//! program is one launch for all of them.
 
 use std::sync::Arc;
 
-use burn::backend::Cube;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
+use lorasmith_abi::host::Dims;
 use lorasmith_abi::host::blocks::BLOCK;
-use lorasmith_abi::host::{Binary, Dims, Scalar, Tensors as _};
 
 use super::super::blocks::BurnBlocks;
 use super::super::tensors::{BurnTensor, BurnTensors};
-use super::program::{Input, InputKind, Job, Made, Operation, Output, OutputKind, Program, Source};
-use super::{Expression, LazyTensor, LazyTensors};
-use crate::training::optimizer::GRADIENT_ALIGN;
+use super::program::{Input, InputKind, Job, Made, Output, OutputKind, Program};
+use super::{Data, Expression, LazyTensor, LazyTensors, fused, stepwise};
+use crate::kernels::together::{ALIGN, places, together};
 
-/// Tensors begin at multiples of so many elements of a long one: whole blocks of codes, and where every device lets a
-/// buffer begin, so that taking one out is no copy. Gradients come that way.
-const ALIGN: usize = GRADIENT_ALIGN;
+// In a long tensor there are whole blocks of codes.
 const _: () = assert!(ALIGN.is_multiple_of(BLOCK));
 
 /// What each job makes, in the order of its roots.
@@ -26,7 +23,7 @@ pub fn run(eager: &BurnTensors, jobs: &[Job]) -> Result<Vec<Vec<Made>>, String> 
         let members: Vec<&Job> = group.iter().map(|&index| &jobs[index]).collect();
         let results = match members.as_slice() {
             [job] => vec![alone(eager, job)?],
-            members => together(eager, members)?,
+            members => as_one(eager, members)?,
         };
         for (index, results) in group.into_iter().zip(results) {
             made[index] = results;
@@ -57,52 +54,41 @@ fn groups(jobs: &[Job]) -> Vec<Vec<usize>> {
 
 fn alone(eager: &BurnTensors, job: &Job) -> Result<Vec<Made>, String> {
     let mut inputs = Vec::with_capacity(job.inputs.len());
-    for (input, kind) in job.inputs.iter().zip(&job.program.inputs) {
-        inputs.push(match (input, kind) {
-            (Input::Codes(blocks), InputKind::Codes(code)) => {
-                eager.dequantize(blocks, *code, job.dims)?
-            }
-            (Input::Tensor(tensor), _) => value(eager, tensor)?,
-            (Input::Codes(_), _) => return Err("codes where values belong".to_owned()),
+    for input in &job.inputs {
+        inputs.push(match input {
+            Input::Codes(blocks) => Data::Codes(blocks.clone()),
+            Input::Tensor(tensor) => Data::Values(value(eager, tensor)?),
         });
     }
-    let mut made = Vec::with_capacity(job.program.outputs.len());
-    for (root, values) in interpret(eager, &job.program, &inputs, job.dims)? {
-        let made_here = match job.program.kind_of(root) {
-            OutputKind::Values => Made::Values(LazyTensor::leaf(values)),
-            OutputKind::Codes(code) => Made::Codes(eager.quantize(&values, code)?),
-        };
-        made.push((root, made_here));
-    }
-    Ok(in_order(made))
+    let made = perform(eager, &job.program, &inputs, job.dims)?;
+    let made = made.into_iter().map(|(root, data)| match data {
+        Data::Values(values) => (root, Made::Values(LazyTensor::leaf(values))),
+        Data::Codes(blocks) => (root, Made::Codes(blocks)),
+    });
+    Ok(in_order(made.collect()))
 }
 
 /// Jobs whose programs are equal, as one.
-fn together(eager: &BurnTensors, jobs: &[&Job]) -> Result<Vec<Vec<Made>>, String> {
+fn as_one(eager: &BurnTensors, jobs: &[&Job]) -> Result<Vec<Vec<Made>>, String> {
     let program = &jobs[0].program;
-    let mut begins = Vec::with_capacity(jobs.len());
-    let mut length = 0;
-    for job in jobs {
-        begins.push(length);
-        length += job.elements().next_multiple_of(ALIGN);
-    }
+    let (begins, length) = places(jobs.iter().map(|job| job.elements()));
     let dims = [1, 1, 1, length];
     let mut inputs = Vec::with_capacity(program.inputs.len());
     for (index, kind) in program.inputs.iter().enumerate() {
         let members = jobs.iter().map(|job| &job.inputs[index]);
         inputs.push(match kind {
             InputKind::One => match &jobs[0].inputs[index] {
-                Input::Tensor(tensor) => value(eager, tensor)?,
+                Input::Tensor(tensor) => Data::Values(value(eager, tensor)?),
                 Input::Codes(_) => return Err("codes where a number belongs".to_owned()),
             },
-            InputKind::Codes(code) => {
+            InputKind::Codes(_) => {
                 let blocks: Vec<&BurnBlocks> = members
                     .filter_map(|input| match input {
                         Input::Codes(blocks) => Some(blocks),
                         Input::Tensor(_) => None,
                     })
                     .collect();
-                eager.dequantize(&BurnBlocks::join(&blocks)?, *code, dims)?
+                Data::Codes(BurnBlocks::join(&blocks)?)
             }
             InputKind::Each | InputKind::Spread => {
                 let members: Vec<&LazyTensor> = members
@@ -112,23 +98,22 @@ fn together(eager: &BurnTensors, jobs: &[&Job]) -> Result<Vec<Vec<Made>>, String
                     })
                     .collect();
                 let whole = gather(eager, &members, &begins, length)?;
-                whole.reshape(dims)
+                Data::Values(whole.reshape(dims))
             }
         });
     }
     let mut made: Vec<Vec<(usize, Made)>> = jobs.iter().map(|_| Vec::new()).collect();
-    for (root, values) in interpret(eager, program, &inputs, dims)? {
-        match program.kind_of(root) {
-            OutputKind::Values => {
+    for (root, data) in perform(eager, program, &inputs, dims)? {
+        match data {
+            Data::Values(values) => {
                 let whole = Arc::new(values.reshape([length]));
                 for ((job, &first), made) in jobs.iter().zip(&begins).zip(&mut made) {
                     let own = LazyTensor::part(&whole, first, job.dims);
                     made.push((root, Made::Values(own)));
                 }
             }
-            OutputKind::Codes(code) => {
-                let elements = jobs.iter().map(|job| job.elements());
-                let parts = eager.quantize(&values, code)?.parts(elements)?;
+            Data::Codes(blocks) => {
+                let parts = blocks.parts(jobs.iter().map(|job| job.elements()))?;
                 for (blocks, made) in parts.into_iter().zip(&mut made) {
                     made.push((root, Made::Codes(blocks)));
                 }
@@ -136,6 +121,19 @@ fn together(eager: &BurnTensors, jobs: &[&Job]) -> Result<Vec<Vec<Made>>, String
         }
     }
     Ok(made.into_iter().map(in_order).collect())
+}
+
+/// The results of a program by root: by one kernel, where the device has kernels.
+fn perform(
+    eager: &BurnTensors,
+    program: &Program,
+    inputs: &[Data],
+    dims: Dims,
+) -> Result<Vec<(usize, Data)>, String> {
+    match fused::run(program, inputs, dims) {
+        Some(made) => Ok(made),
+        None => stepwise::run(eager, program, inputs, dims),
+    }
 }
 
 /// Tensors as one long one. Those that are its parts already are not copied.
@@ -152,44 +150,7 @@ fn gather(
     for tensor in tensors {
         values.push(value(eager, tensor)?.reshape([tensor.elements()]));
     }
-    let first = values.first().ok_or("nothing to put together")?;
-    if let Some(whole) = neighbours(&values, begins, length) {
-        return Ok(whole);
-    }
-    let mut long = Tensor::zeros([length], (&first.device(), DType::F32));
-    for (value, &first) in values.into_iter().zip(begins) {
-        let range = first..first + value.dims()[0];
-        long = long.slice_assign([range], value);
-    }
-    Ok(long)
-}
-
-/// The piece of a buffer in which tensors lie behind one another already: what the last step has made of the parameters,
-/// and gradients.
-pub(super) fn neighbours(
-    tensors: &[Tensor<1>],
-    begins: &[usize],
-    length: usize,
-) -> Option<Tensor<1>> {
-    let bytes = |elements: usize| (elements * size_of::<f32>()) as u64;
-    let primitive = |tensor: &Tensor<1>| tensor.clone().try_into_primitive::<Cube>().ok();
-    let mut whole = primitive(tensors.first()?)?;
-    let start = whole.handle.offset_start.unwrap_or(0);
-    for (tensor, &begin) in tensors.iter().zip(begins) {
-        let part = primitive(tensor)?;
-        let place = part.handle.offset_start.unwrap_or(0);
-        let next = part.handle.memory.descriptor() == whole.handle.memory.descriptor()
-            && place == start + bytes(begin)
-            && part.dtype == DType::F32
-            && part.meta.strides()[..] == [1];
-        if !next {
-            return None;
-        }
-    }
-    let behind = whole.handle.size().checked_sub(start + bytes(length))?;
-    whole.handle.offset_end = Some(behind);
-    whole.meta.shape_mut()[0] = length;
-    Some(Tensor::from_primitive::<Cube>(whole))
+    together(values, begins, length).ok_or_else(|| "nothing to put together".to_owned())
 }
 
 fn whole_of(tensors: &[&LazyTensor], begins: &[usize], length: usize) -> Option<Tensor<1>> {
@@ -215,91 +176,4 @@ fn value(eager: &BurnTensors, tensor: &LazyTensor) -> Result<BurnTensor, String>
 fn in_order(mut made: Vec<(usize, Made)>) -> Vec<Made> {
     made.sort_by_key(|(root, _)| *root);
     made.into_iter().map(|(_, made)| made).collect()
-}
-
-impl Program {
-    fn kind_of(&self, root: usize) -> OutputKind {
-        let found = self.outputs.iter().find(|output| output.root == root);
-        found.map_or(OutputKind::Values, |output| output.kind)
-    }
-}
-
-/// The results of a program by root, one burn operation for each instruction.
-fn interpret(
-    eager: &BurnTensors,
-    program: &Program,
-    inputs: &[BurnTensor],
-    dims: Dims,
-) -> Result<Vec<(usize, BurnTensor)>, String> {
-    let mut registers: Vec<Option<BurnTensor>> = vec![None; program.registers];
-    let mut made = Vec::with_capacity(program.outputs.len());
-    let mut waiting = program.outputs.iter().peekable();
-    for at in 0..=program.instructions.len() {
-        while let Some(output) = waiting.next_if(|output| output.after == at) {
-            let values = find(eager, output.source, inputs, &registers)?;
-            made.push((output.root, values.expand(dims)));
-        }
-        if let Some(instruction) = program.instructions.get(at) {
-            let find = |source| find(eager, source, inputs, &registers);
-            let result = perform(eager, instruction.operation, dims, find)?;
-            registers[instruction.to] = Some(result);
-        }
-    }
-    Ok(made)
-}
-
-fn find(
-    eager: &BurnTensors,
-    source: Source,
-    inputs: &[BurnTensor],
-    registers: &[Option<BurnTensor>],
-) -> Result<BurnTensor, String> {
-    match source {
-        Source::Register(register) => registers[register].clone().ok_or("an empty register"),
-        Source::Input(input) => Ok(inputs[input].clone()),
-        Source::Number(bits) => return eager.full([1; 4], f64::from(f32::from_bits(bits))),
-    }
-    .map_err(str::to_owned)
-}
-
-fn perform(
-    eager: &BurnTensors,
-    operation: Operation,
-    dims: Dims,
-    find: impl Fn(Source) -> Result<BurnTensor, String>,
-) -> Result<BurnTensor, String> {
-    let number = |bits| f64::from(f32::from_bits(bits));
-    match operation {
-        Operation::Unary(op, a) => eager.unary(op, &find(a)?),
-        Operation::Scalar(op, a, s) => eager.scalar(op, &find(a)?, number(s)),
-        Operation::Clamp(a, low, high) => eager.clamp(&find(a)?, number(low), number(high)),
-        Operation::Select(condition, a, b) => {
-            eager.select(&find(condition)?, &find(a)?, &find(b)?, dims)
-        }
-        Operation::Binary(op, a, b) => match with_number(op, a, b) {
-            Some((op, a, s)) => eager.scalar(op, &find(a)?, number(s)),
-            None => eager.binary(op, &find(a)?, &find(b)?, dims),
-        },
-    }
-}
-
-/// The same operation on a tensor and a number, where one of the two is one.
-fn with_number(op: Binary, a: Source, b: Source) -> Option<(Scalar, Source, u32)> {
-    let (op, a, s) = match (op, a, b) {
-        (Binary::Add, a, Source::Number(s)) | (Binary::Add, Source::Number(s), a) => {
-            (Scalar::Add, a, s)
-        }
-        (Binary::Mul, a, Source::Number(s)) | (Binary::Mul, Source::Number(s), a) => {
-            (Scalar::Mul, a, s)
-        }
-        (Binary::Sub, a, Source::Number(s)) => (Scalar::Sub, a, s),
-        (Binary::Sub, Source::Number(s), a) => (Scalar::ReverseSub, a, s),
-        (Binary::Div, a, Source::Number(s)) => (Scalar::Div, a, s),
-        (Binary::Div, Source::Number(s), a) => (Scalar::ReverseDiv, a, s),
-        (Binary::Pow, a, Source::Number(s)) => (Scalar::Pow, a, s),
-        (Binary::Greater, a, Source::Number(s)) => (Scalar::Greater, a, s),
-        _ => return None,
-    };
-    // Of two numbers a tensor has to be made.
-    (!matches!(a, Source::Number(_))).then_some((op, a, s))
 }

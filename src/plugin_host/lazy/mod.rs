@@ -7,8 +7,11 @@
 
 mod cpu;
 mod device;
+mod fused;
+mod probe;
 mod program;
 mod settle;
+mod stepwise;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +22,7 @@ use lorasmith_abi::host::{Binary, Code, Dims, Reduce, Scalar, Tensors, Unary};
 
 use super::blocks::BurnBlocks;
 use super::tensors::{BurnTensor, BurnTensors};
+pub use probe::{Probed, probe};
 use program::{Job, Made, Root, compile};
 pub use settle::settle;
 
@@ -102,6 +106,13 @@ impl LazyTensor {
     fn address(&self) -> usize {
         Arc::as_ptr(&self.0) as usize
     }
+}
+
+/// What a program works on, or has made.
+#[expect(clippy::large_enum_variant, reason = "there are few at a time")]
+enum Data {
+    Values(BurnTensor),
+    Codes(BurnBlocks),
 }
 
 /// A tensor in 8 bits per element that need not be computed yet. Cloning shares it.

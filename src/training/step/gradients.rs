@@ -1,14 +1,15 @@
 //! The gradients of a step: read, clipped, handed to the optimizer.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::{StepOutput, Trainer};
 use crate::diffusion::Part;
 use crate::diffusion::devices::is_cpu;
+use crate::kernels::together::{places, together};
 use crate::training::TrainError;
 use crate::training::data::read;
-use crate::training::optimizer::{GRADIENT_ALIGN, ParamUpdate};
+use crate::training::optimizer::ParamUpdate;
 
 /// Added to the norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does.
 const CLIP_EPSILON: f64 = 1e-6;
@@ -122,33 +123,26 @@ impl Trainer<'_> {
 
 /// Gradients in one buffer, in their order; the squares are summed by runs of one half of the model.
 fn side_by_side(gradients: Vec<Option<Tensor<4>>>, texts: &[bool]) -> Collected {
-    let elements = |gradient: &Tensor<4>| gradient.shape().num_elements();
-    let mut begins = Vec::with_capacity(gradients.len());
-    let mut length = 0;
-    for gradient in &gradients {
-        begins.push(length);
-        let own = gradient.as_ref().map_or(0, elements);
-        length += own.next_multiple_of(GRADIENT_ALIGN);
-    }
-    let Some(device) = gradients.iter().flatten().next().map(Tensor::device) else {
-        return Collected {
-            each: gradients,
-            squares: Vec::new(),
-        };
-    };
     let shapes: Vec<Option<[usize; 4]>> = gradients
         .iter()
         .map(|gradient| gradient.as_ref().map(Tensor::dims))
         .collect();
-    let mut long = Tensor::<1>::zeros([length], (&device, DType::F32));
-    // Each is freed once it has been copied.
-    for (gradient, &begin) in gradients.into_iter().zip(&begins) {
-        if let Some(gradient) = gradient {
-            let count = elements(&gradient);
-            let range = begin..begin + count;
-            long = long.slice_assign([range], gradient.reshape([count]));
-        }
-    }
+    let counts = |shape: &Option<[usize; 4]>| shape.map_or(0, |shape| shape.iter().product());
+    let (begins, length) = places(shapes.iter().map(counts));
+    let there = gradients.into_iter().zip(&begins);
+    let there = there.filter_map(|(gradient, &begin)| Some((gradient?, begin)));
+    let (own, places): (Vec<Tensor<1>>, Vec<usize>) = there
+        .map(|(gradient, begin)| {
+            let count = gradient.shape().num_elements();
+            (gradient.reshape([count]), begin)
+        })
+        .unzip();
+    let Some(long) = together(own, &places, length) else {
+        return Collected {
+            each: shapes.iter().map(|_| None).collect(),
+            squares: Vec::new(),
+        };
+    };
     let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
     let ends = begins.iter().copied().skip(1).chain([length]);
     for ((&begin, end), &text) in begins.iter().zip(ends).zip(texts) {

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 pub const BLOCK: usize = 256;
 
 /// Which 256 numbers there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Code {
     /// -1 to 1.
     Signed,

@@ -3,7 +3,7 @@
 use super::{Code, Dims};
 
 /// An operation on one tensor, element by element.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Unary {
     /// `-a`
     Neg,
@@ -38,7 +38,7 @@ impl Unary {
 }
 
 /// An operation on two tensors, element by element with broadcasting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Binary {
     /// `a + b`
     Add,
@@ -73,7 +73,7 @@ impl Binary {
 }
 
 /// An operation on a tensor and a number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Scalar {
     /// `a + s`
     Add,
@@ -108,7 +108,7 @@ impl Scalar {
 }
 
 /// A reduction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reduce {
     /// Sum.
     Sum,

@@ -1,0 +1,201 @@
+//! Many tensors as one long one, so that what is done with all of them is done once.
+
+use burn::backend::Cube;
+use burn::tensor::{DType, Tensor};
+use cubecl::prelude::{CubeCount, CubeDim};
+
+/// In a long tensor each begins at a multiple of so many elements. Every device lets a buffer begin there: to take one
+/// out is no copy.
+pub const ALIGN: usize = 256;
+
+/// Tensors that one launch copies, at most: on most devices a kernel can have 32 buffers.
+const PARTS: usize = 28;
+/// Threads of a workgroup.
+const THREADS: u32 = 256;
+/// Workgroups that copy one tensor, at most.
+const GROUPS: usize = 64;
+
+/// Where tensors of so many elements begin in a long one, and its length.
+pub fn places(elements: impl IntoIterator<Item = usize>) -> (Vec<usize>, usize) {
+    let mut length = 0;
+    let begins = elements.into_iter().map(|own| {
+        let begin = length;
+        length += own.next_multiple_of(ALIGN);
+        begin
+    });
+    (begins.collect(), length)
+}
+
+/// The tensors behind one another in one of `length` elements, each from its place in `begins`, zeros between them.
+/// `None` of nothing.
+///
+/// Those that lie so already are not copied. The others are, some at a launch, and each is let go once it was.
+///
+/// # Shapes
+/// - `tensors`: `[any]`, f32
+/// - result: `[length]`
+pub fn together(
+    tensors: impl IntoIterator<Item = Tensor<1>>,
+    begins: &[usize],
+    length: usize,
+) -> Option<Tensor<1>> {
+    let tensors: Vec<Tensor<1>> = tensors.into_iter().collect();
+    if let Some(whole) = neighbours(&tensors, begins, length) {
+        return Some(whole);
+    }
+    let device = tensors.first()?.device();
+    let mut whole = Tensor::zeros([length], (&device, DType::F32));
+    let mut waiting = tensors.into_iter().zip(begins.iter().copied());
+    loop {
+        let parts: Vec<(Tensor<1>, usize)> = waiting.by_ref().take(PARTS).collect();
+        if parts.is_empty() {
+            return Some(whole);
+        }
+        if launch(&whole, &parts).is_none() {
+            for (part, begin) in parts {
+                let range = begin..begin + part.dims()[0];
+                whole = whole.slice_assign([range], part);
+            }
+        }
+    }
+}
+
+/// The piece of a buffer in which tensors lie behind one another already, on devices that have buffers.
+pub fn neighbours(tensors: &[Tensor<1>], begins: &[usize], length: usize) -> Option<Tensor<1>> {
+    let bytes = |elements: usize| (elements * size_of::<f32>()) as u64;
+    let primitive = |tensor: &Tensor<1>| tensor.clone().try_into_primitive::<Cube>().ok();
+    let mut whole = primitive(tensors.first()?)?;
+    let start = whole.handle.offset_start.unwrap_or(0);
+    for (tensor, &begin) in tensors.iter().zip(begins) {
+        let part = primitive(tensor)?;
+        let place = part.handle.offset_start.unwrap_or(0);
+        let next = part.handle.memory.descriptor() == whole.handle.memory.descriptor()
+            && place == start + bytes(begin)
+            && part.dtype == DType::F32
+            && part.meta.strides()[..] == [1];
+        if !next {
+            return None;
+        }
+    }
+    let behind = whole.handle.size().checked_sub(start + bytes(length))?;
+    whole.handle.offset_end = Some(behind);
+    whole.meta.shape_mut()[0] = length;
+    Some(Tensor::from_primitive::<Cube>(whole))
+}
+
+/// Copies the tensors to their places in `whole`, which nothing else may hold; `None` where that takes another way.
+fn launch(whole: &Tensor<1>, parts: &[(Tensor<1>, usize)]) -> Option<()> {
+    let target = whole.clone().try_into_primitive::<Cube>().ok()?;
+    let client = target.client.clone();
+    if parts.len() >= client.properties().hardware.max_bindings as usize {
+        return None;
+    }
+    let mut sources = Vec::with_capacity(parts.len());
+    for (part, _) in parts {
+        let source = part.clone().try_into_primitive::<Cube>().ok()?;
+        if source.dtype != DType::F32 || source.meta.strides()[..] != [1] {
+            return None;
+        }
+        sources.push(source.into_tensor_arg());
+    }
+    let lengths: Vec<usize> = parts.iter().map(|(part, _)| part.dims()[0]).collect();
+    let longest = lengths.iter().copied().max()?;
+    let groups = longest.div_ceil(THREADS as usize * 16).clamp(1, GROUPS);
+    kernel::copy::launch(
+        &client,
+        CubeCount::Static(groups as u32, parts.len() as u32, 1),
+        CubeDim::new_1d(THREADS),
+        sources.into_iter().collect(),
+        target.into_tensor_arg(),
+        parts.iter().map(|&(_, begin)| begin).collect(),
+        lengths.into_iter().collect(),
+    );
+    Some(())
+}
+
+/// What runs on the device; the macro writes functions that nobody calls by name.
+#[allow(missing_docs, clippy::wildcard_imports)]
+mod kernel {
+    use cubecl::prelude::*;
+
+    /// One row of workgroups for each part.
+    #[cube(launch)]
+    pub fn copy(
+        parts: &Sequence<OwnedTensor<f32>>,
+        whole: &mut Tensor<f32>,
+        begins: &Sequence<usize>,
+        lengths: &Sequence<usize>,
+    ) {
+        #[unroll]
+        for part in 0..parts.len() {
+            if CUBE_POS_Y as usize == part {
+                let mut at = CUBE_POS_X as usize * CUBE_DIM_X as usize + UNIT_POS_X as usize;
+                while at < lengths[part] {
+                    whole[begins[part] + at] = parts[part].as_slice()[at];
+                    at += CUBE_COUNT_X as usize * CUBE_DIM_X as usize;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, DeviceType, TensorData};
+
+    use super::*;
+
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (0..count).map(|at| (at + 1000 * seed) as f32).collect()
+    }
+
+    fn put_together(device: &Device) {
+        // More than one launch, one tensor that several workgroups copy more than once, one of one element.
+        let lengths = [1, 300, 256, 40_000].into_iter().chain(2..60);
+        let lengths: Vec<usize> = lengths.collect();
+        let tensors: Vec<Tensor<1>> = lengths
+            .iter()
+            .enumerate()
+            .map(|(seed, &own)| {
+                Tensor::from_data(TensorData::new(numbers(own, seed), [own]), device)
+            })
+            .collect();
+        let (begins, length) = places(lengths.iter().copied());
+        let whole = together(tensors, &begins, length).expect("tensors");
+        let found = whole.try_into_vec_as::<f32>().expect("read");
+        let mut expected = vec![0.0; length];
+        for (seed, (&begin, &own)) in begins.iter().zip(&lengths).enumerate() {
+            expected[begin..begin + own].copy_from_slice(&numbers(own, seed));
+        }
+        assert!(found == expected);
+    }
+
+    #[test]
+    fn tensors_behind_one_another_are_what_they_were() {
+        put_together(&Device::flex());
+        // CI has a software Vulkan device.
+        for device in Device::enumerate(DeviceType::Wgpu).into_iter().take(1) {
+            put_together(&device);
+        }
+        assert!(together([], &[], 0).is_none());
+    }
+
+    #[test]
+    fn views_of_one_buffer_are_not_copied() {
+        let Some(device) = Device::enumerate(DeviceType::Wgpu).into_iter().next() else {
+            return;
+        };
+        let whole = Tensor::<1>::from_data(TensorData::new(numbers(1024, 0), [1024]), &device);
+        let parts = [256, 512].map(|first| whole.clone().narrow(0, first, 256));
+        let found = neighbours(&parts, &[0, 256], 512).expect("neighbours");
+        let found = found.try_into_vec_as::<f32>().expect("read");
+        assert_eq!(found, numbers(1024, 0)[256..768]);
+
+        let swapped = [parts[1].clone(), parts[0].clone()];
+        assert!(neighbours(&swapped, &[0, 256], 512).is_none());
+        let beyond = neighbours(&parts, &[0, 256], 1024);
+        assert!(beyond.is_none(), "beyond the buffer");
+        let copied = parts.map(|part| part.add_scalar(1.0));
+        assert!(neighbours(&copied, &[0, 256], 512).is_none());
+    }
+}
