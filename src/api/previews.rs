@@ -54,6 +54,10 @@ framing_query! {
         /// As if the image had this one.
         #[param(inline)]
         color_correction: Option<ColorCorrection>,
+        /// Whether what does not count in a run with `loss.masked` is darkened: by the image's mask, or by its transparency
+        /// where it has none.
+        #[param(default = false)]
+        masked: Option<bool>,
     }
 }
 
@@ -184,6 +188,7 @@ pub async fn get_image_preview(
     let rendering = Rendering {
         settings: query.framing(),
         correction: query.color_correction.map(Into::into),
+        masked: query.masked.unwrap_or(false),
         side_px: side(query.size_px)?,
     };
     let planned = preparation.plan_preview(dataset_id, image_id, &rendering);

@@ -50,7 +50,8 @@ pub struct CreateWebhook {
     pub url: String,
     /// Event types, or `*` for all: `run.` and a state (`run.succeeded`), or `run.` and the kind of another event
     /// (`run.lora`, `run.sample`, `run.validation`, `run.progress`, `run.phase`, `run.memory`,
-    /// `run.resumed`, `run.rolled_back`).
+    /// `run.resumed`, `run.rolled_back`); `captioning_job.` and a state, `phase`, `progress` or `image_failed`; `grid.` and a
+    /// state, `phase` or `sample`. Neither of the two is ever paused.
     #[schema(min_items = 1)]
     pub events: Vec<String>,
     /// For people.
@@ -193,7 +194,7 @@ pub struct Delivery {
     /// In the message's `webhook-id` with `msg_` before it; the same in every attempt.
     pub id: Uuid,
     pub webhook_id: Uuid,
-    /// The run that it tells of; `null` for a test.
+    /// The run that it tells of; `null` for a captioning job, a grid and a test.
     pub run_id: Option<Uuid>,
     pub event_type: String,
     pub state: DeliveryState,
@@ -221,7 +222,7 @@ impl From<rows::Delivery> for Delivery {
         Self {
             id: row.id,
             webhook_id: row.webhook_id,
-            run_id: row.run_id,
+            run_id: row.run_id.filter(|_| row.event_type.starts_with("run.")),
             event_type: row.event_type,
             state,
             attempts: row.attempts,
@@ -238,7 +239,8 @@ impl From<rows::Delivery> for Delivery {
 ///
 /// Messages are sent by [Standard Webhooks](https://www.standardwebhooks.com): a POST of
 /// `{"type", "timestamp", "data": {"run_id", "id", "event", "data"}}` with `webhook-id`, `webhook-timestamp` and
-/// `webhook-signature`. Each comes at least once, those of a run in their order; what is not answered with a status of
+/// `webhook-signature`; those of captioning jobs have `captioning_job_id` and `dataset_id`, those of grids `grid_id` and
+/// `run_id`. Each comes at least once, those of a run in their order; what is not answered with a status of
 /// 200 to 299 is sent again with growing pauses. Redirects are not followed, and 410 disables the webhook. The answer
 /// has the secret; it is not shown again. An `Idempotency-Key` is not taken, as answers with secrets are not kept.
 #[utoipa::path(

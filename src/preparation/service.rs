@@ -1,10 +1,12 @@
 //! Previews, thumbnails, measures and reports of datasets that are there.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt as _, stream};
+use image::{GrayImage, Rgb, RgbImage};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
@@ -16,7 +18,8 @@ use super::preview::Seen;
 use super::report::{self, Report, ReportInput, ReportSettings};
 use super::thumbnails::{self, Thumbnail, Thumbnails, fit_within};
 use crate::dataloader::{
-    BucketSettings, ColorCorrection, CropMode, Look, Window, decode, frame, resize, set_median,
+    BucketSettings, ColorCorrection, CropMode, Look, Window, decode, frame, load_mask, resize,
+    set_median,
 };
 use crate::store::datasets::{Correction, Dataset, Image, ImageFilter, Subset};
 use crate::store::{Store, StoreError};
@@ -52,6 +55,8 @@ pub struct Rendering {
     pub settings: BucketSettings,
     /// Another colour correction than the one that is stored.
     pub correction: Option<Correction>,
+    /// Whether what does not count in the loss is darkened.
+    pub masked: bool,
     /// The longest side of the answer.
     pub side_px: u32,
 }
@@ -63,7 +68,24 @@ pub struct Planned {
     pub name: String,
     sha256: String,
     side_px: u32,
-    framing: Option<(BucketSettings, Look)>,
+    framing: Option<Framing>,
+}
+
+/// How a picture is resized, cut and changed.
+#[derive(Clone, Debug)]
+struct Framing {
+    settings: BucketSettings,
+    look: Look,
+    mask: Option<MaskOf>,
+}
+
+/// Where the mask of a picture is.
+#[derive(Clone, Debug)]
+enum MaskOf {
+    /// In a file of its own, with this digest.
+    File(String),
+    /// In its transparency.
+    Alpha,
 }
 
 impl PreparationService {
@@ -158,16 +180,22 @@ impl PreparationService {
             ..Look::default()
         };
         let placement = settings.place(image.width_px.max(1), image.height_px.max(1));
+        let mask = image.mask_sha256.map_or(MaskOf::Alpha, MaskOf::File);
+        let mask = rendering.masked.then_some(mask);
         Ok(Planned {
             name: thumbnails::name(&[
                 "preview",
                 &image.sha256,
-                &format!("{placement:?} {look:?}"),
+                &format!("{placement:?} {look:?} {mask:?}"),
                 &rendering.side_px.to_string(),
             ]),
             sha256: image.sha256,
             side_px: rendering.side_px,
-            framing: Some((settings.clone(), look)),
+            framing: Some(Framing {
+                settings: settings.clone(),
+                look,
+                mask,
+            }),
         })
     }
 
@@ -176,10 +204,7 @@ impl PreparationService {
     /// # Errors
     /// [`PreparationError::Picture`] when the file cannot be decoded any more.
     pub async fn render(&self, planned: Planned) -> Result<Thumbnail, PreparationError> {
-        let (thumbnails, path) = (
-            self.thumbnails.clone(),
-            self.store.blobs().path(&planned.sha256),
-        );
+        let (thumbnails, blobs) = (self.thumbnails.clone(), self.store.blobs().clone());
         let known = {
             let (thumbnails, name) = (thumbnails.clone(), planned.name.clone());
             spawn_blocking(move || thumbnails.get(&name)).await?
@@ -190,7 +215,7 @@ impl PreparationService {
         // The gate is never closed.
         let _place = self.gate.acquire().await.ok();
         let render = move || {
-            let made = planned.make(&path)?;
+            let made = planned.make(|sha256| blobs.path(sha256))?;
             thumbnails.put(&planned.name, &made);
             Ok(made)
         };
@@ -422,15 +447,14 @@ fn thumbnail(image: &Image, side_px: u32) -> Planned {
 }
 
 impl Planned {
-    fn make(&self, path: &std::path::Path) -> Result<Thumbnail, PreparationError> {
-        let background = self.framing.as_ref().and_then(|(_, look)| look.background);
-        let picture = decode(path, background)?;
+    /// `path_of` tells where the file with a digest is.
+    fn make(&self, path_of: impl Fn(&str) -> PathBuf) -> Result<Thumbnail, PreparationError> {
+        let path = path_of(&self.sha256);
+        let background = self.framing.as_ref().and_then(|f| f.look.background);
+        let picture = decode(&path, background)?;
         let picture = match &self.framing {
             None => picture,
-            Some((settings, look)) => {
-                let placement = settings.place(picture.width(), picture.height());
-                frame(picture, placement, *look)
-            }
+            Some(framing) => framing.apply(picture, &path, path_of)?,
         };
         let size = fit_within(picture.dimensions(), self.side_px);
         let small = resize(picture, size);
@@ -443,4 +467,35 @@ fn check(settings: &BucketSettings) -> Result<(), PreparationError> {
         Some((field, message)) => Err(PreparationError::Settings(field, message)),
         None => Ok(()),
     }
+}
+
+impl Framing {
+    fn apply(
+        &self,
+        picture: RgbImage,
+        path: &Path,
+        path_of: impl Fn(&str) -> PathBuf,
+    ) -> Result<RgbImage, PreparationError> {
+        let placement = self.settings.place(picture.width(), picture.height());
+        let framed = frame(picture, placement, self.look);
+        let own = match &self.mask {
+            None => return Ok(framed),
+            Some(MaskOf::File(sha256)) => Some(path_of(sha256)),
+            Some(MaskOf::Alpha) => None,
+        };
+        let mask = load_mask(path, own.as_deref(), &self.settings, self.look)?;
+        Ok(match mask {
+            Some(mask) => darkened(&framed, &mask),
+            None => framed,
+        })
+    }
+}
+
+/// A picture with a quarter of its light where nothing of it counts.
+fn darkened(picture: &RgbImage, mask: &GrayImage) -> RgbImage {
+    RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
+        let counts = u32::from(mask.get_pixel(x, y).0[0]);
+        let dim = |value: u8| (u32::from(value) * (255 + 3 * counts) / (4 * 255)) as u8;
+        Rgb(picture.get_pixel(x, y).0.map(dim))
+    })
 }

@@ -20,8 +20,8 @@ use crate::store::{Store, StoreError};
 
 pub use sender::{SendSettings, Sender};
 
-/// Kinds of events besides changes of the state.
-const KINDS: [&str; 8] = [
+/// Kinds of a run's events besides changes of its state.
+const RUN_KINDS: [&str; 8] = [
     "lora",
     "memory",
     "phase",
@@ -31,6 +31,10 @@ const KINDS: [&str; 8] = [
     "sample",
     "validation",
 ];
+/// Those of a grid.
+const GRID_KINDS: [&str; 2] = ["phase", "sample"];
+/// Those of a captioning job.
+const CAPTIONING_KINDS: [&str; 3] = ["image_failed", "phase", "progress"];
 /// Longest address and description, in characters.
 const MAX_URL_CHARS: usize = 2048;
 const MAX_DESCRIPTION_CHARS: usize = 512;
@@ -70,13 +74,21 @@ pub enum WebhookError {
 
 /// Every event type that there can be.
 pub fn event_types() -> Vec<String> {
-    let states = RunState::ALL.iter().map(|state| state.as_str());
-    let mut types: Vec<String> = states
-        .chain(KINDS)
-        .map(|word| format!("run.{word}"))
-        .collect();
-    types.sort();
-    types
+    let rests = |state: &RunState| matches!(state, RunState::Pausing | RunState::Paused);
+    let of_runs = RunState::ALL.iter().map(|state| state.as_str());
+    let of_others = RunState::ALL.iter().filter(|state| !rests(state));
+    let of_others: Vec<&str> = of_others.map(|state| state.as_str()).collect();
+    let types = |subject: &'static str, kinds: &[&str], states: Vec<&'static str>| {
+        let words = states.into_iter().chain(kinds.iter().copied());
+        words
+            .map(|word| format!("{subject}.{word}"))
+            .collect::<Vec<String>>()
+    };
+    let mut all = types("run", &RUN_KINDS, of_runs.collect());
+    all.extend(types("grid", &GRID_KINDS, of_others.clone()));
+    all.extend(types("captioning_job", &CAPTIONING_KINDS, of_others));
+    all.sort();
+    all
 }
 
 /// Makes and changes webhooks. Cloning is cheap.

@@ -29,6 +29,7 @@ fn start() -> (Service, PathBuf, PathBuf) {
     let service = Service::start_with(|config| {
         config.max_concurrent_runs = 1;
         config.device = "cpu".to_owned();
+        config.webhook_allowed_networks = vec!["127.0.0.0/8".parse().expect("a network")];
         install(&config.models_dir, "wd14", "wd-vit");
         install(&config.models_dir, "deepdanbooru", "deepdanbooru");
         folders = (config.models_dir.clone(), config.data_dir.clone());
@@ -395,6 +396,7 @@ fn a_job_waits_for_its_turn_and_can_be_cancelled() {
     let service = Service::start_with(|config| {
         config.max_concurrent_runs = 1;
         config.device = "cpu".to_owned();
+        config.webhook_allowed_networks = vec!["127.0.0.0/8".parse().expect("a network")];
         install(&config.models_dir, "wd14", "wd-vit");
         std::fs::copy(
             tiny.join("tiny-sd15-ldm.safetensors"),
@@ -543,4 +545,27 @@ fn blip_captions_as_a_job() {
     {
         assert_eq!(found[name], *expected, "{name}");
     }
+}
+
+#[test]
+fn webhooks_hear_of_a_job() {
+    let (service, ..) = start();
+    let unheard = json!({"url": "http://127.0.0.1:9/hook", "events": ["captioning_job.queued", "captioning_job.succeeded"]});
+    let hook = service.post("/v1/webhooks", &unheard);
+    hook.expect(201);
+    let dataset = pictures(&service);
+    let job = ask(
+        &service,
+        &dataset,
+        &json!({"captioner": "wd14", "model": "wd-vit"}),
+    );
+    wait(&service, &job, "succeeded");
+    let deliveries = format!("{}/deliveries", hook.header("location"));
+    let told = service.get(&deliveries).expect(200);
+    let mut types: Vec<&Value> = (told["data"].as_array().expect("a list").iter())
+        .inspect(|delivery| assert_eq!(delivery["run_id"], Value::Null))
+        .map(|delivery| &delivery["event_type"])
+        .collect();
+    types.sort_by_key(|word| word.as_str());
+    assert_eq!(types, ["captioning_job.queued", "captioning_job.succeeded"]);
 }

@@ -31,6 +31,27 @@ fn dataset(service: &Service) -> (String, String) {
     (path, image)
 }
 
+/// The half that does not count has a quarter of its light.
+fn darkens_previews(service: &Service, image: &str) {
+    let light = |query: &str| {
+        let size = "width_px=64&height_px=64&min_px=64&size_px=64";
+        let shown = service.get(&format!("{image}/preview?{size}{query}"));
+        assert_eq!(shown.status, 200);
+        let picture = image::load_from_memory(&shown.bytes)
+            .expect("a JPEG")
+            .into_rgb8();
+        let (width, height) = picture.dimensions();
+        // Away from the border between the halves, which resizing makes soft.
+        [width / 4, width - width / 4].map(|x| f32::from(picture.get_pixel(x, height / 2).0[0]))
+    };
+    let ([left, right], [kept, dimmed]) = (light(""), light("&masked=true"));
+    assert!((kept - left).abs() < 8.0, "{left} {kept}");
+    assert!(
+        (dimmed - right / 4.0).abs() < 8.0 && right > 40.0,
+        "{right} {dimmed}"
+    );
+}
+
 #[test]
 fn a_mask_is_given_shown_and_taken_away() {
     let service = Service::start();
@@ -57,6 +78,7 @@ fn a_mask_is_given_shown_and_taken_away() {
     assert_eq!(answer.header("content-type"), "image/png");
     let picture = image::load_from_memory(&answer.bytes).expect("a PNG");
     assert_eq!((picture.width(), picture.height()), (32, 24));
+    darkens_previews(&service, &image);
     let tag = given.header("etag").to_owned();
     assert_eq!(service.delete_if_match(&mask, &tag).status, 204);
     assert!(service.get(&image).expect(200)["mask_sha256"].is_null());

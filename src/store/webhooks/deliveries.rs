@@ -96,7 +96,32 @@ pub enum DeliveryEnd {
     GivenUp,
 }
 
-/// Writes the messages of a run's event, one for each webhook that wants it.
+/// What an event tells of, as the first word of its type, and the ids of that.
+async fn subject(
+    transaction: &DatabaseTransaction,
+    id: Uuid,
+) -> Result<Option<(&'static str, Value)>, StoreError> {
+    let row: Option<(Option<Uuid>, Option<String>, Uuid)> = run::Entity::find_by_id(id)
+        .select_only()
+        .columns([
+            run::Column::GridOf,
+            run::Column::Captioner,
+            run::Column::DatasetId,
+        ])
+        .into_tuple()
+        .one(transaction)
+        .await?;
+    Ok(row.map(|row| match row {
+        (Some(run), ..) => ("grid", json!({"grid_id": id, "run_id": run})),
+        (None, Some(_), dataset) => (
+            "captioning_job",
+            json!({"captioning_job_id": id, "dataset_id": dataset}),
+        ),
+        (None, None, _) => ("run", json!({"run_id": id})),
+    }))
+}
+
+/// Writes the messages of an event of a run, a grid or a captioning job, one for each webhook that wants it.
 pub(in crate::store) async fn enqueue(
     transaction: &DatabaseTransaction,
     run_id: Uuid,
@@ -111,26 +136,19 @@ pub(in crate::store) async fn enqueue(
     if hooks.is_empty() {
         return Ok(());
     }
-    let aside: Option<(Option<Uuid>, Option<String>)> = run::Entity::find_by_id(run_id)
-        .select_only()
-        .columns([run::Column::GridOf, run::Column::Captioner])
-        .into_tuple()
-        .one(transaction)
-        .await?;
-    if aside.is_some_and(|(grid, captioner)| grid.is_some() || captioner.is_some()) {
-        return Ok(()); // neither a grid nor a captioning job is a run to those who listen
-    }
-    let event_type = match (kind, data["state"].as_str()) {
-        ("state", Some(state)) => format!("run.{state}"),
-        _ => format!("run.{kind}"),
+    let Some((word, mut data_of_message)) = subject(transaction, run_id).await? else {
+        return Ok(());
     };
+    let event_type = match (kind, data["state"].as_str()) {
+        ("state", Some(state)) => format!("{word}.{state}"),
+        _ => format!("{word}.{kind}"),
+    };
+    data_of_message["id"] = json!(seq);
+    data_of_message["event"] = json!(kind);
+    data_of_message["data"] = data.clone();
     let now = now_ms();
-    let payload = json!({
-        "type": event_type,
-        "timestamp": text(now),
-        "data": {"run_id": run_id, "id": seq, "event": kind, "data": data},
-    })
-    .to_string();
+    let payload = json!({"type": event_type, "timestamp": text(now), "data": data_of_message});
+    let payload = payload.to_string();
     for hook in hooks {
         let wanted = hook
             .events
