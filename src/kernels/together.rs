@@ -1,7 +1,7 @@
 //! Many tensors as one long one, so that what is done with all of them is done once.
 
 use burn::backend::Cube;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 /// In a long tensor each begins at a multiple of so many elements. Every device lets a buffer begin there: to take one
@@ -113,6 +113,57 @@ fn launch(whole: &Tensor<1>, parts: &[(Tensor<1>, usize)]) -> Option<()> {
     Some(())
 }
 
+/// One number for each of several parts of a long tensor.
+#[derive(Clone, Debug)]
+pub struct Reduced(Tensor<1>);
+
+impl Reduced {
+    /// That of one part: `[1]`.
+    pub fn get(&self, part: usize) -> Tensor<1> {
+        self.0.clone().narrow(0, part * ALIGN, 1)
+    }
+}
+
+/// The sum, or the mean, of each part of `whole`, in one launch; `None` where that takes another way.
+///
+/// # Shapes
+/// - `whole`: `[any]`, f32
+/// - `parts`: first element and length
+pub fn reduce_parts(whole: &Tensor<1>, parts: &[(usize, usize)], mean: bool) -> Option<Reduced> {
+    let device = whole.device();
+    let source = whole.clone().try_into_primitive::<Cube>().ok()?;
+    let client = source.client.clone();
+    let hardware = &client.properties().hardware;
+    if source.dtype != DType::F32
+        || source.meta.strides()[..] != [1]
+        || parts.len() > hardware.max_cube_count.0 as usize
+        || hardware.max_units_per_cube < THREADS
+    {
+        return None;
+    }
+    let mut table = Vec::with_capacity(2 * parts.len());
+    for &(first, length) in parts {
+        table.extend([i32::try_from(first).ok()?, i32::try_from(length).ok()?]);
+    }
+    let table = TensorData::new(table, [2 * parts.len()]);
+    let table = Tensor::<1, Int>::from_data(table, (&device, DType::I32));
+    let results = Tensor::<1>::empty([parts.len() * ALIGN], (&device, DType::F32));
+    kernel::reduce::launch(
+        &client,
+        CubeCount::Static(parts.len() as u32, 1, 1),
+        CubeDim::new_1d(THREADS),
+        source.into_tensor_arg(),
+        table.try_into_primitive::<Cube>().ok()?.into_tensor_arg(),
+        results
+            .clone()
+            .try_into_primitive::<Cube>()
+            .ok()?
+            .into_tensor_arg(),
+        mean,
+    );
+    Some(Reduced(results))
+}
+
 /// What runs on the device; the macro writes functions that nobody calls by name.
 #[allow(missing_docs, clippy::wildcard_imports)]
 mod kernel {
@@ -137,11 +188,53 @@ mod kernel {
             }
         }
     }
+
+    /// One workgroup for each part. A thread sums 32 elements before it adds them to the others, so that few roundings
+    /// come on top of each other.
+    #[cube(launch)]
+    pub fn reduce(
+        whole: &Tensor<f32>,
+        parts: &Tensor<i32>,
+        results: &mut Tensor<f32>,
+        #[comptime] mean: bool,
+    ) {
+        let part = CUBE_POS_X as usize;
+        let unit = UNIT_POS_X as usize;
+        let first = parts[2 * part] as usize;
+        let length = parts[2 * part + 1] as usize;
+        let mut sum = 0.0f32;
+        let mut at = unit;
+        while at < length {
+            let mut few = 0.0f32;
+            let mut count = 0u32;
+            while at < length && count < 32 {
+                few += whole[first + at];
+                at += 256;
+                count += 1;
+            }
+            sum += few;
+        }
+        let mut sums = Shared::<[f32]>::new_slice(256usize);
+        sums[unit] = sum;
+        sync_cube();
+        #[unroll]
+        for step in 0..8u32 {
+            let half = comptime!(128usize >> step);
+            if unit < half {
+                sums[unit] += sums[unit + half];
+            }
+            sync_cube();
+        }
+        if unit == 0 {
+            let divisor = if mean { length } else { 1usize.runtime() };
+            results[part * 256] = sums[0] / divisor as f32;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, DeviceType, TensorData};
+    use burn::tensor::{Device, DeviceType};
 
     use super::*;
 
@@ -178,6 +271,32 @@ mod tests {
             put_together(&device);
         }
         assert!(together([], &[], 0).is_none());
+    }
+
+    #[test]
+    fn parts_are_summed_in_one_launch() {
+        let Some(device) = Device::enumerate(DeviceType::Wgpu).into_iter().next() else {
+            return;
+        };
+        let values: Vec<f32> = (0..300_000)
+            .map(|at| (at as f32 * 0.37).sin() + 0.2)
+            .collect();
+        let data = TensorData::new(values.clone(), [values.len()]);
+        let whole = Tensor::<1>::from_data(data, &device);
+        let parts = [(0, 1), (256, 300), (1024, 250_000), (299_000, 1000)];
+        for mean in [false, true] {
+            let found = reduce_parts(&whole, &parts, mean).expect("one launch");
+            for (at, (first, length)) in parts.into_iter().enumerate() {
+                let own = values[first..first + length].iter();
+                let sum: f64 = own.map(|value| f64::from(*value)).sum();
+                let expected = if mean { sum / length as f64 } else { sum };
+                let found = f64::from(found.get(at).into_scalar::<f32>());
+                assert!(
+                    (found - expected).abs() < 1e-6 * expected.abs(),
+                    "{found} {expected}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -167,10 +167,7 @@ fn whole_of(tensors: &[&LazyTensor], begins: &[usize], length: usize) -> Option<
 }
 
 fn value(eager: &BurnTensors, tensor: &LazyTensor) -> Result<BurnTensor, String> {
-    LazyTensors {
-        eager: eager.clone(),
-    }
-    .value(tensor)
+    LazyTensors::over(eager).value(tensor)
 }
 
 fn in_order(mut made: Vec<(usize, Made)>) -> Vec<Made> {

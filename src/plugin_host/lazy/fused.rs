@@ -7,6 +7,7 @@
 use burn::backend::Cube;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use cubecl::prelude::{CubeDim, SequenceArg};
+use cubecl::server::Handle;
 use lorasmith_abi::host::blocks::BLOCK;
 use lorasmith_abi::host::{Binary, Code, Dims, Scalar, Unary};
 
@@ -29,8 +30,8 @@ pub struct Plan {
 enum Access {
     /// In this tensor, at the place of the result.
     Same(usize),
-    /// The only element of this tensor.
-    One(usize),
+    /// In this tensor, at this one of the offsets: one element for all.
+    One(usize, usize),
     /// In this tensor, where its strides lead to.
     Strided(usize),
     /// In these codes.
@@ -99,6 +100,10 @@ struct Buffers {
     client: Option<cubecl::prelude::Client>,
     count: usize,
     inputs: SequenceArg<Values>,
+    /// Buffers that single elements are in, and which of the inputs they are.
+    ones: Vec<(Handle, usize)>,
+    /// Where in them.
+    offsets: Vec<usize>,
     outputs: SequenceArg<Values>,
     codes: SequenceArg<Codes>,
     scales: SequenceArg<Values>,
@@ -125,19 +130,18 @@ impl Buffers {
             }
             (Data::Codes(_), _) => None,
             (Data::Values(tensor), kind) => {
-                let tensor = match kind {
-                    InputKind::One => tensor.clone(),
-                    _ => tensor.clone().expand(dims),
-                };
+                if kind == InputKind::One || dims == [1; 4] {
+                    return self.one(tensor);
+                }
+                let tensor = tensor.clone().expand(dims);
                 let tensor = tensor.try_into_primitive::<Cube>().ok()?;
                 if tensor.dtype != DType::F32 {
                     return None;
                 }
                 let next = self.inputs.values.len();
-                let access = match kind {
-                    InputKind::One => Access::One(next),
-                    _ if tensor.is_contiguous() => Access::Same(next),
-                    _ => Access::Strided(next),
+                let access = match tensor.is_contiguous() {
+                    true => Access::Same(next),
+                    false => Access::Strided(next),
                 };
                 self.count += 1;
                 self.client = Some(tensor.client.clone());
@@ -145,6 +149,32 @@ impl Buffers {
                 Some(access)
             }
         }
+    }
+
+    /// One element. Those that are in one buffer, as sums of all parameters are, are one buffer to the kernel.
+    fn one(&mut self, tensor: &BurnTensor) -> Option<Access> {
+        let mut tensor = tensor.clone().try_into_primitive::<Cube>().ok()?;
+        if tensor.dtype != DType::F32 {
+            return None;
+        }
+        let bytes = size_of::<f32>() as u64;
+        let offset = tensor.handle.offset_start.unwrap_or(0) / bytes;
+        self.offsets.push(usize::try_from(offset).ok()?);
+        let place = self.offsets.len() - 1;
+        let same =
+            |handle: &Handle| handle.memory.descriptor() == tensor.handle.memory.descriptor();
+        if let Some((_, known)) = self.ones.iter().find(|(handle, _)| same(handle)) {
+            return Some(Access::One(*known, place));
+        }
+        let next = self.inputs.values.len();
+        self.ones.push((tensor.handle.clone(), next));
+        // All of the buffer.
+        (tensor.handle.offset_start, tensor.handle.offset_end) = (None, None);
+        tensor.meta.shape_mut()[3] = usize::try_from(tensor.handle.size() / bytes).ok()?;
+        self.count += 1;
+        self.client = Some(tensor.client.clone());
+        self.inputs.push(tensor.into_tensor_arg());
+        Some(Access::One(next, place))
     }
 
     /// Room for a result.
@@ -216,6 +246,7 @@ impl Buffers {
             self.outputs,
             self.coded,
             self.scaled,
+            self.offsets.into_iter().collect(),
             numbers.into_iter().collect(),
             elements,
             plan,
@@ -326,6 +357,7 @@ mod kernel {
         outputs: &mut Sequence<Values>,
         coded: &mut Sequence<Codes>,
         scaled: &mut Sequence<Values>,
+        offsets: &Sequence<usize>,
         numbers: &Sequence<f32>,
         elements: usize,
         #[comptime] plan: Plan,
@@ -338,7 +370,7 @@ mod kernel {
         for input in 0..plan.inputs.len() {
             let value = match comptime!(plan.inputs[input]) {
                 Access::Same(number) => inputs[number].as_slice()[at],
-                Access::One(number) => inputs[number].as_slice()[0],
+                Access::One(number, offset) => inputs[number].as_slice()[offsets[offset]],
                 Access::Strided(number) => strided(&inputs[number], at),
                 Access::Codes(number, code) => {
                     decode(&codes[number], &scales[number], &tables[0], at, code)

@@ -2,20 +2,22 @@
 //! over, all parameters and states at once.
 //!
 //! On the CPU that is a single pass over memory, in parallel ([`cpu`]); on other devices parameters whose expressions
-//! are alike are computed as one long tensor ([`device`]). Products of matrices, reductions and what is read are computed
-//! at once, with burn.
+//! are alike are computed as one long tensor ([`device`]). Products of matrices, reductions along an axis and what is read
+//! are computed at once, with burn; reductions to one number wait for each other ([`reduced`]).
 
 mod cpu;
 mod device;
 mod fused;
 mod probe;
 mod program;
+mod reduced;
 mod settle;
 mod stepwise;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, OnceLock};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
 use lorasmith_abi::host::{Binary, Code, Dims, Reduce, Scalar, Tensors, Unary};
@@ -24,6 +26,7 @@ use super::blocks::BurnBlocks;
 use super::tensors::{BurnTensor, BurnTensors};
 pub use probe::{Probed, probe};
 use program::{Job, Made, Root, compile};
+use reduced::Batch;
 pub use settle::settle;
 
 /// No expression is deeper: what is below is computed first. Bounds the recursion over it.
@@ -61,6 +64,8 @@ enum Expression {
     Select(LazyTensor, LazyTensor, LazyTensor),
     /// Values of codes.
     Decoded(BurnBlocks, Code),
+    /// One number of all elements, and what waits with it.
+    Reduced(Reduce, LazyTensor, Batch),
 }
 
 impl LazyTensor {
@@ -140,13 +145,54 @@ impl LazyBlocks {
 /// Operations on one device.
 pub struct LazyTensors {
     eager: BurnTensors,
+    reductions: Batch,
+    /// Expressions of one element, by what they are: plugins compose the same ones for every parameter, and programs
+    /// are alike only where they share them.
+    numbers: Mutex<HashMap<NumberKey, LazyTensor>>,
+}
+
+/// An operation, the addresses of its arguments, and the bits of its numbers. The expressions that are known keep their
+/// arguments alive.
+#[derive(PartialEq, Eq, Hash)]
+enum NumberKey {
+    Full(u32),
+    Unary(Unary, usize),
+    Scalar(Scalar, usize, u32),
+    Binary(Binary, [usize; 2]),
+    Clamp(usize, [u32; 2]),
+    Select([usize; 3]),
+}
+
+impl NumberKey {
+    fn of(expression: &Expression) -> Option<Self> {
+        Some(match expression {
+            Expression::Full(number) => Self::Full(number.to_bits()),
+            Expression::Unary(op, a) => Self::Unary(*op, a.address()),
+            Expression::Scalar(op, a, s) => Self::Scalar(*op, a.address(), s.to_bits()),
+            Expression::Binary(op, a, b) => Self::Binary(*op, [a.address(), b.address()]),
+            Expression::Clamp(a, low, high) => {
+                Self::Clamp(a.address(), [low.to_bits(), high.to_bits()])
+            }
+            Expression::Select(a, b, c) => Self::Select([a.address(), b.address(), c.address()]),
+            Expression::Leaf
+            | Expression::Part(_)
+            | Expression::Decoded(..)
+            | Expression::Reduced(..) => return None,
+        })
+    }
 }
 
 impl LazyTensors {
     /// Tensors are on this device.
     pub fn new(device: &Device) -> Self {
+        Self::over(&BurnTensors::new(device))
+    }
+
+    fn over(eager: &BurnTensors) -> Self {
         Self {
-            eager: BurnTensors::new(device),
+            eager: eager.clone(),
+            reductions: Batch::default(),
+            numbers: Mutex::default(),
         }
     }
 
@@ -155,14 +201,18 @@ impl LazyTensors {
         if let Some(value) = a.0.value.get() {
             return Ok(value.clone());
         }
-        let value = if let Expression::Part(Part { whole, first }) = &a.0.expression {
-            let own = Tensor::clone(whole).narrow(0, *first, a.elements());
-            own.reshape(a.dims())
-        } else {
-            let mut made = self.compute(&[vec![Root::Values(a.clone())]])?;
-            let made = made.pop().and_then(|mut made| made.pop());
-            let value = made.and_then(Made::values);
-            self.value(&value.ok_or("nothing was computed")?)?
+        let value = match &a.0.expression {
+            Expression::Part(Part { whole, first }) => {
+                let own = Tensor::clone(whole).narrow(0, *first, a.elements());
+                own.reshape(a.dims())
+            }
+            Expression::Reduced(..) => reduced::reduce(self, a)?,
+            _ => {
+                let mut made = self.compute(&[vec![Root::Values(a.clone())]])?;
+                let made = made.pop().and_then(|mut made| made.pop());
+                let value = made.and_then(Made::values);
+                self.value(&value.ok_or("nothing was computed")?)?
+            }
         };
         Ok(a.0.value.get_or_init(|| value).clone())
     }
@@ -210,7 +260,7 @@ impl LazyTensors {
         let deepest = inputs.iter().map(|input| input.0.depth).max().unwrap_or(0);
         if deepest < MAX_DEPTH {
             let inputs = inputs.map(LazyTensor::clone);
-            return Ok(LazyTensor::new(dims, deepest + 1, expression(inputs)));
+            return Ok(self.known(dims, deepest + 1, expression(inputs)));
         }
         let mut leaves = Vec::with_capacity(N);
         for input in inputs {
@@ -220,6 +270,21 @@ impl LazyTensors {
             .try_into()
             .map_err(|_| "as many leaves as inputs".to_owned())?;
         Ok(LazyTensor::new(dims, 1, expression(leaves)))
+    }
+
+    /// An expression; of one element the one that is the same.
+    fn known(&self, dims: Dims, depth: u32, expression: Expression) -> LazyTensor {
+        let new = |expression| LazyTensor::new(dims, depth, expression);
+        match NumberKey::of(&expression) {
+            Some(key) if dims == [1; 4] => {
+                let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+                numbers
+                    .entry(key)
+                    .or_insert_with(|| new(expression))
+                    .clone()
+            }
+            _ => new(expression),
+        }
     }
 }
 
@@ -289,12 +354,18 @@ impl Tensors for LazyTensors {
         a: &LazyTensor,
         axis: Option<usize>,
     ) -> Result<LazyTensor, String> {
+        if axis.is_none() && !self.eager.is_cpu() {
+            let batch = self.reductions.clone();
+            let node = self.node([1; 4], [a], |[a]| Expression::Reduced(op, a, batch))?;
+            self.reductions.add(&node);
+            return Ok(node);
+        }
         let a = self.value(a)?;
         self.eager.reduce(op, &a, axis).map(LazyTensor::leaf)
     }
 
     fn full(&self, dims: Dims, value: f64) -> Result<LazyTensor, String> {
-        Ok(LazyTensor::new(dims, 0, Expression::Full(rounded(value))))
+        Ok(self.known(dims, 0, Expression::Full(rounded(value))))
     }
 
     fn read(&self, a: &LazyTensor) -> Result<Vec<f32>, String> {

@@ -215,7 +215,9 @@ impl Compiler<'_> {
             return self.input_of(tensor);
         }
         let operation = match &node.expression {
-            Expression::Leaf | Expression::Part(_) => return self.input_of(tensor),
+            Expression::Leaf | Expression::Part(_) | Expression::Reduced(..) => {
+                return self.input_of(tensor);
+            }
             Expression::Full(number) => return Ok(Source::Number(number.to_bits())),
             Expression::Decoded(blocks, code) => {
                 return Ok(self.input(InputKind::Codes(*code), Input::Codes(blocks.clone())));

@@ -176,6 +176,52 @@ fn one_kernel_does_all_operations() {
     }
 }
 
+/// More of them than a kernel has buffers, each needed for the next.
+#[test]
+fn reductions_wait_for_each_other() {
+    for tensors in gpu().into_iter().chain([lazy()]) {
+        let dims = [1, 1, 3, 50];
+        let mut total = tensors.full([1; 4], 0.0).expect("zero");
+        let mut expected = 0.0;
+        let (mut largest, mut maxima) = (Vec::new(), Vec::new());
+        for seed in 0..200 {
+            let values = numbers(150, seed as f32);
+            let sum: f32 = values.iter().map(|value| value * value).sum();
+            expected += sum + values.iter().sum::<f32>() / 150.0;
+            largest.push(values.iter().fold(0.0_f32, |max, value| max.max(*value)));
+            let x = tensors.write(values, dims).expect("a tensor");
+            let square = tensors.unary(Unary::Square, &x).expect("expression");
+            for part in [
+                tensors.reduce(Reduce::Sum, &square, None),
+                tensors.reduce(Reduce::Mean, &x, None),
+            ] {
+                let part = part.expect("a number");
+                total = tensors
+                    .binary(Binary::Add, &total, &part, [1; 4])
+                    .expect("a sum");
+            }
+            maxima.push(tensors.reduce(Reduce::Max, &x, None).expect("a number"));
+        }
+        let found = tensors.read(&total).expect("read")[0];
+        assert!(
+            (found - expected).abs() < 1e-5 * expected,
+            "{found} {expected}"
+        );
+        let read = |max: LazyTensor| tensors.read(&max).expect("read")[0];
+        assert_eq!(maxima.into_iter().map(read).collect::<Vec<f32>>(), largest);
+        // One that needs another one that waits.
+        let x = tensors.write(numbers(150, 0.0), dims).expect("a tensor");
+        let mean = tensors.reduce(Reduce::Mean, &x, None).expect("a number");
+        let centred = tensors
+            .binary(Binary::Sub, &x, &mean, dims)
+            .expect("expression");
+        let rest = tensors
+            .reduce(Reduce::Sum, &centred, None)
+            .expect("a number");
+        assert!(tensors.read(&rest).expect("read")[0].abs() < 1e-4);
+    }
+}
+
 #[test]
 fn a_kernel_reads_views_where_they_are() {
     let Some(tensors) = gpu() else { return };
