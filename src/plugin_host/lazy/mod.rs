@@ -8,6 +8,7 @@
 mod cpu;
 mod device;
 mod fused;
+mod numbers;
 mod probe;
 mod program;
 mod reduced;
@@ -16,14 +17,14 @@ mod stepwise;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
 use lorasmith_abi::host::{Binary, Code, Dims, Reduce, Scalar, Tensors, Unary};
 
 use super::blocks::BurnBlocks;
 use super::tensors::{BurnTensor, BurnTensors};
+use numbers::Numbers;
 pub use probe::{Probed, probe};
 use program::{Job, Made, Root, compile};
 use reduced::Batch;
@@ -146,40 +147,7 @@ impl LazyBlocks {
 pub struct LazyTensors {
     eager: BurnTensors,
     reductions: Batch,
-    /// Expressions of one element, by what they are: plugins compose the same ones for every parameter, and programs
-    /// are alike only where they share them.
-    numbers: Mutex<HashMap<NumberKey, LazyTensor>>,
-}
-
-/// An operation, the addresses of its arguments, and the bits of its numbers. The expressions that are known keep their
-/// arguments alive.
-#[derive(PartialEq, Eq, Hash)]
-enum NumberKey {
-    Full(u32),
-    Unary(Unary, usize),
-    Scalar(Scalar, usize, u32),
-    Binary(Binary, [usize; 2]),
-    Clamp(usize, [u32; 2]),
-    Select([usize; 3]),
-}
-
-impl NumberKey {
-    fn of(expression: &Expression) -> Option<Self> {
-        Some(match expression {
-            Expression::Full(number) => Self::Full(number.to_bits()),
-            Expression::Unary(op, a) => Self::Unary(*op, a.address()),
-            Expression::Scalar(op, a, s) => Self::Scalar(*op, a.address(), s.to_bits()),
-            Expression::Binary(op, a, b) => Self::Binary(*op, [a.address(), b.address()]),
-            Expression::Clamp(a, low, high) => {
-                Self::Clamp(a.address(), [low.to_bits(), high.to_bits()])
-            }
-            Expression::Select(a, b, c) => Self::Select([a.address(), b.address(), c.address()]),
-            Expression::Leaf
-            | Expression::Part(_)
-            | Expression::Decoded(..)
-            | Expression::Reduced(..) => return None,
-        })
-    }
+    numbers: Numbers,
 }
 
 impl LazyTensors {
@@ -192,7 +160,7 @@ impl LazyTensors {
         Self {
             eager: eager.clone(),
             reductions: Batch::default(),
-            numbers: Mutex::default(),
+            numbers: Numbers::default(),
         }
     }
 
@@ -260,7 +228,7 @@ impl LazyTensors {
         let deepest = inputs.iter().map(|input| input.0.depth).max().unwrap_or(0);
         if deepest < MAX_DEPTH {
             let inputs = inputs.map(LazyTensor::clone);
-            return Ok(self.known(dims, deepest + 1, expression(inputs)));
+            return Ok(self.numbers.known(dims, deepest + 1, expression(inputs)));
         }
         let mut leaves = Vec::with_capacity(N);
         for input in inputs {
@@ -270,21 +238,6 @@ impl LazyTensors {
             .try_into()
             .map_err(|_| "as many leaves as inputs".to_owned())?;
         Ok(LazyTensor::new(dims, 1, expression(leaves)))
-    }
-
-    /// An expression; of one element the one that is the same.
-    fn known(&self, dims: Dims, depth: u32, expression: Expression) -> LazyTensor {
-        let new = |expression| LazyTensor::new(dims, depth, expression);
-        match NumberKey::of(&expression) {
-            Some(key) if dims == [1; 4] => {
-                let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
-                numbers
-                    .entry(key)
-                    .or_insert_with(|| new(expression))
-                    .clone()
-            }
-            _ => new(expression),
-        }
     }
 }
 
@@ -365,7 +318,9 @@ impl Tensors for LazyTensors {
     }
 
     fn full(&self, dims: Dims, value: f64) -> Result<LazyTensor, String> {
-        Ok(self.known(dims, 0, Expression::Full(rounded(value))))
+        Ok(self
+            .numbers
+            .known(dims, 0, Expression::Full(rounded(value))))
     }
 
     fn read(&self, a: &LazyTensor) -> Result<Vec<f32>, String> {

@@ -176,6 +176,32 @@ fn one_kernel_does_all_operations() {
     }
 }
 
+/// Plugins square by powers, and what they square may be negative.
+#[test]
+fn whole_powers_of_negative_numbers_are_numbers() {
+    for tensors in gpu().into_iter().chain([lazy()]) {
+        let dims = [1, 1, 1, 3];
+        let values = vec![-2.0, -0.5, 3.0_f32];
+        let x = tensors.write(values.clone(), dims).expect("a tensor");
+        for exponent in [0, 1, 2, 3, -1, -2] {
+            let expected: Vec<f32> = values.iter().map(|value| value.powi(exponent)).collect();
+            let by_number = tensors.scalar(Scalar::Pow, &x, f64::from(exponent));
+            close(
+                &tensors.read(&by_number.expect("expression")).expect("read"),
+                &expected,
+            );
+            let exponents = tensors
+                .write(vec![exponent as f32; 3], dims)
+                .expect("a tensor");
+            let by_tensor = tensors.binary(Binary::Pow, &x, &exponents, dims);
+            close(
+                &tensors.read(&by_tensor.expect("expression")).expect("read"),
+                &expected,
+            );
+        }
+    }
+}
+
 /// More of them than a kernel has buffers, each needed for the next.
 #[test]
 fn reductions_wait_for_each_other() {
