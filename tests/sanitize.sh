@@ -15,5 +15,5 @@ done
 export LSAN_OPTIONS="suppressions=$PWD/tests/sanitize.supp:print_suppressions=0"
 export ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1"
 export RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address -Cforce-frame-pointers=yes" RUSTDOCFLAGS="-Zsanitizer=address"
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/sanitized"
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/lorasmith-target}/sanitized"
 exec cargo test --target "$target" "${packages[@]}" --lib --tests "$@"
