@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Distribution, Tensor};
 use lorasmith::diffusion::devices;
-use lorasmith::kernels::together::{places, together};
+use lorasmith::kernels::together::{copied_together, places};
 use lorasmith::plugin_host::{PluginFolders, PluginHost};
 use lorasmith::training::optimizer::{Optimizer, ParamUpdate};
 use serde_json::json;
@@ -72,7 +72,7 @@ impl Weights {
             .gradients
             .iter()
             .map(|g| g.clone().reshape([g.shape().num_elements()]));
-        let whole = together(flat, &begins, length).expect("gradients");
+        let whole = copied_together(flat.collect(), &begins, length).expect("gradients");
         let _ = whole.clone().narrow(0, 0, 1).into_scalar::<f32>();
         let taken = started.elapsed();
         let each = begins

@@ -26,23 +26,27 @@ pub fn places(elements: impl IntoIterator<Item = usize>) -> (Vec<usize>, usize) 
     (begins.collect(), length)
 }
 
-/// The tensors behind one another in one of `length` elements, each from its place in `begins`, zeros between them.
-/// `None` of nothing.
+/// The tensors behind one another in one of `length` elements, each from its place in `begins`; `None` of nothing. What is
+/// between them means nothing.
 ///
-/// Those that lie so already are not copied. The others are, some at a launch, and each is let go once it was.
+/// Those that lie so already are not copied.
 ///
 /// # Shapes
 /// - `tensors`: `[any]`, f32
 /// - result: `[length]`
-pub fn together(
-    tensors: impl IntoIterator<Item = Tensor<1>>,
+pub fn together(tensors: Vec<Tensor<1>>, begins: &[usize], length: usize) -> Option<Tensor<1>> {
+    match neighbours(&tensors, begins, length) {
+        Some(whole) => Some(whole),
+        None => copied_together(tensors, begins, length),
+    }
+}
+
+/// The same with zeros between them: they are copied, some at a launch, and each is let go once it was.
+pub fn copied_together(
+    tensors: Vec<Tensor<1>>,
     begins: &[usize],
     length: usize,
 ) -> Option<Tensor<1>> {
-    let tensors: Vec<Tensor<1>> = tensors.into_iter().collect();
-    if let Some(whole) = neighbours(&tensors, begins, length) {
-        return Some(whole);
-    }
     let device = tensors.first()?.device();
     let mut whole = Tensor::zeros([length], (&device, DType::F32));
     let mut waiting = tensors.into_iter().zip(begins.iter().copied());
@@ -254,7 +258,7 @@ mod tests {
             })
             .collect();
         let (begins, length) = places(lengths.iter().copied());
-        let whole = together(tensors, &begins, length).expect("tensors");
+        let whole = copied_together(tensors, &begins, length).expect("tensors");
         let found = whole.try_into_vec_as::<f32>().expect("read");
         let mut expected = vec![0.0; length];
         for (seed, (&begin, &own)) in begins.iter().zip(&lengths).enumerate() {
@@ -270,7 +274,7 @@ mod tests {
         for device in Device::enumerate(DeviceType::Wgpu).into_iter().take(1) {
             put_together(&device);
         }
-        assert!(together([], &[], 0).is_none());
+        assert!(together(Vec::new(), &[], 0).is_none());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::inputs::{Inputs, Outputs, flat};
-use crate::kernels::together::{places, together};
+use crate::kernels::together::{copied_together, places};
 use crate::plugin_host::{Probed, probe};
 
 /// One of several blocks of codes, one that is no whole block, more than one launch copies.
@@ -20,7 +20,7 @@ pub fn gradients(inputs: &mut Inputs) -> Outputs {
     let shapes = SHAPES.iter().cycle().take(SHAPES.len() * COPIES);
     let tensors: Vec<Tensor<1>> = shapes.map(|&shape| flat(inputs.normal(shape))).collect();
     let (begins, length) = places(tensors.iter().map(|tensor| tensor.dims()[0]));
-    let whole = together(tensors, &begins, length);
+    let whole = copied_together(tensors, &begins, length);
     vec![("gradients".to_owned(), whole)]
 }
 

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{StepOutput, Trainer};
 use crate::diffusion::Part;
 use crate::diffusion::devices::is_cpu;
-use crate::kernels::together::{places, together};
+use crate::kernels::together::{copied_together, places};
 use crate::training::TrainError;
 use crate::training::data::read;
 use crate::training::optimizer::ParamUpdate;
@@ -137,7 +137,7 @@ fn side_by_side(gradients: Vec<Option<Tensor<4>>>, texts: &[bool]) -> Collected 
             (gradient.reshape([count]), begin)
         })
         .unzip();
-    let Some(long) = together(own, &places, length) else {
+    let Some(long) = copied_together(own, &places, length) else {
         return Collected {
             each: shapes.iter().map(|_| None).collect(),
             squares: Vec::new(),
