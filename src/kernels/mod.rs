@@ -18,6 +18,9 @@ pub mod together;
 
 pub use attention::attention;
 pub use conv::{Geometry, conv2d, order_by_taps};
+pub(crate) use cpu::vectorised;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use cpu::{has_avx2, has_avx512};
 pub use cpu::{instruction_set, is_cpu};
 pub use gate::{geglu, gelu, quick_gelu};
 pub use hadamard::Hadamard;

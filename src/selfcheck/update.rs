@@ -25,26 +25,24 @@ pub fn gradients(inputs: &mut Inputs) -> Outputs {
 }
 
 pub fn optimizer(inputs: &mut Inputs) -> Outputs {
-    let values = SHAPES.map(|shape| inputs.normal(shape));
-    let gradients = SHAPES.map(|shape| inputs.normal(shape));
-    let made = probe(&values, &gradients).unwrap_or_else(|error| panic!("{error}"));
-    outputs(made, |made| {
+    outputs(inputs, |made| {
         [("value", made.value), ("moment", made.moment)].to_vec()
     })
 }
 
 /// A number halfway between two codes may become either.
 pub fn codes(inputs: &mut Inputs) -> Outputs {
+    outputs(inputs, |made| vec![("rounded moment", made.rounded)])
+}
+
+/// Tensors of what an update makes.
+fn outputs(
+    inputs: &mut Inputs,
+    tensors: impl Fn(Probed) -> Vec<(&'static str, Tensor<4>)>,
+) -> Outputs {
     let values = SHAPES.map(|shape| inputs.normal(shape));
     let gradients = SHAPES.map(|shape| inputs.normal(shape));
     let made = probe(&values, &gradients).unwrap_or_else(|error| panic!("{error}"));
-    outputs(made, |made| vec![("rounded moment", made.rounded)])
-}
-
-fn outputs(
-    made: Vec<Probed>,
-    tensors: impl Fn(Probed) -> Vec<(&'static str, Tensor<4>)>,
-) -> Outputs {
     let all = made.into_iter().zip(0..).flat_map(|(made, number)| {
         let named = tensors(made).into_iter();
         named.map(move |(name, tensor)| (format!("{name} {number}"), Some(flat(tensor))))

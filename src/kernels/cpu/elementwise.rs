@@ -16,11 +16,11 @@ macro_rules! vectorised {
                 fn avx512($($arg: $type),*) $(-> $result)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $type),*) $(-> $result)? { body($($arg),*) }
-                if super::has_avx512() {
+                if $crate::kernels::has_avx512() {
                     // SAFETY: the instruction set was just found.
                     return unsafe { avx512($($arg),*) };
                 }
-                if super::has_avx2() {
+                if $crate::kernels::has_avx2() {
                     // SAFETY: the instruction set was just found.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -29,6 +29,8 @@ macro_rules! vectorised {
         }
     };
 }
+
+pub(crate) use vectorised;
 
 /// Lanes that sums are kept in: the compiler may not reorder additions by itself.
 const LANES: usize = 16;

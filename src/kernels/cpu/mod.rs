@@ -22,6 +22,7 @@ mod unit;
 mod view;
 mod winograd;
 
+pub(crate) use elementwise::vectorised;
 use instructions::Level;
 pub use pack::Strides;
 pub use rows::rows;
@@ -57,12 +58,12 @@ pub fn instruction_set() -> &'static str {
 
 /// Whether the AVX-512 parts that the kernels use are there.
 #[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
+pub fn has_avx512() -> bool {
     Level::best() >= Level::Avx512
 }
 
 /// Whether 256-bit vectors and fused multiply-add are there.
 #[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
+pub fn has_avx2() -> bool {
     Level::best() >= Level::Avx2
 }

@@ -17,37 +17,10 @@ use super::program::{Input, InputKind, Job, Made, Program};
 use operations::{Argument, argument, compute, decode};
 use results::{Place, Results, Task};
 
+use crate::kernels::vectorised;
+
 /// Elements that go through a program at once: whole blocks of codes.
 const PIECE: usize = 8 * BLOCK;
-
-/// The widest registers of this processor.
-#[derive(Clone, Copy)]
-enum Level {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    Portable,
-}
-
-impl Level {
-    fn best() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let wide = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512bw");
-            if wide {
-                return Self::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") {
-                return Self::Avx2;
-            }
-        }
-        Self::Portable
-    }
-}
 
 /// What each job makes, in the order of its roots.
 pub fn run(jobs: &[Job]) -> Result<Vec<Vec<Made>>, String> {
@@ -202,13 +175,13 @@ impl<'a> Prepared<'a> {
         if memory.len() < wanted {
             memory.resize_with(wanted, || vec![0.0; PIECE]);
         }
-        let level = Level::best();
         let (registers, staged) = memory[..wanted].split_at_mut(self.program.registers);
         for start in (0..task.length).step_by(PIECE) {
             let length = PIECE.min(task.length - start);
             let first = task.first + start;
             let inputs = self.look_at(first, length, staged);
-            self.piece_for(level, start, length, &inputs, registers, &mut task.outputs);
+            let outputs = &mut task.outputs;
+            piece(self.program, start, length, &inputs, registers, outputs);
         }
     }
 
@@ -235,72 +208,25 @@ impl<'a> Prepared<'a> {
         });
         inputs.collect()
     }
+}
 
-    /// The same code for the widest registers there are. The bits are the same: no operation is contracted.
-    fn piece_for(
-        &self,
-        level: Level,
+vectorised! {
+    /// Runs a program over one piece. The bits are the same for all kinds of registers: no operation is contracted.
+    pub fn piece(
+        program: &Program,
         start: usize,
         length: usize,
         inputs: &[Argument<'_>],
         registers: &mut [Vec<f32>],
         outputs: &mut [Place<'_>],
     ) {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has the instructions.
-            Level::Avx512 => unsafe {
-                self.piece_avx512(start, length, inputs, registers, outputs);
-            },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Level::Avx2 => unsafe { self.piece_avx2(start, length, inputs, registers, outputs) },
-            Level::Portable => self.piece(start, length, inputs, registers, outputs),
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
-    fn piece_avx512(
-        &self,
-        start: usize,
-        length: usize,
-        inputs: &[Argument<'_>],
-        registers: &mut [Vec<f32>],
-        outputs: &mut [Place<'_>],
-    ) {
-        self.piece(start, length, inputs, registers, outputs);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn piece_avx2(
-        &self,
-        start: usize,
-        length: usize,
-        inputs: &[Argument<'_>],
-        registers: &mut [Vec<f32>],
-        outputs: &mut [Place<'_>],
-    ) {
-        self.piece(start, length, inputs, registers, outputs);
-    }
-
-    #[inline(always)]
-    fn piece(
-        &self,
-        start: usize,
-        length: usize,
-        inputs: &[Argument<'_>],
-        registers: &mut [Vec<f32>],
-        outputs: &mut [Place<'_>],
-    ) {
-        let mut waiting = self.program.outputs.iter().zip(outputs).peekable();
-        for at in 0..=self.program.instructions.len() {
+        let mut waiting = program.outputs.iter().zip(outputs).peekable();
+        for at in 0..=program.instructions.len() {
             while let Some((output, place)) = waiting.next_if(|(output, _)| output.after == at) {
                 let found = argument(output.source, inputs, registers, length);
                 place.put(start, length, found, output.kind);
             }
-            if let Some(instruction) = self.program.instructions.get(at) {
+            if let Some(instruction) = program.instructions.get(at) {
                 let mut to = std::mem::take(&mut registers[instruction.to]);
                 let find = |source| argument(source, inputs, registers, length);
                 compute(instruction.operation, find, &mut to[..length]);
